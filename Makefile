@@ -1,0 +1,30 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Everything lands in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint services bench clean
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/s2cd demo --out demo
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+services: .venv/.installed
+	bash tests/services/start.sh
+
+bench: .venv/.installed
+	$(BIN)/python -m benchmarks run --short
+
+clean:
+	rm -rf .venv demo

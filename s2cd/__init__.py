@@ -1,0 +1,1 @@
+"""Change detection on Sentinel-2 time series, Dask-native."""

@@ -1,0 +1,1 @@
+"""STAC in: search, static catalogues, and the scenes they hold."""

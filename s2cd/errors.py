@@ -1,0 +1,68 @@
+"""What can go wrong, by name. Messages are one line and state what was found and what was expected."""
+
+from __future__ import annotations
+
+
+class S2cdError(Exception):
+    """Base of every error s2cd raises on purpose; the command line prints it without a traceback."""
+
+
+class ConfigError(S2cdError):
+    """An option or configuration value that cannot be used."""
+
+
+class CatalogError(S2cdError):
+    """A catalogue that cannot be reached, is not STAC, or holds an item that cannot be understood."""
+
+
+class NoScenesError(CatalogError):
+    """A search that left nothing to work on."""
+
+
+class GridError(S2cdError):
+    """Grids that disagree: an asset with its item, a scene with its tile, a result with its input."""
+
+
+class ReadError(S2cdError):
+    """An asset that could not be read; it never becomes nodata."""
+
+    def __init__(self, href: str, why: str):
+        super().__init__(f"cannot read {href}: {why}")
+        self.href = href
+        self.why = why
+
+    def __reduce__(self) -> tuple[type[ReadError], tuple[str, str]]:
+        """Pickle with both arguments: the error crosses from worker to client."""
+        return type(self), (self.href, self.why)
+
+
+class ModelError(S2cdError):
+    """A model that is unknown, damaged, or does not fit its input."""
+
+
+class OutputError(S2cdError):
+    """An output that cannot be written."""
+
+
+class ClusterError(S2cdError):
+    """A cluster profile that cannot be used, or a cluster that does not start."""
+
+
+class S2cdWarning(UserWarning):
+    """Base of every warning s2cd gives; `warnings.simplefilter("error", S2cdWarning)` is the strict mode."""
+
+
+class OffsetWarning(S2cdWarning):
+    """The pixels contradict the radiometric offset that the metadata states."""
+
+
+class BaselineWarning(S2cdWarning):
+    """A pair mixes two processing baselines."""
+
+
+class OrbitWarning(S2cdWarning):
+    """A pair mixes two relative orbits, so two viewing geometries."""
+
+
+class ShiftWarning(S2cdWarning):
+    """The two images of a pair are displaced against each other."""
