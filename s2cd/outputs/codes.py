@@ -1,0 +1,41 @@
+"""Probabilities as uint16 codes: what the engine keeps in memory and what a map stores, at half the size."""
+
+from __future__ import annotations
+
+import numpy as np
+
+QUANTUM = 1 / 1024
+"""Precision of a stored probability; a power of two, so that every code is exact in float32."""
+CODE_SCALE = 1024
+CODE_NODATA = 65535
+"""Code of a pixel without a valid observation on both dates."""
+
+
+def encode_codes(probability: np.ndarray) -> np.ndarray:
+    """Return uint16 codes of a float array in [0, 1]: k means k/1024 (nearest), 65535 means NaN.
+
+    Raises ValueError if a value lies outside [0, 1].
+    """
+    scaled = np.rint(np.multiply(probability, CODE_SCALE, dtype=np.float32))
+    missing = np.isnan(scaled)
+    scaled[missing] = CODE_NODATA
+    codes = scaled.astype(np.uint16)
+    outside = (codes > CODE_SCALE) & ~missing | (scaled < 0)
+    if outside.any():
+        raise ValueError(f"probability {np.asarray(probability)[outside].flat[0]:g}, expected 0 to 1 or NaN")
+    return codes
+
+
+def decode_codes(codes: np.ndarray) -> np.ndarray:
+    """Return the float32 probability of uint16 codes, NaN where there is no observation."""
+    return _LOOKUP[codes]
+
+
+def _lookup() -> np.ndarray:
+    """Table of all codes: one gather is faster than arithmetic and a mask."""
+    table = np.full(CODE_NODATA + 1, np.nan, np.float32)
+    table[: CODE_SCALE + 1] = np.arange(CODE_SCALE + 1, dtype=np.float32) / CODE_SCALE
+    return table
+
+
+_LOOKUP = _lookup()
