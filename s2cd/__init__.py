@@ -1,1 +1,76 @@
-"""Change detection on Sentinel-2 time series, Dask-native."""
+"""Change detection on Sentinel-2 time series, Dask-native: the public verbs.
+
+    scenes = s2cd.search("earth-search", bbox=(3.0, 50.7, 3.2, 50.9), datetime="2023-01-01/2023-12-31")
+    cube = s2cd.open_cube(scenes)
+    pairs = s2cd.consecutive_pairs(scenes)
+    change = s2cd.detect_changes(cube, pairs, model="generic")
+    s2cd.write_change_maps(change, "out/")
+
+or all of it, over many tiles and resumable: `s2cd.run(s2cd.RunConfig(catalog=..., out=...))`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from s2cd.catalog import search
+    from s2cd.catalog.scene import Scene
+    from s2cd.clusters import cluster
+    from s2cd.config import RunConfig
+    from s2cd.cube import open_cube
+    from s2cd.errors import S2cdError
+    from s2cd.inference import detect_changes
+    from s2cd.masks import Mask
+    from s2cd.model import list_models, load_model
+    from s2cd.pairs import Pair, consecutive_pairs
+    from s2cd.runner import Report, make_plan, run, write_change_maps
+
+__version__ = "0.1.0"
+
+# Imported on first use: `s2cd --help` must not wait for torch.
+_HOMES = {
+    "Mask": "masks",
+    "Pair": "pairs",
+    "Report": "runner",
+    "RunConfig": "config",
+    "S2cdError": "errors",
+    "Scene": "catalog.scene",
+    "cluster": "clusters",
+    "consecutive_pairs": "pairs",
+    "detect_changes": "inference",
+    "list_models": "model",
+    "load_model": "model",
+    "make_plan": "runner",
+    "open_cube": "cube",
+    "run": "runner",
+    "search": "catalog",
+    "write_change_maps": "runner",
+}
+__all__ = [
+    "Mask",
+    "Pair",
+    "Report",
+    "RunConfig",
+    "S2cdError",
+    "Scene",
+    "cluster",
+    "consecutive_pairs",
+    "detect_changes",
+    "list_models",
+    "load_model",
+    "make_plan",
+    "open_cube",
+    "run",
+    "search",
+    "write_change_maps",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 's2cd' has no attribute {name!r}")
+    return getattr(import_module(f"s2cd.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -20,7 +20,18 @@ class NoScenesError(CatalogError):
 
 
 class GridError(S2cdError):
-    """Grids that disagree: an asset with its item, a scene with its tile, a result with its input."""
+    """Grids that disagree: an asset with its item, a scene with its tile, a result with its input.
+
+    `href` names the asset, where it is one that disagrees.
+    """
+
+    def __init__(self, message: str, href: str | None = None):
+        super().__init__(message)
+        self.href = href
+
+    def __reduce__(self) -> tuple[type[GridError], tuple[str, str | None]]:
+        """Pickle with the asset: the error crosses from worker to client."""
+        return type(self), (str(self), self.href)
 
 
 class ReadError(S2cdError):
@@ -46,6 +57,10 @@ class OutputError(S2cdError):
 
 class ClusterError(S2cdError):
     """A cluster profile that cannot be used, or a cluster that does not start."""
+
+
+class OffsetError(S2cdError):
+    """The pixels contradict the radiometric offset that the metadata states (strict mode)."""
 
 
 class S2cdWarning(UserWarning):

@@ -1,17 +1,115 @@
-"""What the tests share: where the real data lie, and what to say when they do not."""
+"""What the tests share: where the real data lie, and small series of real files with known pixels."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
+import rasterio
+from rasterio.transform import Affine
+
+from s2cd.catalog.bands import BANDS, SCL
+from s2cd.catalog.scene import Asset, Grid, Scene
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+GSD = {band.common_name: band.gsd for band in BANDS} | {SCL: 20}
+SEVEN_BANDS = ("blue", "green", "red", "nir", "nir08", "swir16", "swir22")
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real Sentinel-2 data beside the checkout; skips where it is absent."""
     if not SHARED.is_dir():
-        pytest.skip(f"no shared data at {SHARED}")
+        pytest.skip("no ../shared/data beside the checkout")
     return SHARED
+
+
+@pytest.fixture
+def make_series(tmp_path: Path) -> Callable[..., list[Scene]]:
+    """Write a series of small scenes as tiled GeoTIFFs; see `write_series`."""
+
+    def make(**options: object) -> list[Scene]:
+        return write_series(tmp_path / "series", **options)  # type: ignore[arg-type]
+
+    return make
+
+
+def write_series(
+    folder: Path,
+    *,
+    shape: tuple[int, int] = (200, 232),
+    dates: int = 3,
+    bands: tuple[str, ...] = SEVEN_BANDS,
+    scl: bool = True,
+    block: int = 64,
+    change: bool = True,
+    seed: int = 0,
+) -> list[Scene]:
+    """Fields of random brightness, a little noise a date, and a block that turns bright on every second date."""
+    rng = np.random.default_rng(seed)
+    cells = rng.uniform(300, 3000, (len(bands), shape[0] // 16 + 2, shape[1] // 16 + 2))
+    ground = cells.repeat(16, axis=1).repeat(16, axis=2)
+    scenes = []
+    for index in range(dates):
+        image = ground + rng.normal(0, 20, ground.shape)
+        if change and index % 2:
+            image[:, 32:96, 32:96] += 2500
+        names = (*bands, SCL) if scl else bands
+        pixels = dict(zip(bands, image, strict=True))
+        scenes.append(_write_scene(folder / f"{index:03d}", index, names, pixels, shape, block))
+    return scenes
+
+
+def _write_scene(
+    folder: Path,
+    index: int,
+    names: tuple[str, ...],
+    pixels: dict[str, np.ndarray],
+    shape: tuple[int, int],
+    block: int,
+) -> Scene:
+    folder.mkdir(parents=True)
+    assets = {}
+    for name in names:
+        factor = GSD[name] // 10
+        size = tuple(math.ceil(n / factor) for n in shape)
+        data = (
+            np.full(size, 4, np.uint8)
+            if name == SCL
+            else pixels[name][::factor, ::factor][: size[0], : size[1]].round().astype(np.uint16)
+        )
+        transform = Affine(10.0 * factor, 0, 499980.0, 0, -10.0 * factor, 5700000.0)
+        href = folder / f"{name}.tif"
+        write_tiff(href, data, transform, block)
+        grid = Grid(32631, tuple(transform)[:6], data.shape)
+        scale, reason = (1.0, "class layer") if name == SCL else (1e-4, "test")
+        assets[name] = Asset(name, str(href), grid, scale, 0.0, reason)
+    return Scene(
+        id=f"scene-{index:03d}",
+        provider="static",
+        collection="test",
+        level="L2A",
+        tile="31UDS",
+        orbit=51,
+        time=datetime(2023, 5, 1, 10, 50, tzinfo=UTC) + timedelta(days=5 * index),
+        platform="sentinel-2a",
+        baseline="02.14",
+        cloud_cover=1.0,
+        datatake=None,
+        footprint={"type": "Polygon", "coordinates": []},
+        assets=assets,
+    )
+
+
+def write_tiff(path: Path, data: np.ndarray, transform: Affine, block: int, epsg: int = 32631) -> None:
+    """Write a tiled GeoTIFF of one band."""
+    options = {"tiled": True, "blockxsize": block, "blockysize": block}
+    with rasterio.open(
+        path, "w", driver="GTiff", height=data.shape[0], width=data.shape[1], count=1, dtype=data.dtype,
+        crs=f"EPSG:{epsg}", transform=transform, nodata=0, compress="deflate", **options,
+    ) as dataset:  # fmt: skip
+        dataset.write(data, 1)

@@ -1,0 +1,226 @@
+"""The command line: each command parses, calls the function of the same name, and prints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from s2cd.config import RunConfig
+from s2cd.errors import S2cdError
+
+OUT = Console(soft_wrap=True)
+ERR = Console(stderr=True, soft_wrap=True)
+
+
+class _Commands(click.Group):
+    """Prints an S2cdError on one line and exits with 1; an interrupt exits with 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except S2cdError as error:
+            ERR.print(f"error: {error}", style="red", markup=False, highlight=False)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            ERR.print("interrupted: finished maps are complete, run the same command to go on")
+            sys.exit(130)
+
+
+@click.group(cls=_Commands, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="s2cd")
+def main() -> None:
+    """Change detection on Sentinel-2 time series, from a laptop to a continent."""
+    logging.getLogger("distributed").setLevel(logging.ERROR)
+
+
+def _search_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what selects scenes: shared by search, plan, run and watch."""
+    for option in reversed(
+        [
+            click.argument("catalog"),
+            click.option("--bbox", metavar="W,S,E,N", callback=_bbox, help="Degrees; tiles it meets are mapped whole."),
+            click.option("--datetime", metavar="RANGE", help="Such as 2023-01-01/2023-12-31; '..' leaves an end open."),
+            click.option("--tiles", metavar="31UDS,...", callback=_names, help="MGRS tiles."),
+            click.option("--collection", help="STAC collection, where the provider has several."),
+            click.option("--orbit", default="same", metavar="same|any|1-143", callback=_orbit,
+                         help="Pair within a relative orbit, only in one, or across orbits (risks false change)."),
+            click.option("--max-cloud", type=click.FloatRange(0, 100), default=60.0, help="Percent, by metadata."),
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(
+        [
+            click.option("--out", required=True, metavar="DIR|URL", help="Where the maps go."),
+            click.option("--min-valid", type=click.FloatRange(0, 1), default=0.1, help="Valid fraction, by pixels."),
+            click.option("--max-gap-days", type=click.FloatRange(0, min_open=True), help="Longest gap of a pair."),
+            click.option("--mask-dilation", type=click.FloatRange(0, 600), default=60.0, help="Metres clouds grow by."),
+            click.option("--model", default="generic", help="Shipped model, or path of an exported one."),
+            click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
+            click.option("--cluster", default="local", help="Kind, or a profile: cluster/slurm.yaml."),
+            click.option("--chunk", default="auto", metavar="auto|64-16384", callback=_chunk, help="Pixels."),
+            click.option("--dates-per-task", type=click.IntRange(2, 64), default=6, help="Share reads and features."),
+            click.option("--cog-profile", type=click.Choice(["default", "zstd", "lerc", "uint8"]), default="default"),
+            click.option("--quicklook/--no-quicklook", default=True, help="A PNG beside each map."),
+            click.option("--validity", is_flag=True, help="A layer that tells why a pixel has no value."),
+            click.option("--strict", is_flag=True, help="Warnings about offsets, baselines, shifts are errors."),
+            click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _bbox(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    try:
+        west, south, east, north = (float(v) for v in value.replace(",", " ").split())
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected four numbers, west,south,east,north") from None
+    return west, south, east, north
+
+
+def _names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return tuple(v.strip().upper() for v in value.split(",") if v.strip()) if value else None
+
+
+def _orbit(_ctx: click.Context, _param: click.Parameter, value: str) -> str | int:
+    return int(value) if value.isdigit() else value
+
+
+def _chunk(_ctx: click.Context, _param: click.Parameter, value: str) -> str | int:
+    return int(value) if value.isdigit() else value
+
+
+@main.command()
+@_search_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a scene.")
+@click.option("--save", metavar="FILE", help="Freeze the scenes to stac-geoparquet, to run on exactly these.")
+def search(as_json: bool, save: str | None, **options: Any) -> None:
+    """List the scenes of CATALOG in one form, wherever they come from.
+
+    CATALOG is earth-search, planetary-computer or cdse, the URL of a STAC API, a static catalogue or frozen scenes.
+    """
+    from s2cd import catalog
+    from s2cd.pairs import select_scenes
+    from s2cd.runner import search_scenes
+
+    max_cloud = options.pop("max_cloud")
+    scenes, left_out = select_scenes(search_scenes(RunConfig(out=".", **options)), max_cloud=max_cloud)
+    if save:
+        catalog.freeze(scenes, save)
+    if as_json:
+        for row in catalog.scene_rows(scenes):
+            click.echo(json.dumps(row, default=str))
+        return
+    _print_rows(f"{len(scenes)} scenes", catalog.scene_rows(scenes))
+    _print_left_out(left_out)
+
+
+@main.command()
+@_search_options
+@_run_options
+def plan(quiet: bool, **options: Any) -> None:
+    """Say what a run would compare with what, read and write, without reading a pixel."""
+    from s2cd.runner import describe_plan, make_plan
+
+    described = describe_plan(make_plan(RunConfig(**options)))
+    _print_rows(f"{described.pairs} pairs in {len(described.rows)} fields of view", described.rows)
+    _print_left_out(described.left_out)
+    for line in described.notes:
+        OUT.print(line, markup=False)
+
+
+@main.command()
+@_search_options
+@_run_options
+def run(quiet: bool, **options: Any) -> None:
+    """Make every change map of CATALOG that is not there yet.
+
+    Exit code 0 only if every map was written. Run it again to go on after an interruption.
+    """
+    from s2cd.runner import run as run_all
+
+    config = RunConfig(**options)
+    with _cluster(config.cluster, quiet) as client, _progress(quiet) as progress:
+        report = run_all(config, client, progress=progress)
+    _print_report(report)
+    sys.exit(0 if report.ok else 1)
+
+
+@contextmanager
+def _cluster(profile: str, quiet: bool) -> Iterator[Any]:
+    from s2cd.clusters import cluster
+
+    with cluster(profile) as client:
+        if not quiet:
+            ERR.print(f"dashboard: {client.dashboard_link}", markup=False)
+        yield client
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar a phase on a terminal, nothing elsewhere."""
+    if quiet or not ERR.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=ERR) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            bars.update(tasks[phase], completed=done, total=total)
+
+        yield update
+
+
+def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for name in rows[0] if rows else ():
+        table.add_column(name.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    OUT.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _print_left_out(left_out: list[Any]) -> None:
+    for item in left_out:
+        OUT.print(f"left out: {item.what}: {item.reason}", markup=False, highlight=False)
+
+
+def _print_report(report: Any) -> None:
+    rows = [
+        {"map": r.name, "status": r.status, "valid": r.valid_fraction, "changed": r.changed_fraction}
+        for r in sorted(report.maps, key=lambda r: r.name)
+    ]
+    _print_rows(
+        f"{report.count('written')} maps written, {report.count('kept')} were there, "
+        f"{report.count('failed')} failed, in {report.seconds:.1f} s: {report.out}",
+        rows,
+    )
+    _print_left_out(report.left_out)
+    for record in report.maps:
+        if record.error:
+            ERR.print(f"failed: {record.name}: {record.error}", style="red", markup=False, highlight=False)

@@ -1,0 +1,99 @@
+"""All that a run needs to know, validated once and saved beside its outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from s2cd.errors import ConfigError
+
+Longitude = Annotated[float, Field(ge=-180, le=180)]
+Latitude = Annotated[float, Field(ge=-90, le=90)]
+
+
+class RunConfig(BaseModel):
+    """The options of a run; the same on every cluster.
+
+    catalog       provider ("earth-search", ...), STAC API, static catalogue, frozen scenes: path or URL
+    out           folder or URL (s3://bucket/prefix) for the maps
+    bbox          west, south, east, north in degrees: tiles that intersect it are mapped whole
+    datetime      "2023-01-01/2023-12-31", open at either end with ".."
+    tiles         MGRS tiles
+    collection    STAC collection, where the provider has several
+    orbit         "same": pairs within a relative orbit; a number: only that orbit; "any": across orbits too
+    max_cloud     percent, by metadata: cloudier scenes are left out
+    min_valid     fraction of the tile, by pixels: scenes with less valid are left out
+    max_gap_days  pairs further apart are left out
+    mask_classes  scene classes (SCL) that count as no observation; None for the default set
+    mask_dilation metres by which masked clouds and shadows grow
+    model         name of a shipped model, or path of an exported one
+    device        where the network runs
+    cluster       cluster profile: kind or YAML file
+    chunk         edge of a spatial chunk in pixels
+    dates_per_task   how many dates a task takes, so that their shared reads and features are used twice
+    cog_profile   encoding of the maps
+    quicklook     write a PNG beside each map
+    validity      write a layer beside each map that tells why a pixel has no value
+    strict        warnings about the input (offsets, baselines, shifts) are errors
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    catalog: str
+    out: str
+    bbox: tuple[Longitude, Latitude, Longitude, Latitude] | None = None
+    datetime: str | None = None
+    tiles: tuple[str, ...] | None = None
+    collection: str | None = None
+    orbit: Literal["same", "any"] | Annotated[int, Field(ge=1, le=143)] = "same"
+    max_cloud: Annotated[float, Field(ge=0, le=100)] | None = 60.0
+    min_valid: Annotated[float, Field(ge=0, le=1)] = 0.1
+    max_gap_days: Annotated[float, Field(gt=0)] | None = None
+    mask_classes: tuple[Annotated[int, Field(ge=0, le=11)], ...] | None = None
+    mask_dilation: Annotated[float, Field(ge=0, le=600)] = 60.0
+    model: str = "generic"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cluster: str = "local"
+    chunk: Literal["auto"] | Annotated[int, Field(ge=64, le=16384)] = "auto"
+    dates_per_task: Annotated[int, Field(ge=2, le=64)] = 6
+    cog_profile: Literal["default", "zstd", "lerc", "uint8"] = "default"
+    quicklook: bool = True
+    validity: bool = False
+    strict: bool = False
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_one_line(error)) from None
+        if self.bbox is not None and self.bbox[1] >= self.bbox[3]:
+            raise ConfigError(
+                f"bbox {self.bbox}: south {self.bbox[1]:g} is not below north {self.bbox[3]:g}, "
+                "expected west, south, east, north"
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunConfig:
+        """Read a configuration from a YAML (or JSON) file. Raises ConfigError naming the file."""
+        try:
+            values = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read configuration {path}: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"configuration {path} holds {type(values).__name__}, expected names and values")
+        return cls(**values)
+
+    def dump(self) -> str:
+        """Return the configuration as YAML, every option stated."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _one_line(error: ValidationError) -> str:
+    parts = []
+    for problem in error.errors():
+        where = ".".join(str(p) for p in problem["loc"][:1]) or "configuration"
+        parts.append(f"{where}: {problem['msg'].lower()}, found {problem['input']!r}")
+    return "; ".join(dict.fromkeys(parts))

@@ -1,0 +1,176 @@
+"""Scenes -> lazy xarray datacube (time, band, y, x), on the native grid, by stackstac."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import rioxarray  # noqa: F401  (registers the .rio accessor that carries the CRS)
+import stackstac
+import xarray as xr
+from rasterio.windows import Window
+
+from s2cd.catalog.bands import SCL, canonical_band
+from s2cd.catalog.scene import Grid, Scene
+from s2cd.errors import ConfigError, GridError, NoScenesError
+from s2cd.reader import Source, band_source, read_window, require_asset
+
+DEFAULT_BANDS = ("blue", "green", "red", "nir", "nir08", "swir16", "swir22")
+
+
+def open_cube(scenes: Sequence[Scene], bands: Sequence[str] | None = None, chunk: int = 2048) -> xr.DataArray:
+    """Open scenes of one tile as a lazy datacube.
+
+    bands   names such as "B04" or "red", and "scl"; by default the seven bands of the shipped models, and the
+            scene classification where every scene has it
+    chunk   edge of a spatial chunk in pixels; a chunk holds one date and all bands
+
+    Returns a DataArray (time, band, y, x) of uint16 digital numbers, 0 where there is no observation, on the
+    finest grid among the bands, never resampled but for the exact replication of coarser bands. Coordinates: pixel
+    centres x and y, `id` (time), and `scale` and `offset` (time, band) with
+    reflectance = scale * digital number + offset. The CRS stands where rioxarray looks for it.
+
+    Raises NoScenesError without scenes, ConfigError for a band a scene does not offer, and GridError for scenes of
+    different grids; when computed, ReadError and GridError as in `s2cd.reader.read_window`.
+    """
+    ordered = sorted(scenes, key=lambda s: (s.time, s.id))
+    if not ordered:
+        raise NoScenesError("no scenes to open, expected at least one")
+    names = cube_bands(ordered, bands)
+    grid = common_grid(ordered, names)
+    stacked = stackstac.stack(
+        [_plain_item(scene, names) for scene in ordered],
+        assets=list(names),
+        epsg=grid.epsg,
+        resolution=(abs(grid.transform[0]), abs(grid.transform[4])),
+        bounds=_bounds(grid),
+        snap_bounds=False,
+        chunksize=(1, -1, chunk, chunk),
+        dtype=np.dtype("uint16"),
+        fill_value=np.uint16(0),
+        rescale=False,
+        sortby_date=False,
+        xy_coords="center",
+        properties=False,
+        band_coords=False,
+        errors_as_nodata=(),
+        reader=partial(AssetReader, grid=grid),
+    )
+    if stacked.shape[2:] != grid.shape:
+        raise GridError(f"tile {ordered[0].tile}: cube has shape {stacked.shape[2:]}, its scenes {grid.shape}")
+    return _with_coordinates(stacked, ordered, names, grid)
+
+
+def cube_bands(scenes: Sequence[Scene], bands: Sequence[str] | None) -> tuple[str, ...]:
+    """Return canonical band names, each checked to be offered by every scene.
+
+    Raises ConfigError for a name no band has, a band named twice, and a band a scene does not offer.
+    """
+    if bands is None:
+        names = DEFAULT_BANDS + ((SCL,) if all(SCL in s.assets for s in scenes) else ())
+    else:
+        names = tuple(canonical_band(b) for b in bands)
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice or not names:
+        raise ConfigError(f"bands {list(bands or ())}: expected different names, found {twice or 'none'} twice")
+    for scene in scenes:
+        for name in names:
+            require_asset(scene, name)
+    return names
+
+
+def common_grid(scenes: Sequence[Scene], bands: Sequence[str]) -> Grid:
+    """Return the finest grid among `bands`, asserted to be the same for every scene.
+
+    Raises GridError naming the scene that differs, with both grids.
+    """
+    grid = finest_grid(scenes[0], bands)
+    for scene in scenes:
+        for piece in (scene, *scene.parts):
+            found = finest_grid(piece, bands)
+            if found != grid:
+                raise GridError(f"{piece.id} lies on {found}, but {scenes[0].id} on {grid}")
+    return grid
+
+
+def finest_grid(scene: Scene, bands: Sequence[str]) -> Grid:
+    """Return the grid of the band with the smallest pixels."""
+    return min((require_asset(scene, b).grid for b in bands), key=lambda g: abs(g.transform[0]))
+
+
+class AssetReader:
+    """stackstac's reader protocol on top of `s2cd.reader`: typed errors, retries and signing, no resampling.
+
+    stackstac knows an asset by one URL string, so the source travels in it (see `_plain_item`).
+    """
+
+    def __init__(self, *, url: str, grid: Grid, **_: Any):
+        provider, band, *hrefs = url.split("\n")
+        self.source = Source(band, tuple(hrefs), provider)
+        self.grid = grid
+
+    def read(self, window: Window, **_: Any) -> np.ndarray:
+        """Read a window of the cube's grid as uint16 (y, x)."""
+        rows, cols = (slice(*(int(v) for v in span)) for span in window.toranges())
+        return read_window(self.source, self.grid, (rows, cols)).astype(np.uint16, copy=False)
+
+    def close(self) -> None:
+        """Nothing stays open between reads."""
+
+
+def _plain_item(scene: Scene, bands: Sequence[str]) -> dict[str, Any]:
+    """What stackstac needs of an item: plain, with the old `proj:epsg`, and no bbox to fall back on."""
+    assets = {}
+    for band in bands:
+        source, grid = band_source(scene, band), scene.assets[band].grid
+        assets[band] = {
+            "href": "\n".join((source.provider, band, *source.hrefs)),
+            "type": "image/tiff",
+            "proj:epsg": grid.epsg,
+            "proj:transform": list(grid.transform),
+            "proj:shape": list(grid.shape),
+        }
+    properties = {"datetime": scene.time.replace(tzinfo=None).isoformat()}
+    return {"id": scene.id, "type": "Feature", "properties": properties, "assets": assets}
+
+
+def _bounds(grid: Grid) -> tuple[float, float, float, float]:
+    a, _, left, _, e, top = grid.transform
+    return (left, top + e * grid.shape[0], left + a * grid.shape[1], top)
+
+
+def _with_coordinates(stacked: xr.DataArray, scenes: Sequence[Scene], bands: Sequence[str], grid: Grid) -> xr.DataArray:
+    a, _, left, _, e, top = grid.transform
+    rows, cols = grid.shape
+    radiometry = [[[getattr(s.assets[b], what) for b in bands] for s in scenes] for what in ("scale", "offset")]
+    cube = xr.DataArray(
+        stacked.data,
+        dims=("time", "band", "y", "x"),
+        coords={
+            "time": np.array([s.time.replace(tzinfo=None) for s in scenes], dtype="datetime64[ns]"),
+            "band": list(bands),
+            "y": top + e * (np.arange(rows) + 0.5),
+            "x": left + a * (np.arange(cols) + 0.5),
+            "id": ("time", [s.id for s in scenes]),
+            "scale": (("time", "band"), np.array(radiometry[0], dtype=np.float64)),
+            "offset": (("time", "band"), np.array(radiometry[1], dtype=np.float64)),
+        },
+        name="digital_number",
+        attrs={"long_name": "Sentinel-2 digital number", "nodata": 0, "tile": scenes[0].tile},
+    )
+    return cube.rio.write_crs(grid.epsg).rio.write_transform()
+
+
+def cube_grid(cube: xr.DataArray) -> Grid:
+    """Return the pixel grid of a cube (or of any part of one).
+
+    Raises GridError if it has no CRS with an EPSG code.
+    """
+    epsg = cube.rio.crs.to_epsg() if cube.rio.crs else None
+    if epsg is None:
+        raise GridError(f"cube has CRS {cube.rio.crs}, expected one with an EPSG code (cube.rio.write_crs)")
+    transform = cube.rio.transform(recalc=math.prod(cube.shape[-2:]) > 1)
+    return Grid(epsg, tuple(transform)[:6], (cube.sizes["y"], cube.sizes["x"]))

@@ -1,0 +1,301 @@
+"""map_blocks over the cube: the only place where the network and Dask meet.
+
+Two forms of one computation, tested against each other. `detect_changes` takes any cube and lets Dask bring the
+halos. `change_codes` is what a run uses: a task reads its chunk of several consecutive dates with its halo (see
+`s2cd.reader`), encodes each date once and keeps its features for both of its pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+import xarray as xr
+from dask.array.overlap import overlap
+
+from s2cd.catalog.bands import SCL
+from s2cd.catalog.scene import Grid, Scene
+from s2cd.cube import common_grid, cube_grid
+from s2cd.errors import ConfigError, GridError
+from s2cd.masks import Mask
+from s2cd.model import Model, ModelRef
+from s2cd.outputs.codes import encode_codes
+from s2cd.pairs import Pair
+from s2cd.reader import Tiling, read_window
+from s2cd.survey import SceneInput, Survey, observed, scene_input, survey_scene
+
+DEFAULT_CHUNK = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Dates in order of time and the pairs among them, by position: what one task works on."""
+
+    dates: tuple[SceneInput, ...]
+    statistics: tuple[np.ndarray, ...]
+    pairs: tuple[tuple[int, int], ...]
+
+
+def detect_changes(
+    cube: xr.DataArray,
+    pairs: Sequence[Pair],
+    model: str = "generic",
+    *,
+    mask: Mask | None = None,
+    device: str = "auto",
+) -> xr.DataArray:
+    """Probability of change for each pair, lazily.
+
+    cube    as `s2cd.open_cube` returns it, or any part of it that starts at an even row and column
+    pairs   pairs of scenes that the cube holds
+    model   name of a shipped model, or path of an exported one
+    mask    which observations count; by default clouds, shadows and their rims do not
+
+    Returns a DataArray (pair, y, x) float32 in [0, 1], NaN where either date has no valid observation, on the
+    cube's grid. Statistics for the normalisation come from the overviews of the scenes' files.
+
+    Raises ConfigError for a pair, or a band of the model, that the cube lacks; GridError for an odd start.
+    """
+    ref, mask = ModelRef.of(model, device), mask or Mask()
+    network = ref.load()
+    _require_bands(cube, network.bands)
+    positions = [_positions(cube, pair) for pair in pairs]
+    scenes = {s.id: s for pair in pairs for s in (pair.before, pair.after)}
+    grid = _require_even_start(cube, list(scenes.values()), network)
+    inputs = {i: scene_input(s, network.bands, common_grid([s], network.bands)) for i, s in scenes.items()}
+    surveys = {i: dask.delayed(survey_scene)(entry, mask, ref) for i, entry in inputs.items()}
+    halo = _halo(network, mask, inputs.values())
+    haloed, base = _with_halo(cube, network, halo)
+    probability = da.map_blocks(
+        _infer_pair,
+        haloed[[before for before, _ in positions]],
+        haloed[[after for _, after in positions]],
+        ids=[(pair.before.id, pair.after.id) for pair in pairs],
+        inputs=inputs,
+        surveys=surveys,
+        mask=mask,
+        ref=ref,
+        bands=tuple(str(b) for b in cube.band.values),
+        halo=halo,
+        dtype=np.float32,
+        drop_axis=1,
+        chunks=((1,) * len(pairs), *base),
+        meta=np.empty((0, 0, 0), np.float32),
+    )
+    return _labelled(probability, pairs, grid, cube, ref)
+
+
+def change_codes(
+    pairs: Sequence[Pair],
+    surveys: Mapping[str, Survey],
+    ref: ModelRef,
+    mask: Mask,
+    chunk: int,
+) -> da.Array:
+    """Probability codes of several pairs of one field of view, lazily, each source block read once.
+
+    Returns uint16 (pair, y, x) as `s2cd.outputs.codes` defines them; a chunk holds all pairs and `chunk` pixels
+    along y and x. Tasks fail with ReadError or GridError where a source does.
+    """
+    network = ref.load()
+    scenes = {s.id: s for pair in pairs for s in (pair.before, pair.after)}
+    ordered = sorted(scenes.values(), key=lambda s: (s.time, s.id))
+    grid = common_grid(ordered, network.bands)
+    order = {scene.id: index for index, scene in enumerate(ordered)}
+    series = Series(
+        dates=tuple(scene_input(s, network.bands, grid) for s in ordered),
+        statistics=tuple(surveys[s.id].statistics for s in ordered),
+        pairs=tuple((order[p.before.id], order[p.after.id]) for p in pairs),
+    )
+    tiling = Tiling(grid.shape, chunk, _halo(network, mask, series.dates))
+    rows, cols = tiling.blocks
+    return da.map_blocks(
+        partial(_infer_block, series=series, tiling=tiling, mask=mask, ref=ref),
+        chunks=((len(pairs),), _sizes(tiling, 0, rows), _sizes(tiling, 1, cols)),
+        dtype=np.uint16,
+        meta=np.empty((0, 0, 0), np.uint16),
+    )
+
+
+def auto_chunk(shape: tuple[int, int], stride: int) -> int:
+    """Return the edge of a chunk: about 2048 pixels, equal parts, at least two along a side of 512 or more."""
+    longest = max(shape)
+    parts = max(2 if longest >= 512 else 1, round(longest / DEFAULT_CHUNK))
+    return -(-longest // (parts * stride)) * stride
+
+
+def infer_series(
+    model: Model,
+    images: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    pairs: Sequence[tuple[int, int]],
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (position in `pairs`, probability (y, x) float32 with NaN) as the dates come in.
+
+    images   (pixels (band, y, x), affine (band, 2), valid (y, x)) of each date, in order
+    pairs    positions (before, after) of the dates, before < after
+
+    Each date is encoded once; its features are kept until its last pair is done.
+    """
+    last_use = {date: max(pair[1] for pair in pairs if date in pair) for pair in pairs for date in pair}
+    kept: dict[int, tuple[Any, np.ndarray]] = {}
+    for date, (pixels, affine, valid) in enumerate(images):
+        kept[date] = model.encode(pixels, affine, valid), valid
+        for position, (before, after) in enumerate(pairs):
+            if after == date:
+                (a, valid_a), (b, valid_b) = kept[before], kept[after]
+                probability = model.decode(a, b)
+                probability[~(valid_a & valid_b)] = np.nan
+                yield position, probability
+        kept = {d: features for d, features in kept.items() if last_use[d] > date}
+
+
+def _infer_block(
+    *, series: Series, tiling: Tiling, mask: Mask, ref: ModelRef, block_id: tuple[int, int, int] | None = None
+) -> np.ndarray:
+    if block_id is None:  # Dask asks for the meta
+        return np.empty((0, 0, 0), np.uint16)
+    model = ref.load()
+    window, core = tiling.read(*block_id[1:]), tiling.core(*block_id[1:])
+    inner = tuple(slice(c.start - w.start, c.stop - w.start) for c, w in zip(core, window, strict=True))
+    images = (
+        _image(model, date, statistics, mask, *_read_date(date, window, tiling))
+        for date, statistics in zip(series.dates, series.statistics, strict=True)
+    )
+    shape = (len(series.pairs), *(c.stop - c.start for c in core))
+    codes = np.empty(shape, np.uint16)
+    for position, probability in infer_series(model, images, series.pairs):
+        codes[position] = encode_codes(probability[inner])
+    return codes
+
+
+def _read_date(date: SceneInput, window: tuple[slice, slice], tiling: Tiling) -> tuple[np.ndarray, np.ndarray | None]:
+    pixels = np.stack([read_window(source, date.grid, window, tiling) for source in date.sources])
+    scl = None if date.scl is None else read_window(date.scl, date.grid, window, tiling)
+    return pixels, scl
+
+
+def _image(
+    model: Model,
+    date: SceneInput,
+    statistics: np.ndarray,
+    mask: Mask,
+    pixels: np.ndarray,
+    scl: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    valid = observed(pixels, scl, date, mask)
+    affine = model.affine(statistics, np.array(date.scale, np.float32), np.array(date.offset, np.float32))
+    return pixels, affine, valid
+
+
+def _infer_pair(
+    before: np.ndarray,
+    after: np.ndarray,
+    *,
+    ids: list[tuple[str, str]],
+    inputs: dict[str, SceneInput],
+    surveys: dict[str, Survey],
+    mask: Mask,
+    ref: ModelRef,
+    bands: tuple[str, ...],
+    halo: int,
+    block_info: dict[Any, Any] | None = None,
+) -> np.ndarray:
+    if not block_info:  # Dask asks for the meta
+        return np.empty((0, 0, 0), np.float32)
+    model = ref.load()
+    images = []
+    for scene_id, block in zip(ids[block_info[None]["chunk-location"][0]], (before, after), strict=True):
+        pixels = block[0][[bands.index(b) for b in model.bands]]
+        scl = block[0][bands.index(SCL)] if SCL in bands else None
+        images.append(_image(model, inputs[scene_id], surveys[scene_id].statistics, mask, pixels, scl))
+    ((_, probability),) = infer_series(model, images, [(0, 1)])
+    location, counts = block_info[0]["chunk-location"][2:], block_info[0]["num-chunks"][2:]
+    inner = tuple(
+        slice(halo if i else 0, size - halo if i < n - 1 else size)
+        for i, n, size in zip(location, counts, probability.shape, strict=True)
+    )
+    return probability[inner][None]
+
+
+def _halo(model: Model, mask: Mask, dates: Iterable[SceneInput]) -> int:
+    """Pixels around a chunk that its result depends on: of the network, and of the mask that its input depends on."""
+    reach = mask.dilation if all(date.scl is not None for date in dates) else mask.reach
+    return model.halo + -(-reach // model.stride) * model.stride
+
+
+def _with_halo(cube: xr.DataArray, model: Model, halo: int) -> tuple[da.Array, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the cube's array with overlapping chunks, and the chunks without overlap."""
+    array = cube.data if isinstance(cube.data, da.Array) else da.from_array(cube.data, chunks=-1)
+    spatial = [
+        _aligned_chunks(size, max(chunks), model.stride, halo)
+        for size, chunks in zip(array.shape[2:], array.chunks[2:], strict=True)
+    ]
+    array = array.rechunk((1, -1, *spatial))
+    return overlap(array, depth={0: 0, 1: 0, 2: halo, 3: halo}, boundary="none"), (spatial[0], spatial[1])
+
+
+def _aligned_chunks(size: int, wish: int, stride: int, halo: int) -> tuple[int, ...]:
+    """Cut `size` pixels into chunks of about `wish`, multiples of `stride`, none smaller than the halo."""
+    chunk = max(-(-wish // stride), -(-halo // stride)) * stride
+    sizes = [chunk] * (size // chunk)
+    rest = size - sum(sizes)
+    if rest and sizes and rest < halo:
+        sizes[-1] += rest
+    elif rest:
+        sizes.append(rest)
+    return tuple(sizes)
+
+
+def _sizes(tiling: Tiling, axis: int, count: int) -> tuple[int, ...]:
+    cores = (tiling.core(i, 0)[0] if axis == 0 else tiling.core(0, i)[1] for i in range(count))
+    return tuple(core.stop - core.start for core in cores)
+
+
+def _require_bands(cube: xr.DataArray, bands: Sequence[str]) -> None:
+    missing = [b for b in bands if b not in cube.band.values]
+    if missing:
+        raise ConfigError(f"the model needs the bands {', '.join(bands)}, the cube lacks {', '.join(missing)}")
+
+
+def _positions(cube: xr.DataArray, pair: Pair) -> tuple[int, int]:
+    ids = list(cube["id"].values)
+    try:
+        return ids.index(pair.before.id), ids.index(pair.after.id)
+    except ValueError:
+        raise ConfigError(
+            f"pair {pair.name} needs {pair.before.id} and {pair.after.id}, the cube holds {len(ids)} other dates"
+        ) from None
+
+
+def _require_even_start(cube: xr.DataArray, scenes: Sequence[Scene], model: Model) -> Grid:
+    """Return the cube's grid after checking that its 20 m pixels are whole."""
+    grid, whole = cube_grid(cube), common_grid(scenes, model.bands)
+    for axis, (origin, step) in {"column": (2, 0), "row": (5, 4)}.items():
+        start = (grid.transform[origin] - whole.transform[origin]) / whole.transform[step]
+        if abs(start - round(start)) > 0.01 or round(start) % 2:
+            raise GridError(f"the cube starts at {axis} {start:g} of its tile, expected an even number")
+    return grid
+
+
+def _labelled(
+    probability: da.Array, pairs: Sequence[Pair], grid: Grid, cube: xr.DataArray, ref: ModelRef
+) -> xr.DataArray:
+    result = xr.DataArray(
+        probability,
+        dims=("pair", "y", "x"),
+        coords={
+            "pair": [pair.name for pair in pairs],
+            "before": ("pair", [np.datetime64(p.before.time.replace(tzinfo=None), "ns") for p in pairs]),
+            "after": ("pair", [np.datetime64(p.after.time.replace(tzinfo=None), "ns") for p in pairs]),
+            "y": cube.y,
+            "x": cube.x,
+        },
+        name="change_probability",
+        attrs={"pairs": {pair.name: pair for pair in pairs}, "model": ref, "units": "1"},
+    )
+    return result.rio.write_crs(grid.epsg).rio.write_transform()

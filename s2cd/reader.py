@@ -1,0 +1,371 @@
+"""The one place that opens source rasters: windows on the cube's grid, each source block decoded once.
+
+A task reads its chunk and a halo around it. The halo lies in source blocks that the neighbouring chunks need too, so
+decoded blocks at chunk borders stay in `BlockCache` until every chunk that overlaps them has had them.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import rasterio
+from rasterio.windows import Window
+
+from s2cd.catalog import access
+from s2cd.catalog.scene import Asset, Grid, Scene
+from s2cd.errors import ConfigError, GridError
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one band of one acquisition is read from: all that a task needs to know of it.
+
+    `hrefs` has more than one entry for a split datatake: later ones fill what earlier ones do not cover.
+    """
+
+    band: str
+    hrefs: tuple[str, ...]
+    provider: str
+    nodata: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a grid is cut into chunks of `chunk` pixels, each read with `halo` pixels around it.
+
+    `shape`, `chunk` and `halo` are in pixels of the cube's grid.
+    """
+
+    shape: tuple[int, int]
+    chunk: int
+    halo: int
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Number of chunks along y and x."""
+        return (math.ceil(self.shape[0] / self.chunk), math.ceil(self.shape[1] / self.chunk))
+
+    def core(self, row: int, col: int) -> tuple[slice, slice]:
+        """Pixels of chunk (row, col), without halo."""
+        return self._span(0, row, 0), self._span(1, col, 0)
+
+    def read(self, row: int, col: int) -> tuple[slice, slice]:
+        """Pixels of chunk (row, col), with its halo, cut at the edges of the grid."""
+        return self._span(0, row, self.halo), self._span(1, col, self.halo)
+
+    def readers(self, axis: int, start: int, stop: int) -> int:
+        """How many chunks along `axis` read something of the pixels [start, stop)."""
+        first = max(0, (start - self.halo) // self.chunk)
+        last = min(self.blocks[axis] - 1, (stop - 1 + self.halo) // self.chunk)
+        return last - first + 1
+
+    def _span(self, axis: int, index: int, halo: int) -> slice:
+        start = index * self.chunk
+        stop = min(start + self.chunk, self.shape[axis])
+        return slice(max(0, start - halo), min(stop + halo, self.shape[axis]))
+
+
+def band_source(scene: Scene, band: str) -> Source:
+    """Return where `band` of `scene` is read from. Raises ConfigError if the scene does not offer it."""
+    assets = [require_asset(piece, band) for piece in (scene, *scene.parts)]
+    return Source(band, tuple(a.href for a in assets), scene.provider, assets[0].nodata)
+
+
+def require_asset(scene: Scene, band: str) -> Asset:
+    """Return the asset of `band`. Raises ConfigError naming the scene and what it offers."""
+    try:
+        return scene.assets[band]
+    except KeyError:
+        offered = ", ".join(sorted(scene.assets))
+        raise ConfigError(f"scene {scene.id} offers no band {band!r}, only {offered}") from None
+
+
+def read_window(source: Source, grid: Grid, window: tuple[slice, slice], tiling: Tiling | None = None) -> np.ndarray:
+    """Read a window of one band on the cube's grid.
+
+    Bands of a coarser grid are replicated (nearest neighbour, exact). With `tiling` the blocks that other chunks
+    need as well are kept for them.
+
+    Returns an array (y, x) of the file's dtype. Raises ReadError if the asset cannot be read and GridError if its
+    grid is not the cube's grid or a whole-number coarsening of it.
+    """
+    result = _read_one(source.hrefs[0], source.provider, grid, window, tiling)
+    for href in source.hrefs[1:]:
+        empty = result == source.nodata
+        if not empty.any():
+            break
+        np.copyto(result, _read_one(href, source.provider, grid, window, tiling), where=empty)
+    return result
+
+
+def read_overview(source: Source, grid: Grid, factor: int) -> np.ndarray:
+    """Read one band decimated by `factor` against the cube's grid, from overviews where the file has them.
+
+    Returns an array of shape ceil(shape / factor). Raises ReadError and GridError as `read_window` does.
+    """
+    shape = (math.ceil(grid.shape[0] / factor), math.ceil(grid.shape[1] / factor))
+
+    def read_one(href: str) -> np.ndarray:
+        def read(dataset: rasterio.DatasetReader) -> np.ndarray:
+            _coarsening(dataset, grid, href)
+            return dataset.read(1, out_shape=shape)
+
+        return _with_dataset(href, source.provider, read)
+
+    result = read_one(source.hrefs[0])
+    for href in source.hrefs[1:]:
+        np.copyto(result, read_one(href), where=result == source.nodata)
+    return result
+
+
+def _read_one(href: str, provider: str, grid: Grid, window: tuple[slice, slice], tiling: Tiling | None) -> np.ndarray:
+    def read(dataset: rasterio.DatasetReader) -> np.ndarray:
+        factor = _coarsening(dataset, grid, href)
+        rows, cols = (slice(s.start // factor, math.ceil(s.stop / factor)) for s in window)
+        if tiling is None:
+            data = _decode(dataset, rows, cols)
+        else:
+            data = BLOCKS.read(href, dataset, rows, cols, _counter(tiling, factor))
+        return _replicate(data, factor, window)
+
+    return _with_dataset(href, provider, read)
+
+
+def _counter(tiling: Tiling, factor: int) -> Callable[[int, slice], int]:
+    def readers(axis: int, span: slice) -> int:
+        return tiling.readers(axis, span.start * factor, min(span.stop * factor, tiling.shape[axis]))
+
+    return readers
+
+
+def _replicate(data: np.ndarray, factor: int, window: tuple[slice, slice]) -> np.ndarray:
+    if factor == 1:
+        return data
+    rows, cols = window
+    data = np.repeat(np.repeat(data, factor, axis=1), factor, axis=0)
+    top, left = rows.start % factor, cols.start % factor
+    return data[top : top + rows.stop - rows.start, left : left + cols.stop - cols.start]
+
+
+def _with_dataset(href: str, provider: str, read: Callable[[rasterio.DatasetReader], np.ndarray]) -> np.ndarray:
+    def attempt() -> np.ndarray:
+        path, options = access.open_options(provider, href)
+        with rasterio.Env(**options), rasterio.open(path) as dataset:
+            return read(dataset)
+
+    return access.with_retries(attempt, href)
+
+
+def _coarsening(dataset: rasterio.DatasetReader, grid: Grid, href: str) -> int:
+    """How many pixels of the grid one pixel of the dataset spans, after asserting that the two fit."""
+    found, expected = dataset.transform, grid.transform
+    factor = round(found.a / expected[0])
+    tolerance = 0.01 * abs(expected[0])
+    fits = (
+        factor >= 1
+        and abs(found.a - factor * expected[0]) * dataset.width < tolerance
+        and abs(found.e - factor * expected[4]) * dataset.height < tolerance
+        and abs(found.c - expected[2]) < tolerance
+        and abs(found.f - expected[5]) < tolerance
+        and dataset.shape == tuple(math.ceil(n / factor) for n in grid.shape)
+        and dataset.crs == rasterio.crs.CRS.from_epsg(grid.epsg)
+    )
+    if not fits:
+        raise GridError(
+            f"{href}: file has {dataset.crs} {tuple(found)[:6]} {dataset.shape}, "
+            f"expected EPSG:{grid.epsg} {grid.transform} {grid.shape} or a whole-number coarsening of it",
+            href,
+        )
+    return factor
+
+
+def _decode(dataset: rasterio.DatasetReader, rows: slice, cols: slice) -> np.ndarray:
+    data = dataset.read(1, window=Window.from_slices(rows, cols))
+    COUNTS.add(data.nbytes)
+    return data
+
+
+@dataclass
+class Counts:
+    """Bytes of pixels decoded by this process (uncompressed), for the benchmark and the read-once test."""
+
+    decoded: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, nbytes: int) -> None:
+        """Count `nbytes` more."""
+        with self._lock:
+            self.decoded += nbytes
+
+
+COUNTS = Counts()
+
+
+@dataclass
+class _Entry:
+    """A block that more than one chunk reads: its pixels once decoded, and how many chunks still want it."""
+
+    pixels: Future[np.ndarray]
+    wanted: int
+
+
+_Block = tuple[int, int]
+
+
+class BlockCache:
+    """Decoded source blocks at chunk borders, shared by the threads of one process.
+
+    A block is decoded by the first chunk that needs it, while others wait for it, and dropped when the last one
+    has had it. `max_bytes` bounds what a lost neighbour would leave behind: the oldest go first and are read again.
+    """
+
+    def __init__(self, max_bytes: int = 2 << 30):
+        self.max_bytes = max_bytes
+        self._entries: OrderedDict[tuple[str, int, int], _Entry] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def read(
+        self,
+        href: str,
+        dataset: rasterio.DatasetReader,
+        rows: slice,
+        cols: slice,
+        readers: Callable[[int, slice], int],
+    ) -> np.ndarray:
+        """Read pixels [rows, cols) of `dataset`; `readers(axis, span)` counts the chunks that read a span."""
+        layout = _Layout(dataset.shape, dataset.block_shapes[0])
+        blocks = list(layout.covering(rows, cols))
+        wanted = {b: readers(0, layout.span(0, b[0])) * readers(1, layout.span(1, b[1])) for b in blocks}
+        out = np.empty((rows.stop - rows.start, cols.stop - cols.start), dataset.dtypes[0])
+        mine, held = self._claim(href, blocks, wanted)
+        try:
+            for first, last in _rectangles(set(mine)):
+                span = layout.union(first, last)
+                data = _decode(dataset, *span)
+                _paste(out, rows, cols, data, span)
+                self._publish(href, layout, mine, data, span)
+        except BaseException as error:
+            self._abandon(href, mine, error)
+            raise
+        for block, entry in held.items():
+            span = layout.span(0, block[0]), layout.span(1, block[1])
+            _paste(out, rows, cols, entry.pixels.result(), span)
+        self._release(href, {**mine, **held})
+        return out
+
+    def _claim(
+        self, href: str, blocks: list[_Block], wanted: dict[_Block, int]
+    ) -> tuple[dict[_Block, _Entry | None], dict[_Block, _Entry]]:
+        """Split blocks into those this call decodes (with an entry if others want them) and those it gets."""
+        mine: dict[_Block, _Entry | None] = {}
+        held: dict[_Block, _Entry] = {}
+        with self._lock:
+            for block in blocks:
+                entry = self._entries.get((href, *block))
+                if entry is not None:
+                    held[block] = entry
+                elif wanted[block] > 1:
+                    mine[block] = self._entries[(href, *block)] = _Entry(Future(), wanted[block])
+                else:
+                    mine[block] = None
+        return mine, held
+
+    def _publish(
+        self,
+        href: str,
+        layout: _Layout,
+        mine: dict[_Block, _Entry | None],
+        data: np.ndarray,
+        span: tuple[slice, slice],
+    ) -> None:
+        for block in layout.covering(*span):
+            entry = mine[block]
+            if entry is None:
+                continue
+            rows, cols = layout.span(0, block[0]), layout.span(1, block[1])
+            top, left = rows.start - span[0].start, cols.start - span[1].start
+            pixels = data[top : top + rows.stop - rows.start, left : left + cols.stop - cols.start].copy()
+            with self._lock:
+                self._bytes += pixels.nbytes
+            entry.pixels.set_result(pixels)
+        self._evict()
+
+    def _evict(self) -> None:
+        with self._lock:
+            while self._bytes > self.max_bytes:
+                key = next((k for k, e in self._entries.items() if e.pixels.done()), None)
+                if key is None:
+                    return
+                self._bytes -= self._entries.pop(key).pixels.result().nbytes
+
+    def _abandon(self, href: str, mine: dict[_Block, _Entry | None], error: BaseException) -> None:
+        with self._lock:
+            for block, entry in mine.items():
+                if entry is not None and not entry.pixels.done():
+                    self._entries.pop((href, *block), None)
+                    entry.pixels.set_exception(error)
+
+    def _release(self, href: str, had: Mapping[_Block, _Entry | None]) -> None:
+        with self._lock:
+            for block, entry in had.items():
+                if entry is None:
+                    continue
+                entry.wanted -= 1
+                if entry.wanted <= 0 and self._entries.get((href, *block)) is entry:
+                    del self._entries[(href, *block)]
+                    self._bytes -= entry.pixels.result().nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """The blocks of a raster of `shape`, each of `block` pixels."""
+
+    shape: tuple[int, int]
+    block: tuple[int, int]
+
+    def span(self, axis: int, index: int) -> slice:
+        start = index * self.block[axis]
+        return slice(start, min(start + self.block[axis], self.shape[axis]))
+
+    def covering(self, rows: slice, cols: slice) -> Iterator[_Block]:
+        for i in range(rows.start // self.block[0], math.ceil(rows.stop / self.block[0])):
+            for j in range(cols.start // self.block[1], math.ceil(cols.stop / self.block[1])):
+                yield i, j
+
+    def union(self, first: _Block, last: _Block) -> tuple[slice, slice]:
+        rows, cols = (slice(self.span(axis, first[axis]).start, self.span(axis, last[axis]).stop) for axis in (0, 1))
+        return rows, cols
+
+
+def _rectangles(blocks: set[_Block]) -> Iterator[tuple[_Block, _Block]]:
+    """Cover a set of blocks with few disjoint rectangles, each given by its first and last block."""
+    left = set(blocks)
+    while left:
+        i, j = min(left)
+        width = 1
+        while (i, j + width) in left:
+            width += 1
+        height = 1
+        while all((i + height, j + k) in left for k in range(width)):
+            height += 1
+        left -= {(i + a, j + b) for a in range(height) for b in range(width)}
+        yield (i, j), (i + height - 1, j + width - 1)
+
+
+def _paste(out: np.ndarray, rows: slice, cols: slice, data: np.ndarray, span: tuple[slice, slice]) -> None:
+    """Copy what `data`, lying at `span`, has of the window (rows, cols) into `out`."""
+    top, bottom = max(rows.start, span[0].start), min(rows.stop, span[0].stop)
+    left, right = max(cols.start, span[1].start), min(cols.stop, span[1].stop)
+    out[top - rows.start : bottom - rows.start, left - cols.start : right - cols.start] = data[
+        top - span[0].start : bottom - span[0].start, left - span[1].start : right - span[1].start
+    ]
+
+
+BLOCKS = BlockCache()

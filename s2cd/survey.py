@@ -1,0 +1,110 @@
+"""A first, cheap look at a scene through its overviews: how much of it is valid, how bright it is.
+
+The network normalises each date by robust statistics of the whole scene. They are computed here once, so that every
+chunk uses the same few numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from s2cd.catalog.bands import SCL
+from s2cd.catalog.scene import Grid, Scene
+from s2cd.masks import Mask
+from s2cd.model import ModelRef
+from s2cd.reader import Source, band_source, read_overview
+
+OVERVIEW_PIXELS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class SceneInput:
+    """What a task needs of a scene: URLs and a few numbers, no STAC document.
+
+    `scale` and `offset` have one entry per source: reflectance = scale * digital number + offset.
+    """
+
+    id: str
+    grid: Grid
+    sources: tuple[Source, ...]
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+    scl: Source | None
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Numbers about one scene.
+
+    valid_fraction  share of the tile's pixels with a valid observation, in [0, 1]
+    statistics      float32 (band, 2), centre and spread of valid reflectance, as `Model.statistics` gives them
+    dark            float32 (band,), 0.5 percentile of valid reflectance, for the offset check
+    """
+
+    id: str
+    valid_fraction: float
+    statistics: np.ndarray
+    dark: np.ndarray
+
+
+def scene_input(scene: Scene, bands: Sequence[str], grid: Grid) -> SceneInput:
+    """Reduce `scene` to what reading `bands` (and SCL, where it has one) on `grid` takes.
+
+    Raises ConfigError for a band the scene does not offer.
+    """
+    sources = tuple(band_source(scene, band) for band in bands)
+    assets = [scene.assets[band] for band in bands]
+    return SceneInput(
+        id=scene.id,
+        grid=grid,
+        sources=sources,
+        scale=tuple(a.scale for a in assets),
+        offset=tuple(a.offset for a in assets),
+        scl=band_source(scene, SCL) if SCL in scene.assets else None,
+    )
+
+
+def overview_factor(shape: tuple[int, int]) -> int:
+    """Return the power of two by which an overview keeps at least 256 pixels along its shorter side."""
+    return 1 << max(0, (min(shape) // OVERVIEW_PIXELS).bit_length() - 1)
+
+
+def survey_scene(scene: SceneInput, mask: Mask, model: ModelRef) -> Survey:
+    """Survey one scene from its overviews. Raises ReadError and GridError as reading does."""
+    factor = overview_factor(scene.grid.shape)
+    pixels = np.stack([read_overview(source, scene.grid, factor) for source in scene.sources])
+    scl = None if scene.scl is None else read_overview(scene.scl, scene.grid, factor)
+    valid = observed(pixels, scl, scene, mask, factor)
+    reflectance = to_reflectance(pixels, scene, valid)
+    return Survey(
+        id=scene.id,
+        valid_fraction=float(valid.mean()),
+        statistics=model.load().statistics(reflectance),
+        dark=np.nanpercentile(reflectance, 0.5, axis=(1, 2)).astype(np.float32)
+        if valid.any()
+        else np.full(len(pixels), np.nan, np.float32),
+    )
+
+
+def observed(pixels: np.ndarray, scl: np.ndarray | None, scene: SceneInput, mask: Mask, factor: int = 1) -> np.ndarray:
+    """Return bool (y, x): True where every band has an observation and the mask lets it pass.
+
+    `pixels` uint16 (band, y, x) and `scl` uint8 (y, x) are decimated by `factor` against the 10 m grid.
+    """
+    seen = np.logical_and.reduce([p != s.nodata for p, s in zip(pixels, scene.sources, strict=True)])
+    if scl is not None and factor == 1:  # replicated from 20 m: a quarter of the work at its own size
+        native = mask.from_scl(scl[::2, ::2], 2)
+        return seen & native.repeat(2, axis=0).repeat(2, axis=1)[: seen.shape[0], : seen.shape[1]]
+    if scl is not None:
+        return seen & mask.from_scl(scl, factor)
+    reflectance = to_reflectance(pixels, scene, seen)
+    return seen & mask.from_reflectance(reflectance, [s.band for s in scene.sources], factor)
+
+
+def to_reflectance(pixels: np.ndarray, scene: SceneInput, valid: np.ndarray) -> np.ndarray:
+    """Return float32 reflectance (band, y, x), NaN where not `valid`."""
+    scale, offset = (np.array(v, np.float32)[:, None, None] for v in (scene.scale, scene.offset))
+    return np.where(valid, pixels * scale + offset, np.float32(np.nan)).astype(np.float32, copy=False)

@@ -1,0 +1,93 @@
+"""The datacube: lazy, native grid, exact pixels, checked grid."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import dask
+import numpy as np
+import pytest
+import rasterio
+
+from s2cd.cube import cube_grid, open_cube
+from s2cd.errors import ConfigError, GridError, NoScenesError, ReadError
+
+
+@pytest.mark.parametrize("shape", [(17, 19), (200, 232), (101, 64)])
+@pytest.mark.parametrize("chunk", [64, 2048])
+def test_pixels_coordinates_and_crs(make_series, shape, chunk):
+    scenes = make_series(shape=shape, dates=2)
+    cube = open_cube(scenes, chunk=chunk)
+    assert cube.dims == ("time", "band", "y", "x")
+    assert cube.shape == (2, 8, *shape)
+    assert cube.dtype == np.uint16
+    assert dask.is_dask_collection(cube.data)
+    assert cube.rio.crs.to_epsg() == 32631
+    assert tuple(cube.rio.transform())[:6] == scenes[0].assets["red"].grid.transform
+    assert (float(cube.x[0]), float(cube.y[0])) == (499985.0, 5699995.0)
+    computed = cube.compute(scheduler="threads")
+    for index, scene in enumerate(scenes):
+        for band in ("red", "swir16", "scl"):
+            with rasterio.open(scene.assets[band].href) as dataset:
+                expected = dataset.read(1)
+            factor = 1 if band == "red" else 2
+            expected = expected.repeat(factor, 0).repeat(factor, 1)[: shape[0], : shape[1]]
+            np.testing.assert_array_equal(computed.isel(time=index).sel(band=band), expected)
+
+
+def test_bands_by_either_name_and_their_radiometry(make_series):
+    scenes = make_series(dates=2)
+    late = {**scenes[1].assets, "red": replace(scenes[1].assets["red"], offset=-0.1)}
+    cube = open_cube([replace(scenes[1], assets=late), scenes[0]], bands=["B04", "nir"])
+    assert list(cube.band.values) == ["red", "nir"]
+    assert list(cube["id"].values) == ["scene-000", "scene-001"]
+    np.testing.assert_array_equal(cube.offset, [[0, 0], [-0.1, 0]])
+    np.testing.assert_array_equal(cube.scale, 1e-4)
+
+
+def test_20_m_bands_alone_stay_at_20_m(make_series):
+    cube = open_cube(make_series(shape=(101, 79), dates=1), bands=["B11", "scl"])
+    assert cube.shape[2:] == (51, 40)
+
+
+@pytest.mark.parametrize(
+    ("bands", "message"),
+    [
+        (["B99"], "unknown band 'B99', expected one of B01/coastal"),
+        (["B05"], "scene-000 offers no band 'rededge1', only blue"),
+        (["B04", "red"], "found .'red'. twice"),
+        ([], "found none"),
+    ],
+)
+def test_bands_that_cannot_be_had(make_series, bands, message):
+    with pytest.raises(ConfigError, match=message):
+        open_cube(make_series(dates=1), bands=bands)
+
+
+def test_no_scenes():
+    with pytest.raises(NoScenesError):
+        open_cube([])
+
+
+def test_scenes_of_two_crs(make_series):
+    first, second = make_series(dates=2)
+    moved = {k: replace(a, grid=replace(a.grid, epsg=32632)) for k, a in second.assets.items()}
+    with pytest.raises(GridError, match="scene-001 lies on .*32632"):
+        open_cube([first, replace(second, assets=moved)])
+
+
+def test_invariant_4_a_failed_read_is_a_typed_error(make_series):
+    scenes = make_series(dates=2)
+    path = scenes[1].assets["nir"].href
+    content = open(path, "rb").read()
+    open(path, "wb").write(content[: len(content) // 3])
+    with pytest.raises(ReadError, match=r"001/nir\.tif"):
+        open_cube(scenes).compute(scheduler="threads")
+
+
+def test_grid_of_a_part(make_series):
+    cube = open_cube(make_series(dates=1))
+    part = cube[:, :, 10:50, 20:120]
+    grid = cube_grid(part)
+    assert grid.shape == (40, 100)
+    assert grid.transform == (10.0, 0.0, 500180.0, 0.0, -10.0, 5699900.0)

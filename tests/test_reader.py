@@ -1,0 +1,179 @@
+"""Reading: exact windows, typed errors, each block decoded once."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import rasterio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s2cd import reader
+from s2cd.errors import ConfigError, GridError, ReadError
+from s2cd.reader import BlockCache, Tiling, _rectangles, band_source, read_overview, read_window
+
+
+def whole(scene, band):
+    with rasterio.open(scene.assets[band].href) as dataset:
+        return dataset.read(1)
+
+
+@pytest.mark.parametrize("shape", [(17, 19), (200, 232), (129, 63)])
+@pytest.mark.parametrize("band", ["red", "swir16", "scl"])
+def test_window_equals_the_file_replicated_to_10_m(make_series, shape, band):
+    scene = make_series(shape=shape, dates=1)[0]
+    factor = 1 if band == "red" else 2
+    expected = whole(scene, band).repeat(factor, 0).repeat(factor, 1)[: shape[0], : shape[1]]
+    grid = scene.assets["red"].grid
+    everything = read_window(band_source(scene, band), grid, (slice(0, shape[0]), slice(0, shape[1])))
+    np.testing.assert_array_equal(everything, expected)
+    window = (slice(3, shape[0] - 2), slice(5, shape[1]))
+    np.testing.assert_array_equal(read_window(band_source(scene, band), grid, window), expected[window])
+
+
+@pytest.mark.parametrize(("chunk", "halo"), [(64, 16), (80, 24), (96, 40), (512, 64)])
+def test_invariant_5_each_source_block_is_decoded_once(make_series, monkeypatch, chunk, halo):
+    scene = make_series(shape=(300, 333), dates=1, block=64)[0]
+    monkeypatch.setattr(reader, "BLOCKS", BlockCache())
+    monkeypatch.setattr(reader, "COUNTS", reader.Counts())
+    grid = scene.assets["red"].grid
+    tiling = Tiling(grid.shape, chunk, halo)
+    chunks = [(i, j) for i in range(tiling.blocks[0]) for j in range(tiling.blocks[1])]
+    for band in ("red", "swir22"):
+        source, expected = band_source(scene, band), whole(scene, band)
+        factor = 1 if band == "red" else 2
+        expected = expected.repeat(factor, 0).repeat(factor, 1)
+        with ThreadPoolExecutor(4) as pool:
+            windows = [tiling.read(*c) for c in chunks]
+            for window, data in zip(
+                windows, pool.map(partial(read_window, source, grid, tiling=tiling), windows), strict=True
+            ):
+                np.testing.assert_array_equal(data, expected[: grid.shape[0], : grid.shape[1]][window])
+    assert sum(whole(scene, b).nbytes for b in ("red", "swir22")) == reader.COUNTS.decoded
+    assert not reader.BLOCKS._entries
+    assert reader.BLOCKS._bytes == 0
+
+
+def test_a_full_cache_reads_again_and_never_wrong(make_series, monkeypatch):
+    scene = make_series(shape=(300, 333), dates=1, block=64)[0]
+    monkeypatch.setattr(reader, "BLOCKS", BlockCache(max_bytes=10_000))
+    grid, source, expected = scene.assets["red"].grid, band_source(scene, "red"), whole(scene, "red")
+    tiling = Tiling(grid.shape, 64, 16)
+    for i in range(tiling.blocks[0]):
+        for j in range(tiling.blocks[1]):
+            window = tiling.read(i, j)
+            np.testing.assert_array_equal(read_window(source, grid, window, tiling), expected[window])
+    assert reader.BLOCKS._bytes <= 10_000
+
+
+def test_a_failed_read_leaves_no_block_behind(make_series, monkeypatch, tmp_path):
+    monkeypatch.setattr(reader, "BLOCKS", BlockCache())
+    scene = make_series(shape=(300, 333), dates=1, block=64)[0]
+    href = scene.assets["red"].href
+    content = open(href, "rb").read()
+    truncated = tmp_path / "truncated.tif"
+    truncated.write_bytes(content[: len(content) // 2])
+    source = replace(band_source(scene, "red"), hrefs=(str(truncated),))
+    grid = scene.assets["red"].grid
+    tiling = Tiling(grid.shape, 128, 16)
+    with pytest.raises(ReadError, match=r"truncated\.tif"):
+        read_window(source, grid, tiling.read(1, 1), tiling)
+    assert not reader.BLOCKS._entries
+
+
+def test_missing_asset_is_a_read_error_naming_it(make_series):
+    scene = make_series(dates=1)[0]
+    source = replace(band_source(scene, "red"), hrefs=("nowhere/B04.tif",))
+    with pytest.raises(ReadError, match=r"nowhere/B04\.tif"):
+        read_window(source, scene.assets["red"].grid, (slice(0, 8), slice(0, 8)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"transform": (10.0, 0, 499990.0, 0, -10.0, 5700000.0)},
+        {"transform": (10.0, 0, 499980.0, 0, -10.0, 5700005.0)},
+        {"transform": (15.0, 0, 499980.0, 0, -15.0, 5700000.0)},
+        {"epsg": 32632},
+        {"shape": (200, 233)},
+    ],
+)
+def test_a_file_on_another_grid_than_its_item_is_refused(make_series, wrong):
+    scene = make_series(dates=1)[0]
+    grid = replace(scene.assets["red"].grid, **wrong)
+    with pytest.raises(GridError, match="expected EPSG") as caught:
+        read_window(band_source(scene, "red"), grid, (slice(0, 8), slice(0, 8)))
+    assert caught.value.href == scene.assets["red"].href
+
+
+def test_unknown_band_names_what_the_scene_offers(make_series):
+    with pytest.raises(ConfigError, match=r"scene-000 offers no band 'rededge1', only blue, green"):
+        band_source(make_series(dates=1)[0], "rededge1")
+
+
+def test_later_parts_fill_what_earlier_ones_do_not_cover(make_series):
+    first, second = make_series(dates=2)
+    data = whole(first, "red")
+    with rasterio.open(first.assets["red"].href, "r+") as dataset:
+        dataset.write(np.where(np.arange(data.shape[1]) < 100, data, 0).astype(np.uint16), 1)
+    scene = replace(first, parts=(second,))
+    grid = first.assets["red"].grid
+    read = read_window(band_source(scene, "red"), grid, (slice(0, 200), slice(0, 232)))
+    np.testing.assert_array_equal(read[:, :100], data[:, :100])
+    np.testing.assert_array_equal(read[:, 100:], whole(second, "red")[:, 100:])
+    assert (read_overview(band_source(scene, "red"), grid, 2) > 0).all()
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_overview_has_the_decimated_shape(make_series, factor):
+    scene = make_series(shape=(101, 79), dates=1)[0]
+    grid = scene.assets["red"].grid
+    shapes = {read_overview(band_source(scene, b), grid, factor).shape for b in ("red", "swir16", "scl")}
+    assert shapes == {(-(-101 // factor), -(-79 // factor))}
+
+
+@given(size=st.integers(1, 400), chunk=st.integers(1, 130), halo=st.integers(0, 90), block=st.integers(1, 100))
+@settings(deadline=None)
+def test_readers_counts_the_chunks_that_overlap_a_block(size, chunk, halo, block):
+    tiling = Tiling((size, 1), chunk, halo)
+    spans = [tiling.read(i, 0)[0] for i in range(tiling.blocks[0])]
+    for start in range(0, size, block):
+        stop = min(start + block, size)
+        expected = sum(span.start < stop and span.stop > start for span in spans)
+        assert tiling.readers(0, start, stop) == expected
+
+
+@given(st.sets(st.tuples(st.integers(0, 6), st.integers(0, 6))))
+def test_rectangles_cover_each_block_once(blocks):
+    covered = [
+        (i, j) for (i0, j0), (i1, j1) in _rectangles(blocks) for i in range(i0, i1 + 1) for j in range(j0, j1 + 1)
+    ]
+    assert sorted(covered) == sorted(blocks)
+
+
+def test_waiting_for_a_neighbour_that_fails_ends_in_its_error(make_series, monkeypatch):
+    """Two threads want the same block; the file is gone: both get the typed error, none hangs."""
+    monkeypatch.setattr(reader, "BLOCKS", BlockCache())
+    scene = make_series(shape=(300, 333), dates=1, block=64)[0]
+    source = replace(band_source(scene, "red"), hrefs=("gone.tif",))
+    grid = scene.assets["red"].grid
+    tiling = Tiling(grid.shape, 128, 16)
+    errors = []
+
+    def attempt(index):
+        try:
+            read_window(source, grid, tiling.read(0, index), tiling)
+        except ReadError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=attempt, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(errors) == 2
