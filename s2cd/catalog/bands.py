@@ -17,7 +17,8 @@ class Band:
     wavelength: float
 
 
-# Centre wavelengths of S2A, from the Sentinel-2 Spectral Response Functions document (COPE-GSEG-EOPG-TN-15-0007).
+# Centre wavelengths of S2A, from the Sentinel-2 Spectral Response Functions document
+# (COPE-GSEG-EOPG-TN-15-0007).
 BANDS = (
     Band("B01", "coastal", 60, 442.7),
     Band("B02", "blue", 10, 492.7),

@@ -52,6 +52,8 @@ class Scene:
     footprint     GeoJSON geometry in longitude and latitude of what the swath covers
     assets        by canonical band name ("red", ..., "scl")
     parts         further pieces of the same acquisition (a split datatake), read where this one is nodata
+    processed     when the product was generated, None where nothing states it
+    strip_start   sensing start of the datastrip the product was cut from, None where nothing states it
     """
 
     id: str
@@ -68,3 +70,5 @@ class Scene:
     footprint: Mapping[str, Any] = field(repr=False)
     assets: Mapping[str, Asset] = field(repr=False)
     parts: tuple[Scene, ...] = ()
+    processed: datetime | None = None
+    strip_start: datetime | None = None

@@ -1,0 +1,186 @@
+"""One acquisition, one scene: reprocessings reduce to the newest, split datatakes are put together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+from s2cd.catalog.items import rings
+from s2cd.catalog.scene import Scene
+
+# The two halves of a split datatake carry datastrips that start at least this far apart; reprocessing moves
+# the start of a datastrip by a second or so.
+SAME_STRIP = timedelta(seconds=4)
+# A satellite is back over a tile after a whole orbit of 100 minutes at the earliest; sensing times of one
+# acquisition differ by less than the 15 minutes of a datatake.
+SAME_PASS = timedelta(minutes=20)
+# Footprints of two products of one datastrip overlap nearly wholly, those of two halves in little more than a
+# line.
+SAME_FOOTPRINT = 0.5
+
+LeftOut = tuple[Scene, str]
+
+
+def reduce_duplicates(scenes: Iterable[Scene]) -> tuple[list[Scene], list[LeftOut]]:
+    """Reduce products of one acquisition of one tile to one scene.
+
+    Reprocessings of one datastrip reduce to the highest processing baseline, then to the latest processing
+    time; an L2A product goes before the L1C it was made from. Two datastrips of one datatake that meet in a
+    tile become one scene with the smaller piece in `parts`, to be read where the larger one has no
+    observation.
+
+    Returns the scenes that are kept, ordered by tile and time, and those left out, each with the reason.
+    """
+    kept: list[Scene] = []
+    left_out: list[LeftOut] = []
+    for group in _acquisitions(scenes):
+        pieces = []
+        for versions in _strips(group):
+            best = max(versions, key=_newness)
+            pieces.append((best, [s for s in versions if s is not best]))
+            left_out += [(s, _why(s, best)) for s in versions if s is not best]
+        whole, dropped = _mosaic(pieces)
+        kept.append(whole)
+        left_out += dropped
+    return sorted(kept, key=lambda s: (s.tile, s.time, s.id)), left_out
+
+
+def _acquisitions(scenes: Iterable[Scene]) -> list[list[Scene]]:
+    """Group products of one tile and platform that were sensed in one pass."""
+    ordered = sorted(scenes, key=lambda s: (s.tile, s.platform or "", s.time, s.id))
+    groups: list[list[Scene]] = []
+    for scene in ordered:
+        if groups and _same_pass(groups[-1][0], scene):
+            groups[-1].append(scene)
+        else:
+            groups.append([scene])
+    return groups
+
+
+def _same_pass(a: Scene, b: Scene) -> bool:
+    if (a.tile, a.platform) != (b.tile, b.platform) or (a.orbit and b.orbit and a.orbit != b.orbit):
+        return False
+    taken = _datatake_start(a), _datatake_start(b)
+    return taken[0] == taken[1] if all(taken) else abs(a.time - b.time) < SAME_PASS
+
+
+def _datatake_start(scene: Scene) -> str | None:
+    """Sensing start of the datatake, which every baseline keeps, from its id or the product name."""
+    for text in (scene.datatake or "", scene.id):
+        found = re.search(r"(?:^GS2[A-D]|^S2[A-D]_MSIL(?:1C|2A))_(\d{8}T\d{6})_", text)
+        if found:
+            return found[1]
+    return None
+
+
+def _strips(group: Sequence[Scene]) -> list[list[Scene]]:
+    """Split one acquisition into its datastrips, each with all its reprocessings."""
+    strips: list[list[Scene]] = []
+    for scene in group:
+        home = next((strip for strip in strips if _same_strip(strip[0], scene)), None)
+        if home is None:
+            strips.append([scene])
+        else:
+            home.append(scene)
+    return strips
+
+
+def _same_strip(a: Scene, b: Scene) -> bool:
+    if a.strip_start and b.strip_start:
+        return abs(a.strip_start - b.strip_start) <= SAME_STRIP
+    return _overlap(a, b) >= SAME_FOOTPRINT
+
+
+def _overlap(a: Scene, b: Scene) -> float:
+    """Share of the smaller footprint's area that lies in the other one."""
+    polygons = [[_flat(ring) for ring in rings(s.footprint)] for s in (a, b)]
+    areas = [sum(abs(_area(p)) for p in piece) for piece in polygons]
+    if min(areas) == 0:
+        return 1.0
+    shared = sum(abs(_area(_clip(p, q))) for p in polygons[0] for q in polygons[1])
+    return shared / min(areas)
+
+
+Ring = list[tuple[float, float]]
+
+
+def _flat(ring: list[list[float]]) -> Ring:
+    points = [(p[0], p[1]) for p in ring]
+    points = points[:-1] if points[0] == points[-1] else points
+    return points if _area(points) >= 0 else points[::-1]
+
+
+def _area(ring: Ring) -> float:
+    return 0.5 * sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(ring, ring[1:] + ring[:1], strict=True))
+
+
+def _clip(subject: Ring, window: Ring) -> Ring:
+    """Sutherland-Hodgman: `subject` inside the (nearly convex) `window`, both anticlockwise."""
+    result = subject
+    for a, b in zip(window, window[1:] + window[:1], strict=True):
+        if not result:
+            break
+        result = _clip_edge(result, a, b)
+    return result
+
+
+def _clip_edge(ring: Ring, a: tuple[float, float], b: tuple[float, float]) -> Ring:
+    def side(p: tuple[float, float]) -> float:
+        return (b[0] - a[0]) * (p[1] - a[1]) - (b[1] - a[1]) * (p[0] - a[0])
+
+    kept: Ring = []
+    for p, q in zip(ring, ring[1:] + ring[:1], strict=True):
+        s, t = side(p), side(q)
+        if s >= 0:
+            kept.append(p)
+        if (s > 0 > t) or (s < 0 < t):
+            f = s / (s - t)
+            kept.append((p[0] + f * (q[0] - p[0]), p[1] + f * (q[1] - p[1])))
+    return kept
+
+
+_LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def _newness(scene: Scene) -> tuple[bool, str, datetime, str]:
+    return (scene.level == "L2A", scene.baseline or "", scene.processed or _LONG_AGO, scene.id)
+
+
+def _why(scene: Scene, best: Scene) -> str:
+    if scene.level != best.level:
+        return f"the {scene.level} product of {best.id} ({best.level})"
+    if scene.baseline != best.baseline:
+        return f"baseline {scene.baseline} of an acquisition that {best.id} has in {best.baseline}"
+    return f"another copy of the acquisition in {best.id}"
+
+
+def _mosaic(pieces: list[tuple[Scene, list[Scene]]]) -> tuple[Scene, list[LeftOut]]:
+    """Join the datastrips of one acquisition, the one that covers most first.
+
+    Pieces are read as one array of digital numbers, so all need the same level, radiometry and grid: a half
+    that has no product like the main one is left out.
+    """
+    main, *others = sorted((best for best, _ in pieces), key=lambda s: -_covered(s))
+    older = [s for _, rest in pieces for s in rest]
+    parts, left_out = [], []
+    for other in others:
+        candidates = [other, *(s for s in older if _same_strip(s, other))]
+        fitting = [s for s in candidates if _fits(main, s)]
+        if fitting:
+            parts.append(max(fitting, key=_newness))
+        else:
+            left_out.append((other, f"half of a split datatake whose radiometry differs from {main.id}"))
+    return (replace(main, parts=tuple(parts)) if parts else main), left_out
+
+
+def _covered(scene: Scene) -> float:
+    return sum(abs(_area(_flat(ring))) for ring in rings(scene.footprint))
+
+
+def _fits(main: Scene, part: Scene) -> bool:
+    def facts(scene: Scene) -> list[object]:
+        return [(b, a.grid, a.scale, a.offset, a.nodata) for b, a in sorted(scene.assets.items())]
+
+    return main.level == part.level and facts(main) == facts(part)

@@ -1,0 +1,219 @@
+"""What a search lets through: area, time, tile, orbit, cloud."""
+
+from __future__ import annotations
+
+import calendar
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Any
+
+from s2cd.catalog.items import bounds, normal_tile, parse_time, rings
+from s2cd.catalog.scene import Scene
+from s2cd.errors import CatalogError, ConfigError
+
+BBox = tuple[float, float, float, float]
+Interval = tuple[datetime | None, datetime | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Conditions on scenes, all of which must hold; None lets everything through."""
+
+    bbox: BBox | None = None
+    interval: Interval = (None, None)
+    tiles: frozenset[str] | None = None
+    orbits: frozenset[int] | None = None
+    max_cloud: float | None = None
+
+    def rejects(self, scene: Scene) -> str | None:
+        """Return which condition `scene` fails ("bbox", ...), None if it passes."""
+        start, end = self.interval
+        if self.tiles is not None and scene.tile not in self.tiles:
+            return "tiles"
+        if (start and scene.time < start) or (end and scene.time > end):
+            return "datetime"
+        if self.orbits is not None and scene.orbit not in self.orbits:
+            return "orbit"
+        if self.max_cloud is not None and scene.cloud_cover is not None and scene.cloud_cover > self.max_cloud:
+            return "max_cloud"
+        if self.bbox is not None and not intersects(scene.footprint, self.bbox):
+            return "bbox"
+        return None
+
+
+def make_filter(
+    bbox: Collection[float] | None = None,
+    datetime: str | None = None,
+    tiles: Collection[str] | str | None = None,
+    orbit: int | Collection[int] | None = None,
+    max_cloud: float | None = None,
+) -> Filter:
+    """Check search conditions and make them a `Filter`.
+
+    Raises CatalogError for a bbox that is none, ConfigError for other values that cannot be used.
+    """
+    names = [tiles] if isinstance(tiles, str) else tiles
+    orbits = None if orbit is None else frozenset([orbit] if isinstance(orbit, int) else orbit)
+    if orbits and not all(1 <= o <= 143 for o in orbits):
+        raise ConfigError(f"orbit: found {sorted(orbits)}, expected relative orbits from 1 to 143")
+    if max_cloud is not None and not 0 <= max_cloud <= 100:
+        raise ConfigError(f"max_cloud: found {max_cloud:g}, expected percent from 0 to 100")
+    return Filter(
+        bbox=None if bbox is None else check_bbox(bbox),
+        interval=parse_interval(datetime),
+        tiles=None if names is None else frozenset(normal_tile(t) for t in names),
+        orbits=orbits,
+        max_cloud=max_cloud,
+    )
+
+
+def check_bbox(bbox: Collection[float]) -> BBox:
+    """Check (west, south, east, north) in degrees; west > east crosses the antimeridian.
+
+    Raises CatalogError that says which number is wrong.
+    """
+    values = tuple(float(v) for v in bbox)
+    order = "expected west, south, east, north in degrees of longitude and latitude"
+    if len(values) != 4:
+        raise CatalogError(f"bbox: found {len(values)} numbers, {order}")
+    west, south, east, north = values
+    if not all(-90 <= v <= 90 for v in (south, north)):
+        swapped = all(-90 <= v <= 90 for v in (west, east))
+        hint = "; latitude and longitude look swapped" if swapped else ""
+        raise CatalogError(f"bbox {_text(values)}: latitude outside -90..90{hint}, {order}")
+    if not all(-180 <= v <= 180 for v in (west, east)):
+        raise CatalogError(f"bbox {_text(values)}: longitude outside -180..180, {order}")
+    if south >= north:
+        raise CatalogError(f"bbox {_text(values)}: south {south:g} is not below north {north:g}, {order}")
+    if west == east:
+        raise CatalogError(f"bbox {_text(values)}: west equals east, {order}")
+    return west, south, east, north
+
+
+def _text(values: Collection[float]) -> str:
+    return ",".join(f"{v:g}" for v in values)
+
+
+_DAY = re.compile(r"^(\d{4})(?:-(\d{2})(?:-(\d{2}))?)?$")
+
+
+def parse_interval(text: str | None) -> Interval:
+    """Parse "2023", "2023-05", "2023-05-01", a full time, or two of them as "start/end" with ".." for an open
+    end.
+
+    Both ends are inclusive; a year, month or day means all of it. Raises ConfigError for anything else.
+    """
+    if text is None:
+        return None, None
+    ends = text.split("/")
+    try:
+        if len(ends) > 2:
+            raise ValueError("more than two times")
+        start = None if ends[0] in {"", ".."} else _span(ends[0])[0]
+        end = None if ends[-1] in {"", ".."} else _span(ends[-1])[1]
+    except ValueError as error:
+        expected = 'expected "2023-01-01/2023-12-31", with ".." for an open end'
+        raise ConfigError(f"datetime {text!r}: {error}, {expected}") from error
+    if start and end and start > end:
+        raise ConfigError(f"datetime {text!r}: starts after it ends")
+    return start, end
+
+
+def _span(text: str) -> tuple[datetime, datetime]:
+    """First and last microsecond of what `text` names."""
+    found = _DAY.match(text)
+    if not found:
+        time = parse_time(text)
+        return time, time
+    year, month, day = (int(v) if v else None for v in found.groups())
+    first = datetime(year or 0, month or 1, day or 1, tzinfo=UTC)
+    last_month = month or 12
+    last_day = day or calendar.monthrange(first.year, last_month)[1]
+    last = datetime(first.year, last_month, last_day, tzinfo=UTC) + timedelta(days=1, microseconds=-1)
+    return first, last
+
+
+def intersects(footprint: Mapping[str, Any], bbox: BBox) -> bool:
+    """Tell whether a footprint and a box share a point, across the antimeridian if need be.
+
+    Footprints are taken as drawn in the plane of longitude and latitude, their outer rings only.
+    """
+    west, south, east, north = bbox
+    boxes = [bbox] if west <= east else [(west, south, 180.0, north), (-180.0, south, east, north)]
+    for ring in rings(footprint):
+        unwrapped = _unwrap(ring)
+        shifts = (0.0,) if unwrapped is ring else (0.0, -360.0)
+        for shift in shifts:
+            moved = [(p[0] + shift, p[1]) for p in unwrapped]
+            if any(_ring_meets_box(moved, box) for box in boxes):
+                return True
+    return False
+
+
+def _unwrap(ring: list[list[float]]) -> list[list[float]]:
+    """Draw a ring that jumps over the antimeridian in one piece, east of it."""
+    if all(abs(a[0] - b[0]) <= 180 for a, b in pairwise(ring)):
+        return ring
+    return [[p[0] + 360 if p[0] < 0 else p[0], p[1]] for p in ring]
+
+
+def _ring_meets_box(ring: list[tuple[float, float]], box: BBox) -> bool:
+    west, south, east, north = box
+    lon, lat = zip(*ring, strict=True)
+    if min(lon) > east or max(lon) < west or min(lat) > north or max(lat) < south:
+        return False
+    if any(west <= x <= east and south <= y <= north for x, y in ring):
+        return True
+    edges = list(pairwise(ring))
+    return _inside(edges, (west, south)) or any(_edge_crosses_box(a, b, box) for a, b in edges)
+
+
+def _inside(edges: list[tuple[tuple[float, float], tuple[float, float]]], point: tuple[float, float]) -> bool:
+    """Ray casting: whether `point` lies inside the ring of `edges`."""
+    x, y = point
+    inside = False
+    for (x0, y0), (x1, y1) in edges:
+        if (y0 > y) != (y1 > y) and x < x0 + (y - y0) / (y1 - y0) * (x1 - x0):
+            inside = not inside
+    return inside
+
+
+def _edge_crosses_box(a: tuple[float, float], b: tuple[float, float], box: BBox) -> bool:
+    """Liang-Barsky: whether the segment from `a` to `b` enters the box."""
+    west, south, east, north = box
+    first, last = 0.0, 1.0
+    for start, step, low, high in (
+        (a[0], b[0] - a[0], west, east),
+        (a[1], b[1] - a[1], south, north),
+    ):
+        if step == 0:
+            if not low <= start <= high:
+                return False
+            continue
+        near, far = sorted(((low - start) / step, (high - start) / step))
+        first, last = max(first, near), min(last, far)
+    return first <= last
+
+
+def describe(scenes: Collection[Scene]) -> str:
+    """Say what a catalogue holds, for a message: how many scenes, tiles, orbits, time and area."""
+    if not scenes:
+        return "no Sentinel-2 scene"
+    boxes = [bounds(s.footprint) for s in scenes]
+    west, south = min(b[0] for b in boxes), min(b[1] for b in boxes)
+    east, north = max(b[2] for b in boxes), max(b[3] for b in boxes)
+    times = sorted(s.time for s in scenes)
+    return (
+        f"{len(scenes)} scenes, tiles {_some(sorted({s.tile for s in scenes}))}, "
+        f"orbits {_some(sorted({s.orbit for s in scenes if s.orbit})) or 'unknown'}, "
+        f"{times[0]:%Y-%m-%d} to {times[-1]:%Y-%m-%d}, "
+        f"bbox {west:.4f},{south:.4f},{east:.4f},{north:.4f}"
+    )
+
+
+def _some(values: list[Any]) -> str:
+    shown = ", ".join(str(v) for v in values[:8])
+    return shown + (f", ... ({len(values)} in all)" if len(values) > 8 else "")

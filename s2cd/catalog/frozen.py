@@ -1,0 +1,72 @@
+"""A search frozen to disk as stac-geoparquet, so that a run can be repeated exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import rustac
+
+from s2cd.catalog.items import scene_from_item, scene_to_item
+from s2cd.catalog.scene import Scene
+from s2cd.errors import CatalogError, NoScenesError, OutputError
+
+PART_OF = "s2cd:part_of"
+
+
+def freeze(scenes: Iterable[Scene], path: str | PathLike[str]) -> None:
+    """Write scenes to a stac-geoparquet file; `search(path)` gives back equal scenes.
+
+    Raises NoScenesError without scenes and OutputError if the file cannot be written.
+    """
+    items = [item for scene in scenes for item in _items(scene)]
+    if not items:
+        raise NoScenesError(f"{fspath(path)}: no scenes to freeze, expected at least one")
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.partial.parquet")
+    try:
+        rustac.write_sync(str(partial), items)
+        partial.replace(target)
+    except (OSError, rustac.RustacError) as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{target}: cannot be written: {error}") from error
+
+
+def read_frozen(path: str | PathLike[str]) -> list[Scene]:
+    """Read every scene of a stac-geoparquet file. Raises CatalogError if it is none."""
+    source = fspath(path)
+    if "://" not in source and not Path(source).is_file():
+        raise CatalogError(f"{source}: does not exist")
+    try:
+        found: Any = rustac.read_sync(source)
+    except (OSError, ValueError, rustac.RustacError) as error:
+        raise CatalogError(f"{source}: is not stac-geoparquet: {error}") from error
+    base = source if "://" in source else str(Path(source).absolute())
+    items = [_without_nulls(item) for item in found["features"]]
+    parts: dict[str, list[Scene]] = {}
+    wholes = []
+    for item in items:
+        scene = scene_from_item(item, base=base)
+        owner = item["properties"].get(PART_OF)
+        if owner is None:
+            wholes.append(scene)
+        else:
+            parts.setdefault(owner, []).append(scene)
+    return [replace(s, parts=tuple(parts[s.id])) if s.id in parts else s for s in wholes]
+
+
+def _items(scene: Scene) -> list[dict[str, Any]]:
+    pieces = [scene_to_item(part) for part in scene.parts]
+    for piece in pieces:
+        piece["properties"][PART_OF] = scene.id
+    return [scene_to_item(scene), *pieces]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop the nulls by which a table says that a row has no such field."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value

@@ -1,0 +1,185 @@
+"""One search -> scenes, whatever the catalogue."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from s2cd.catalog import static
+from s2cd.catalog.bands import canonical_band
+from s2cd.catalog.filters import Filter, describe, intersects, make_filter
+from s2cd.catalog.items import format_time, scene_from_item
+from s2cd.catalog.providers import PROVIDERS
+from s2cd.catalog.scene import Scene
+from s2cd.errors import CatalogError, NoScenesError, S2cdWarning
+
+
+def search(
+    source: str | PathLike[str],
+    *,
+    bbox: Collection[float] | None = None,
+    datetime: str | None = None,
+    tiles: Collection[str] | str | None = None,
+    orbit: int | Collection[int] | None = None,
+    max_cloud: float | None = None,
+    collection: str | None = None,
+    bands: Sequence[str] | None = None,
+) -> list[Scene]:
+    """Search a catalogue once for Sentinel-2 scenes.
+
+    Args:
+        source: a provider ("earth-search", "planetary-computer", "cdse"), the URL of a STAC API, or the path
+            or URL of a static catalogue, collection, item, ItemCollection or stac-geoparquet file, or a
+            folder that holds a catalogue or .SAFE products.
+        bbox: (west, south, east, north) in degrees; west > east crosses the antimeridian.
+        datetime: "2023-01-01/2023-12-31", either end "..", or one year, month, day or time; ends are
+        inclusive. tiles: MGRS tiles such as "31UDS".
+        orbit: relative orbit or orbits, 1..143.
+        max_cloud: percent by the scene's metadata; scenes that state none pass.
+        collection: STAC collection id; for a provider its first by default.
+        bands: names such as "B04" or "red"; other assets are dropped, "scl" is kept.
+
+    Returns scenes ordered by tile and time. Items that are no Sentinel-2 scene are left out with a warning.
+
+    Raises CatalogError for a catalogue that does not exist, is not STAC or cannot be reached and for a bbox
+    that is none, NoScenesError (saying what the catalogue holds) if nothing is left, ConfigError for other
+    bad values.
+    """
+    wanted = make_filter(bbox, datetime, tiles, orbit, max_cloud)
+    kept_bands = None if bands is None else {canonical_band(b) for b in bands} | {"scl"}
+    address = fspath(source)
+    passed: list[Scene] = []
+    failed: list[Scene] = []
+    for scene in _read_scenes(address, wanted, collection):
+        if collection and scene.collection != collection:
+            continue
+        (failed if wanted.rejects(scene) else passed).append(_with_bands(scene, kept_bands))
+    if not passed:
+        raise NoScenesError(_why_none(address, wanted, failed))
+    if bands is not None:
+        _require_bands(passed, bands)
+    return sorted(passed, key=lambda s: (s.tile, s.time, s.id))
+
+
+def load_scenes(source: str | PathLike[str]) -> list[Scene]:
+    """Load every scene of a catalogue: `search` without conditions."""
+    return search(source)
+
+
+def _read_scenes(source: str, wanted: Filter, collection: str | None) -> Iterator[Scene]:
+    """Scenes of any source; servers filter already, files do not."""
+    if source in PROVIDERS:
+        from s2cd.catalog.api import search_api
+
+        record = PROVIDERS[source]
+        return _scenes(search_api(record.url, wanted, collection or record.collections[0], record), source)
+    if static.is_url(source) and not urlsplit(source).path.endswith(_PARQUET):
+        document = static.read_document(source)
+        if _is_api(document):
+            from s2cd.catalog.api import provider_at, search_api
+
+            known = provider_at(source)
+            return _scenes(search_api(source, wanted, collection, known), known.key if known else None)
+        return _scenes(static.iter_items(document, source))
+    return _read_local(source)
+
+
+_PARQUET = (".parquet", ".geoparquet")
+
+
+def _read_local(source: str) -> Iterator[Scene]:
+    if source.endswith(_PARQUET):
+        from s2cd.catalog.frozen import read_frozen
+
+        return iter(read_frozen(source))
+    path = Path(source).absolute()
+    if not path.exists():
+        known = ", ".join(PROVIDERS)
+        raise CatalogError(f"{source}: does not exist; expected a path, a URL or one of {known}")
+    if path.is_dir():
+        from s2cd.catalog.safe import find_products, scene_from_safe
+
+        products = find_products(path)
+        if products:
+            return (scene_from_safe(product) for product in products)
+        path = static.entry_document(path)
+    document = static.read_document(str(path))
+    return _scenes(static.iter_items(document, str(path)))
+
+
+def _scenes(items: Iterable[static.Document], provider: str | None = None) -> Iterator[Scene]:
+    """Items to scenes as they stream; those that are none are warned about."""
+    refused: Counter[str] = Counter()
+    for item, base in items:
+        try:
+            yield scene_from_item(item, provider, base)
+        except CatalogError as error:
+            refused[str(error)] += 1
+    if refused:
+        first = next(iter(refused))
+        warnings.warn(f"{refused.total()} items left out, the first: {first}", S2cdWarning, stacklevel=2)
+
+
+def _is_api(document: Any) -> bool:
+    return any(link.get("rel") == "search" for link in document.get("links") or ())
+
+
+def _with_bands(scene: Scene, bands: set[str] | None) -> Scene:
+    if bands is None:
+        return scene
+    return replace(scene, assets={b: a for b, a in scene.assets.items() if b in bands})
+
+
+def _require_bands(scenes: list[Scene], bands: Sequence[str]) -> None:
+    for name in map(canonical_band, bands):
+        if not any(name in s.assets for s in scenes):
+            offered = sorted({b for s in scenes for b in s.assets})
+            raise CatalogError(f"band {name!r} is offered by none of {len(scenes)} scenes, they offer {offered}")
+
+
+def _why_none(source: str, wanted: Filter, failed: list[Scene]) -> str:
+    if not failed:
+        return f"{source}: no Sentinel-2 scenes found"
+    why = Counter(wanted.rejects(s) for s in failed)
+    causes = ", ".join(f"{count} by {cause}" for cause, count in why.most_common())
+    hint = ""
+    if wanted.bbox is not None:
+        west, south, east, north = wanted.bbox
+        turned = (south, west, north, east)
+        if abs(west) <= 90 >= abs(east) and any(intersects(s.footprint, turned) for s in failed):
+            hint = " (bbox has latitude and longitude swapped: expected west, south, east, north)"
+    return f"{source}: no scenes found, {causes} left out{hint}; it holds {describe(failed)}"
+
+
+def scene_rows(scenes: Iterable[Scene]) -> list[dict[str, Any]]:
+    """List scenes for a person: one flat dict each, in one form whatever the provider.
+
+    Keys: id, tile, orbit, time, platform, level, baseline, cloud, offset (of the red band or the first there
+    is), offset_reason, provider, collection.
+    """
+    rows = []
+    for scene in scenes:
+        asset = scene.assets.get("red") or next(iter(scene.assets.values()))
+        rows.append(
+            {
+                "id": scene.id,
+                "tile": scene.tile,
+                "orbit": scene.orbit,
+                "time": format_time(scene.time),
+                "platform": scene.platform,
+                "level": scene.level,
+                "baseline": scene.baseline,
+                "cloud": scene.cloud_cover,
+                "offset": asset.offset,
+                "offset_reason": asset.reason,
+                "provider": scene.provider,
+                "collection": scene.collection,
+            }
+        )
+    return rows

@@ -1,0 +1,139 @@
+"""What counts as a valid observation: by scene classification, or by a spectral cloud test without one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+# Classes of the Sen2Cor scene classification (Sentinel-2 L2A ATBD, S2-PDGS-MPC-ATBD-L2A).
+SCL_CLASSES = {
+    0: "no data",
+    1: "saturated or defective",
+    2: "dark area or topographic shadow",
+    3: "cloud shadow",
+    4: "vegetation",
+    5: "not vegetated",
+    6: "water",
+    7: "unclassified",
+    8: "cloud, medium probability",
+    9: "cloud, high probability",
+    10: "thin cirrus",
+    11: "snow or ice",
+}
+INVALID_CLASSES = (0, 1, 3, 8, 9, 10)
+GROWN_CLASSES = (3, 8, 9, 10)
+DILATION = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """How valid observations are told; small and picklable, so that tasks can carry it.
+
+    invalid    classes of the scene classification that are no observation of the ground
+    dilation   pixels of 10 m by which clouds and shadows are widened, since their thin edges are missed
+    spectral   whether scenes without scene classification get the spectral cloud test
+    """
+
+    invalid: tuple[int, ...] = INVALID_CLASSES
+    dilation: int = DILATION
+    spectral: bool = True
+
+    @property
+    def reach(self) -> int:
+        """From how many 10 m pixels away a pixel's mask can change: the halo that exact chunks need."""
+        return self.dilation + (2 * ROOF_RADIUS if self.spectral else 0)
+
+    def from_scl(self, scl: np.ndarray, factor: int = 1) -> np.ndarray:
+        """Return bool (y, x), True where `scl` (y, x), decimated by `factor` against 10 m, is valid."""
+        return valid_mask(scl, invalid=self.invalid, dilation=self.dilation / factor)
+
+    def from_reflectance(self, reflectance: np.ndarray, bands: Sequence[str], factor: int = 1) -> np.ndarray:
+        """Return bool (y, x), True where `cloud_test` finds no cloud within `dilation`.
+
+        `reflectance` is float32 (band, y, x) of `bands`, NaN where there is no observation, decimated by
+        `factor`.
+        """
+        if not self.spectral:
+            return np.ones(reflectance.shape[1:], dtype=bool)
+        return ~dilate(cloud_test(reflectance, bands, factor), self.dilation / factor)
+
+
+def valid_mask(
+    scl: np.ndarray,
+    *,
+    invalid: Collection[int] = INVALID_CLASSES,
+    grow: Collection[int] = GROWN_CLASSES,
+    dilation: float = 0,
+) -> np.ndarray:
+    """Tell valid observations from the scene classification layer.
+
+    Args:
+        scl: class codes (y, x), see `SCL_CLASSES`.
+        invalid: classes that are no observation of the ground.
+        grow: those of them (clouds, shadows) that are widened.
+        dilation: by how many pixels of `scl`, in a disc.
+
+    Returns bool (y, x), True where the observation is valid.
+    """
+    grown = dilate(_isin(scl, set(grow) & set(invalid)), dilation)
+    return ~(_isin(scl, invalid) | grown)
+
+
+def dilate(mask: np.ndarray, radius: float) -> np.ndarray:
+    """Widen a bool mask (y, x) by a disc of `radius` pixels; exact, and local to `radius` pixels."""
+    if radius < 1 or not mask.any():
+        return mask
+    return ndimage.distance_transform_edt(~mask) <= radius
+
+
+def _isin(scl: np.ndarray, classes: Collection[int]) -> np.ndarray:
+    table = np.zeros(256, dtype=bool)
+    table[list(classes)] = True
+    return table[scl.astype(np.uint8, copy=False)]
+
+
+BRIGHT_BLUE = 0.22
+WHITENESS = 0.25
+HAZE = 0.08
+CIRRUS = 0.02
+ROOF_RADIUS = 8
+
+
+def cloud_test(reflectance: np.ndarray, bands: Sequence[str], factor: int = 1) -> np.ndarray:
+    """Find thick clouds by their spectrum where no scene classification exists (L1C).
+
+    A simple test that misses thin cloud and every cloud shadow: a pixel is cloud if it is bright in blue,
+    white over the visible bands, hazy (blue well above half of red: the haze optimised transform of Zhang et
+    al. 2002, with the threshold of Fmask, Zhu and Woodcock 2012), and part of something wider than a roof.
+    Bright in the cirrus band is cloud as well.
+
+    Args:
+        reflectance: float32 (band, y, x) top-of-atmosphere reflectance, NaN where there is no observation.
+        bands: their canonical names; without blue, green and red nothing is found but cirrus.
+        factor: decimation against 10 m.
+
+    Returns bool (y, x), True where there is cloud.
+    """
+    band = dict(zip(bands, reflectance, strict=True))
+    cloud = np.zeros(reflectance.shape[1:], dtype=bool)
+    if {"blue", "green", "red"} <= band.keys():
+        blue, green, red = band["blue"], band["green"], band["red"]
+        mean = (blue + green + red) / 3
+        spread = (abs(blue - mean) + abs(green - mean) + abs(red - mean)) / mean
+        cloud = (blue > BRIGHT_BLUE) & (spread < WHITENESS) & (blue - 0.5 * red > HAZE)
+        cloud = _open(cloud, ROOF_RADIUS / factor)
+    if "cirrus" in band:
+        cloud |= band["cirrus"] > CIRRUS
+    return cloud
+
+
+def _open(mask: np.ndarray, radius: float) -> np.ndarray:
+    """Drop what no disc of `radius` pixels fits into."""
+    if radius < 1 or not mask.any():
+        return mask
+    inside = np.pad(mask, 1, mode="edge")
+    core = ndimage.distance_transform_edt(inside)[1:-1, 1:-1] > radius
+    return dilate(core, radius) & mask if core.any() else core

@@ -1,0 +1,192 @@
+"""Searching static catalogues: what is found, what is refused, and what is said about it."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from s2cd.catalog import freeze, load_scenes, scene_from_item, scene_rows, scene_to_item, search
+from s2cd.catalog.filters import check_bbox, intersects, parse_interval
+from s2cd.errors import CatalogError, ConfigError, NoScenesError, S2cdWarning
+
+
+def test_oscd_catalogue(shared_data: Path) -> None:
+    scenes = search(shared_data / "oscd")
+    assert len(scenes) == 28
+    assert {s.level for s in scenes} == {"L1C"}
+    assert all(s.assets["red"].scale == 1e-4 and s.assets["red"].offset == 0 for s in scenes)
+    assert [(s.tile, s.time) for s in scenes] == sorted((s.tile, s.time) for s in scenes)
+    assert all(Path(a.href).is_file() for s in scenes for a in s.assets.values())
+
+
+@pytest.mark.parametrize("place", ["flanders", "flanders/catalog.json", "flanders/../flanders/"])
+def test_flanders_catalogue_by_folder_and_file(shared_data: Path, place: str) -> None:
+    scenes = search(shared_data / place)
+    assert len(scenes) == 190
+    assert {(s.tile, s.orbit) for s in scenes if s.tile == "31UDS"} == {("31UDS", 51), ("31UDS", 94)}
+    assert (scenes[0].assets["scl"].scale, scenes[0].assets["scl"].reason) == (1, "class codes")
+
+
+def test_filters_hold_together(shared_data: Path) -> None:
+    found = search(shared_data / "flanders", tiles="T31UDS", orbit=51, datetime="2018", max_cloud=20)
+    every = search(shared_data / "flanders")
+    expected = [
+        s for s in every if s.tile == "31UDS" and s.orbit == 51 and s.time.year == 2018 and (s.cloud_cover or 0) <= 20
+    ]
+    assert found == expected
+    assert len(found) == 21
+
+
+def test_bands_are_dropped_by_either_name(shared_data: Path) -> None:
+    scenes = search(shared_data / "flanders", bands=["B04", "nir"])
+    assert set(scenes[0].assets) == {"red", "nir", "scl"}
+
+
+def test_band_that_nobody_offers_is_named(shared_data: Path) -> None:
+    with pytest.raises(CatalogError, match="band 'cirrus' is offered by none of 28 scenes"):
+        search(shared_data / "oscd", bands=["B10"])
+    with pytest.raises(ConfigError, match="unknown band 'B42'"):
+        search(shared_data / "oscd", bands=["B42"])
+
+
+def test_nothing_found_says_what_the_catalogue_holds(shared_data: Path) -> None:
+    with pytest.raises(NoScenesError, match=r"190 by datetime.*190 scenes.*31UDS.*51, 94.*2017-08-04"):
+        search(shared_data / "flanders", datetime="2031")
+
+
+def test_swapped_bbox_is_named(shared_data: Path) -> None:
+    with pytest.raises(NoScenesError, match="latitude and longitude swapped"):
+        search(shared_data / "flanders", bbox=(50.8, 3.0, 50.9, 3.1))
+    with pytest.raises(NoScenesError, match="190 by bbox") as error:
+        search(shared_data / "flanders", bbox=(10, 10, 11, 11))
+    assert "swapped" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("bbox", "message"),
+    [
+        ((3, 116, 4, 117), "latitude and longitude look swapped"),
+        ((3, 51, 4, 50), "south 51 is not below north 50"),
+        ((200, 50, 201, 51), "longitude outside"),
+        ((3, 50, 3, 51), "west equals east"),
+        ((3, 50, 4), "found 3 numbers"),
+    ],
+)
+def test_bbox_that_is_none(bbox: tuple[float, ...], message: str) -> None:
+    with pytest.raises(CatalogError, match=message):
+        check_bbox(bbox)
+
+
+def test_catalogue_that_is_none(tmp_path: Path) -> None:
+    text = tmp_path / "text.json"
+    text.write_text("hello")
+    number = tmp_path / "number.json"
+    number.write_text("[1]")
+    strange = tmp_path / "strange.json"
+    strange.write_text('{"type": "Topology"}')
+    cases = {
+        tmp_path / "nowhere": "does not exist; expected a path, a URL or one of earth-search",
+        tmp_path: "is a folder without catalog.json",
+        text: "is not JSON, so not STAC",
+        number: "is JSON but not STAC",
+        strange: "found type 'Topology', expected Catalog",
+    }
+    for source, message in cases.items():
+        with pytest.raises(CatalogError, match=message):
+            search(source)
+
+
+def test_item_behind_a_broken_link_is_named(tmp_path: Path) -> None:
+    links = [{"rel": "item", "href": "./items/a.json"}]
+    (tmp_path / "catalog.json").write_text(json.dumps({"type": "Catalog", "id": "c", "links": links}))
+    with pytest.raises(CatalogError, match=r"items/a\.json: does not exist"):
+        search(tmp_path)
+
+
+def test_nested_catalogues_and_loops(shared_data: Path, tmp_path: Path) -> None:
+    item = shared_data / "oscd" / "items" / "oscd_bercy_20161130.json"
+    child = {
+        "type": "Collection",
+        "links": [{"rel": "item", "href": f"file://{item}"}, {"rel": "child", "href": "../catalog.json"}],
+    }
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "collection.json").write_text(json.dumps(child))
+    root = {"type": "Catalog", "links": [{"rel": "child", "href": "sub/collection.json"}]}
+    (tmp_path / "catalog.json").write_text(json.dumps(root))
+    assert [s.id for s in search(tmp_path)] == ["oscd_bercy_20161130"]
+
+
+def test_items_that_are_no_scene_are_left_out_with_a_warning(shared_data: Path) -> None:
+    page = shared_data / "stac" / "earth-search" / "search_10items_a8dc97a1.json"
+    with pytest.warns(S2cdWarning, match="3 items left out, the first: item S1A_IW.*expected sentinel-2"):
+        assert len(search(page)) == 7
+
+
+@pytest.mark.parametrize("name", ["oscd", "flanders", "stac/cdse/search_4items_4bbff1fb.json"])
+def test_frozen_search_is_equal_to_the_bit(shared_data: Path, tmp_path: Path, name: str) -> None:
+    scenes = load_scenes(shared_data / name)
+    freeze(scenes, tmp_path / "scenes.parquet")
+    assert search(tmp_path / "scenes.parquet") == scenes
+    assert [p.name for p in tmp_path.iterdir()] == ["scenes.parquet"]
+
+
+def test_item_round_trip(shared_data: Path) -> None:
+    for scene in load_scenes(shared_data / "flanders"):
+        assert scene_from_item(scene_to_item(scene)) == scene
+
+
+def test_rows_have_one_form(shared_data: Path) -> None:
+    rows = scene_rows(load_scenes(shared_data / "stac" / "cdse" / "search_4items_4bbff1fb.json"))
+    assert rows[0]["tile"] == "32TMT"
+    assert rows[0]["offset"] == -0.1
+    assert {tuple(row) for row in rows} == {tuple(rows[0])}
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "end"),
+    [
+        (None, None, None),
+        ("2023", datetime(2023, 1, 1, tzinfo=UTC), datetime(2023, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)),
+        ("2024-02", datetime(2024, 2, 1, tzinfo=UTC), datetime(2024, 2, 29, 23, 59, 59, 999999, tzinfo=UTC)),
+        ("2023-05-01/..", datetime(2023, 5, 1, tzinfo=UTC), None),
+        ("../2023-05-01", None, datetime(2023, 5, 1, 23, 59, 59, 999999, tzinfo=UTC)),
+        ("2023-05-01T10:00:00Z/2023-05-01T12:00:00+02:00",) + (datetime(2023, 5, 1, 10, tzinfo=UTC),) * 2,
+    ],
+)
+def test_intervals(text: str | None, start: datetime | None, end: datetime | None) -> None:
+    assert parse_interval(text) == (start, end)
+
+
+@pytest.mark.parametrize("text", ["yesterday", "2023-13", "2023/2022", "2022/2023/2024", "2023-02-30"])
+def test_intervals_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="datetime"):
+        parse_interval(text)
+
+
+def _box(west: float, south: float, east: float, north: float) -> dict[str, object]:
+    return {
+        "type": "Polygon",
+        "coordinates": [[[west, south], [east, south], [east, north], [west, north], [west, south]]],
+    }
+
+
+@pytest.mark.parametrize(
+    ("footprint", "bbox", "meets"),
+    [
+        (_box(0, 0, 10, 10), (2, 2, 3, 3), True),
+        (_box(2, 2, 3, 3), (0, 0, 10, 10), True),
+        (_box(4, -5, 5, 20), (0, 0, 10, 10), True),
+        (_box(0, 0, 1, 1), (2, 0, 3, 1), False),
+        ({"type": "Polygon", "coordinates": [[[0, 0], [10, 0], [0, 10], [0, 0]]]}, (8, 8, 9, 9), False),
+        (_box(179, 0, 180, 1), (178, 0, -178, 1), True),
+        (_box(-180, 0, -179, 1), (178, 0, -178, 1), True),
+        (_box(-178.5, 0, 178.5, 1), (179, 0, 179.5, 1), True),
+        (_box(-178.5, 0, 178.5, 1), (-179.5, 0, -179, 1), True),
+        (_box(-178.5, 0, 178.5, 1), (0, 0, 1, 1), False),
+    ],
+)
+def test_footprints_meet_boxes(footprint: dict, bbox: tuple, meets: bool) -> None:
+    assert intersects(footprint, bbox) is meets
