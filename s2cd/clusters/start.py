@@ -1,0 +1,310 @@
+"""Start what a profile describes, hand out a Dask client, and take everything down again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dask
+from distributed import Client, LocalCluster
+from distributed.deploy.spec import SpecCluster
+from distributed.security import Security
+
+from s2cd.clusters.environment import SetupWorker, environment, worker_environment
+from s2cd.clusters.machine import available_cores, available_memory
+from s2cd.clusters.profiles import (
+    CudaProfile,
+    ExistingProfile,
+    LocalProfile,
+    PbsProfile,
+    Profile,
+    SlurmProfile,
+    load_profile,
+)
+from s2cd.errors import ClusterError
+
+log = logging.getLogger(__name__)
+
+# Tasks last from seconds to minutes and are few. An unknown one counts as ten seconds of work, so that scaling
+# asks for a core for each instead of one for ten; a lost worker is replaced after seconds.
+_SCHEDULING = {
+    "distributed.scheduler.unknown-task-duration": "10s",
+    "distributed.adaptive.target-duration": "10s",
+    "distributed.adaptive.interval": "1s",
+    "distributed.adaptive.wait-count": 3,
+    "distributed.deploy.lost-worker-timeout": "5s",
+}
+_LIFETIME, _STAGGER = 0.85, 0.05  # of the walltime: workers hand over before the batch system kills them
+_WORKER_SHARE = 0.85  # of the memory; the rest is the client's, the scheduler's and the page cache's
+
+
+@contextlib.contextmanager
+def cluster(profile: str | Path | Profile | dict[str, Any] = "local") -> Iterator[Client]:
+    """A Dask client on the cluster of a profile; the cluster, where s2cd started it, ends with the context.
+
+    `profile` is a YAML file, a bare name ("local", "cuda", "slurm", "slurm-gpu", "pbs", "existing"), a mapping,
+    or a profile. On batch systems jobs are asked for when there is work: a fresh client has no workers yet.
+
+    Raises ClusterError if the profile is wrong, something it needs is absent, or no scheduler answers.
+    """
+    settings = load_profile(profile)
+    with dask.config.set(_SCHEDULING), contextlib.ExitStack() as stack:
+        if isinstance(settings, ExistingProfile):
+            client = stack.enter_context(_connect(settings))
+        else:
+            client = stack.enter_context(Client(stack.enter_context(_start(settings))))
+        log.info("Dask dashboard: %s", client.dashboard_link)
+        _prepare(client)
+        yield client
+
+
+def threads_of(profile: Profile, client: Client) -> int:
+    """Dask threads that the cluster has, or will have once its batch jobs run: what a run may keep busy."""
+    present = sum(client.nthreads().values())
+    if isinstance(profile, SlurmProfile | PbsProfile):
+        return max(present, batch_threads(profile) * profile.jobs.maximum)
+    return present
+
+
+def scheduler_address(client: Client) -> str:
+    """Where the client's scheduler listens."""
+    return str(client.scheduler_info(n_workers=0)["address"])
+
+
+def _prepare(client: Client) -> None:
+    try:
+        client.register_plugin(SetupWorker())
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ClusterError(
+            f"{scheduler_address(client)}: its workers cannot be prepared ({reason}); expected s2cd installed"
+            " on every worker"
+        ) from error
+
+
+def _start(profile: LocalProfile | CudaProfile | SlurmProfile | PbsProfile) -> Any:
+    if isinstance(profile, LocalProfile):
+        return _local(profile)
+    if isinstance(profile, CudaProfile):
+        return _cuda(profile)
+    return _batch(profile)
+
+
+def local_resources(profile: LocalProfile) -> tuple[int, int]:
+    """Threads and bytes of memory of each worker process of a local cluster.
+
+    The default is one process with a thread for each core: reading, the network and encoding release the
+    interpreter's lock, and one process reads a block that two neighbouring tasks need only once.
+    """
+    threads = max(1, available_cores() // profile.processes) if profile.threads == "auto" else profile.threads
+    share = int(available_memory() * _WORKER_SHARE / profile.processes)
+    return threads, share if profile.memory == "auto" else profile.memory
+
+
+@contextlib.contextmanager
+def _local(profile: LocalProfile) -> Iterator[SpecCluster]:
+    threads, memory = local_resources(profile)
+    variables = worker_environment(threads) | profile.environment
+    with _nanny_environment(variables), _quiet_ports():
+        started = LocalCluster(
+            n_workers=profile.processes,
+            threads_per_worker=threads,
+            memory_limit=memory,
+            dashboard_address=f":{profile.dashboard}",
+        )
+    with started:
+        yield started
+
+
+@contextlib.contextmanager
+def _nanny_environment(variables: dict[str, str]) -> Iterator[None]:
+    """Let Dask's nannies start their workers with these variables; this process has them only meanwhile.
+
+    Nannies prefer the process's own value to the configured one, so both are set; each keeps a copy for the
+    workers that it restarts later.
+    """
+    with environment(variables), dask.config.set({"distributed.nanny.pre-spawn-environ": variables}):
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_ports() -> Iterator[None]:
+    """A second cluster on the machine gets another dashboard port; that needs no warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Port .* is already in use")
+        yield
+
+
+@contextlib.contextmanager
+def _cuda(profile: CudaProfile) -> Iterator[SpecCluster]:
+    """One worker a GPU.
+
+    Without `rmm_pool` torch's caching allocator owns the device; with it, one RMM pool serves torch and CuPy.
+    """
+    local_cuda_cluster = _import_dask_cuda()
+    variables = worker_environment(profile.threads) | profile.environment
+    options: dict[str, Any] = {} if profile.memory == "auto" else {"memory_limit": profile.memory}
+    if profile.gpus != "all":
+        options["CUDA_VISIBLE_DEVICES"] = profile.gpus
+    if profile.rmm_pool is not None:
+        options["rmm_pool_size"] = profile.rmm_pool
+    with _nanny_environment(variables), _quiet_ports():
+        started = local_cuda_cluster(
+            threads_per_worker=profile.threads,
+            device_memory_limit=profile.device_memory,
+            dashboard_address=f":{profile.dashboard}",
+            **options,
+        )
+    with started:
+        if profile.rmm_pool is not None:
+            with Client(started) as client:
+                client.run(_torch_on_rmm)
+        yield started
+
+
+def _torch_on_rmm() -> None:
+    """Let torch take device memory from its process's RMM pool; must precede torch's first allocation."""
+    import torch
+    from rmm.allocators.torch import rmm_torch_allocator
+
+    torch.cuda.memory.change_current_allocator(rmm_torch_allocator)
+
+
+def _import_dask_cuda() -> Any:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ClusterError(
+            "profile of kind cuda: found no CUDA device that torch can use, expected at least one;"
+            " use the profile 'local' on a machine without a GPU"
+        )
+    try:
+        from dask_cuda import LocalCUDACluster
+    except ImportError as error:
+        raise ClusterError(
+            f"profile of kind cuda: dask-cuda cannot be imported ({error}); pip install 's2cd[cuda]'"
+        ) from None
+    return LocalCUDACluster
+
+
+def batch_threads(profile: SlurmProfile | PbsProfile) -> int:
+    """Dask threads of one job."""
+    return profile.cores if profile.threads == "auto" else profile.threads
+
+
+def job_options(profile: SlurmProfile | PbsProfile) -> dict[str, Any]:
+    """The profile in dask-jobqueue's words."""
+    threads = batch_threads(profile)
+    variables = worker_environment(threads, profile.cores) | profile.environment
+    exports = [f"export {key}={shlex.quote(value)}" for key, value in variables.items()]
+    options: dict[str, Any] = {
+        "cores": threads,
+        "processes": 1,
+        "memory": str(profile.memory),
+        "walltime": _clock(profile.walltime),
+        "queue": profile.queue,
+        "account": profile.account,
+        "job_name": "s2cd-worker",
+        "interface": profile.interface,
+        "local_directory": profile.scratch_folder,
+        "job_script_prologue": [*profile.prologue, *exports],
+        "worker_extra_args": [
+            *("--lifetime", f"{int(profile.walltime * _LIFETIME)}s"),
+            *("--lifetime-stagger", f"{int(profile.walltime * _STAGGER)}s"),
+        ],
+        "death_timeout": 60,
+        "python": profile.python or sys.executable,
+    }
+    if isinstance(profile, SlurmProfile):
+        return options | _slurm_options(profile)
+    return options | _pbs_options(profile)
+
+
+def _slurm_options(profile: SlurmProfile) -> dict[str, Any]:
+    directives = [f"-o {profile.log_folder}/%x-%j.log"]
+    if profile.gpus:
+        kind = f"{profile.gpu_type}:" if profile.gpu_type else ""
+        directives.append(f"--gres=gpu:{kind}{profile.gpus}")
+    return {"job_cpu": profile.cores, "job_extra_directives": [*directives, *profile.directives]}
+
+
+def _pbs_options(profile: PbsProfile) -> dict[str, Any]:
+    select = f"select=1:ncpus={profile.cores}:mem={-(-profile.memory // 2**20)}MB"
+    if profile.gpus:
+        select += f":ngpus={profile.gpus}"
+    # -V: the workers get the client's environment, so credentials need no file and stand in no script
+    directives = ["-V", "-j oe", f"-o {profile.log_folder}/"]
+    return {"resource_spec": select, "job_extra_directives": [*directives, *profile.directives]}
+
+
+def _clock(seconds: int) -> str:
+    return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def batch_cluster_class(profile: SlurmProfile | PbsProfile) -> Any:
+    """dask-jobqueue's cluster class for the profile."""
+    try:
+        import dask_jobqueue
+    except ImportError as error:
+        raise ClusterError(
+            f"profile of kind {profile.kind}: dask-jobqueue cannot be imported ({error}); pip install 's2cd[hpc]'"
+        ) from None
+    return dask_jobqueue.SLURMCluster if isinstance(profile, SlurmProfile) else dask_jobqueue.PBSCluster
+
+
+@contextlib.contextmanager
+def _batch(profile: SlurmProfile | PbsProfile) -> Iterator[SpecCluster]:
+    cluster_class = batch_cluster_class(profile)
+    Path(profile.log_folder).mkdir(parents=True, exist_ok=True)
+    with _quiet_ports():
+        started = cluster_class(
+            scheduler_options={"dashboard_address": f":{profile.dashboard}"}, **job_options(profile)
+        )
+    with started:
+        # adaptive even where minimum equals maximum: a fixed scale does not replace a job that ended
+        started.adapt(minimum=profile.jobs.minimum, maximum=profile.jobs.maximum)
+        yield started
+
+
+@contextlib.contextmanager
+def _connect(profile: ExistingProfile) -> Iterator[Client]:
+    where = profile.address or profile.scheduler_file or dask.config.get("scheduler-address", None)
+    if where is None:
+        raise ClusterError(
+            "profile of kind existing: found neither address nor scheduler_file, expected one of them or"
+            " DASK_SCHEDULER_ADDRESS in the environment"
+        )
+    security = None
+    if profile.tls is not None:
+        tls = profile.tls
+        security = Security(
+            tls_ca_file=tls.ca_file, tls_client_cert=tls.cert, tls_client_key=tls.key, require_encryption=True
+        )
+    try:
+        client = (
+            Client(scheduler_file=profile.scheduler_file, security=security, timeout=profile.timeout)
+            if profile.scheduler_file and not profile.address
+            else Client(where, security=security, timeout=profile.timeout)
+        )
+    except (OSError, TimeoutError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ClusterError(f"{where}: no scheduler answers within {profile.timeout} s ({reason})") from None
+    with client:
+        _await_workers(client, profile, where)
+        yield client
+
+
+def _await_workers(client: Client, profile: ExistingProfile, where: str) -> None:
+    try:
+        client.wait_for_workers(profile.workers, timeout=profile.timeout)
+    except TimeoutError:
+        found = len(client.scheduler_info(n_workers=-1)["workers"])
+        raise ClusterError(
+            f"{where}: found {found} workers after {profile.timeout} s, expected {profile.workers}"
+        ) from None

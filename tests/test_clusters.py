@@ -1,0 +1,208 @@
+"""Profiles, local workers, schedulers that already run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from s2cd.clusters import PROFILES, check_profile, cluster, load_profile, show_profile, worker_environment
+from s2cd.clusters.check import probe
+from s2cd.clusters.environment import environment
+from s2cd.clusters.machine import available_cores, available_memory
+from s2cd.errors import ClusterError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def client():
+    with cluster({"kind": "local", "threads": 2, "memory": "2 GiB", "dashboard": 0}) as client:
+        yield client
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_file_says_the_defaults_of_its_bare_name(name):
+    assert load_profile(ROOT / "cluster" / f"{name}.yaml") == PROFILES[name]
+    assert load_profile(name) == PROFILES[name]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_file_states_every_option(name):
+    stated = yaml.safe_load((ROOT / "cluster" / f"{name}.yaml").read_text())
+    assert set(stated) == set(type(PROFILES[name]).model_fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("kind: local\nthreds: 4\n", "threds: unknown key, expected one of dashboard, environment, kind, memory"),
+        ("kind: slrum\n", "kind: found 'slrum', expected one of cuda, existing, local, pbs, slurm"),
+        ("threads: 4\n", "kind: found 'nothing', expected one of"),
+        ("kind: local\nthreads: many\n", "threads: found 'many', expected"),
+        ("kind: local\nprocesses: 0\n", "processes: found 0, expected"),
+        ("kind: local\nprocesses: 1.5\n", "processes: found 1.5, expected"),
+        ("kind: local\nmemory: lots\n", "memory: found 'lots', expected"),
+        ("kind: slurm\nwalltime: soon\n", "walltime: found 'soon', expected"),
+        ("kind: slurm\ngpus: 4\n", "gpus: found 4, expected"),
+        ("kind: slurm\njobs: {maximum: few}\n", "jobs.maximum: found 'few', expected"),
+        ("kind: slurm\njobs: {most: 3}\n", "jobs.most: unknown key, expected one of maximum, minimum"),
+        ("kind: slurm\njobs: {minimum: 3, maximum: 2}\n", "jobs: found {'minimum': 3, 'maximum': 2}, expected"),
+        ("kind: pbs\ngpu_type: a100\n", "gpu_type: unknown key"),
+        ("kind: existing\ntls: {cert: a.pem}\n", "tls: found {'cert': 'a.pem'}, expected"),
+        ("- local\n", "found list, expected a mapping"),
+        ("kind: [\n", "not YAML"),
+        ("", "found NoneType, expected a mapping"),
+    ],
+)
+def test_a_wrong_profile_is_refused_in_one_line_that_names_file_and_key(tmp_path, text, expected):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ClusterError) as caught:
+        load_profile(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_absent_profile_names_the_known_ones():
+    with pytest.raises(ClusterError, match=r"nowhere.yaml: cannot be read .* one of local, cuda, slurm"):
+        load_profile("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("walltime", "seconds"),
+    [('"01:00:00"', 3600), ("12:00:00", 43200), ('"1-00:00:00"', 86400), ("90 minutes", 5400), ("600", 600)],
+)
+def test_walltime_is_read_as_people_and_yaml_write_it(tmp_path, walltime, seconds):
+    path = tmp_path / "slurm.yaml"
+    path.write_text(f"kind: slurm\nwalltime: {walltime}\n")
+    assert load_profile(path).walltime == seconds
+
+
+def _limits(root: Path, cgroup: str, files: dict[str, str]) -> Path:
+    for name, text in {"proc/self/cgroup": cgroup, **files}.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_limits_of_cgroup_v2_bind_on_every_level(tmp_path):
+    files = {
+        "sys/fs/cgroup/job/cpu.max": "150000 100000\n",
+        "sys/fs/cgroup/job/memory.max": "1000000000\n",
+        "sys/fs/cgroup/job/step/cpu.max": "max 100000\n",
+        "sys/fs/cgroup/job/step/memory.max": "max\n",
+    }
+    root = _limits(tmp_path, "0::/job/step\n", files)
+    assert (available_cores(root), available_memory(root)) == (1, 1_000_000_000)
+
+
+def test_limits_of_cgroup_v1_bind(tmp_path):
+    files = {
+        "sys/fs/cgroup/cpu,cpuacct/job/cpu.cfs_quota_us": "50000\n",
+        "sys/fs/cgroup/cpu,cpuacct/job/cpu.cfs_period_us": "100000\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+        "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "2000000000\n",
+    }
+    root = _limits(tmp_path, "4:memory:/job\n3:cpu,cpuacct:/job\n", files)
+    assert (available_cores(root), available_memory(root)) == (1, 2_000_000_000)
+
+
+def test_without_cgroups_affinity_and_physical_memory_count(tmp_path):
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
+        f"from s2cd.clusters.machine import *; print(available_cores({str(tmp_path)!r}))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "1"
+    assert available_memory(tmp_path) > 1 << 28
+
+
+def test_local_workers_have_the_threads_the_memory_and_the_environment_of_the_profile(client):
+    seen = client.submit(probe).result()
+    assert seen["threads"] == 2
+    assert seen["memory"] == 2 << 30
+    assert seen["environment"] == worker_environment(2)
+    assert seen["torch_threads"] == 1
+
+
+def test_local_workers_keep_large_buffers_instead_of_returning_them_to_the_kernel(client):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the allocator's settings are those of glibc")
+    assert client.submit(probe, key="allocator").result()["returned"] == 0
+
+
+def test_this_process_keeps_its_own_environment(client):
+    assert "MALLOC_ARENA_MAX" not in os.environ
+    with environment({"S2CD_TEST": "1"}):
+        assert os.environ["S2CD_TEST"] == "1"
+    assert "S2CD_TEST" not in os.environ
+
+
+def test_several_processes_share_cores_and_memory():
+    with cluster({"kind": "local", "processes": 2, "dashboard": 0, "environment": {"S2CD_TEST": "2"}}) as two:
+        info = two.scheduler_info(n_workers=-1)["workers"].values()
+        assert [worker["nthreads"] for worker in info] == [max(1, available_cores() // 2)] * 2
+        assert sum(worker["memory_limit"] for worker in info) < available_memory()
+        assert set(two.run(lambda: os.environ["S2CD_TEST"]).values()) == {"2"}
+
+
+def test_show_prints_what_would_run():
+    assert "export MALLOC_ARENA_MAX=1" in show_profile("local")
+    assert "dask worker <scheduler address> --nworkers 1" in show_profile("local")
+    assert "dask cuda worker" in show_profile("cuda")
+    assert "tcp://10.0.0.5:8786" in show_profile({"kind": "existing", "address": "tcp://10.0.0.5:8786"})
+
+
+def test_show_prints_the_job_scripts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    slurm = show_profile({"kind": "slurm", "gpus": 1, "gpu_type": "a100", "queue": "gpu", "cores": 6})
+    for line in ("#SBATCH -p gpu", "#SBATCH --gres=gpu:a100:1", "#SBATCH --cpus-per-task=6", "--lifetime 3060s"):
+        assert line in slurm
+    pbs = show_profile({"kind": "pbs", "gpus": 1, "memory": "2 GiB", "walltime": "02:00:00"})
+    for line in ("select=1:ncpus=8:mem=2048MB:ngpus=1", "#PBS -l walltime=02:00:00", "#PBS -V"):
+        assert line in pbs
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_reports_what_a_worker_sees(tmp_path):
+    report = check_profile({"kind": "local", "threads": 1, "memory": "1 GiB", "dashboard": 0})
+    found = {name: ok for name, ok, _ in report}
+    assert found == dict.fromkeys(["worker", "packages", "gpu", "torch threads", "environment", "allocator"], True)
+
+
+def test_cuda_without_a_gpu_is_refused_clearly():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ClusterError, match="found no CUDA device"), cluster("cuda"):
+        pass
+
+
+def test_an_existing_scheduler_is_used_and_left_running(client):
+    address = client.scheduler.address
+    with cluster({"kind": "existing", "address": address}) as second:
+        assert second.submit(probe, key="existing").result()["torch_threads"] == 1
+    assert client.submit(lambda: 7).result() == 7
+
+
+def test_an_existing_scheduler_with_too_few_workers_is_refused(client):
+    profile = {"kind": "existing", "address": client.scheduler.address, "workers": 3, "timeout": 1}
+    with pytest.raises(ClusterError, match="found 1 workers after 1 s, expected 3"), cluster(profile):
+        pass
+
+
+def test_a_scheduler_that_does_not_answer_is_named(monkeypatch):
+    profile = {"kind": "existing", "address": "tcp://127.0.0.1:9", "timeout": 1}
+    with pytest.raises(ClusterError, match=r"tcp://127.0.0.1:9: no scheduler answers within 1 s"), cluster(profile):
+        pass
+    monkeypatch.delenv("DASK_SCHEDULER_ADDRESS", raising=False)
+    with pytest.raises(ClusterError, match="found neither address nor scheduler_file"), cluster("existing"):
+        pass
