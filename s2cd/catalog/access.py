@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from s2cd.catalog.providers import PROVIDERS
-from s2cd.errors import GridError, ReadError
+from s2cd.errors import ReadError, S2cdError
 
 T = TypeVar("T")
 
@@ -58,14 +58,15 @@ def gdal_path(href: str) -> str:
 def with_retries(read: Callable[[], T], href: str, attempts: int = ATTEMPTS) -> T:
     """Call `read` until it succeeds, with exponential back-off and jitter between attempts.
 
-    Local files get one attempt: they do not recover. GridError passes through. Raises ReadError naming
-        `href`.
+    Local files get one attempt: they do not recover. Errors of ours pass through.
+
+    Raises ReadError that names `href` and the last failure.
     """
     tries = attempts if "://" in href and not href.startswith("file://") else 1
     for delay in _delays(tries):
         try:
             return read()
-        except GridError:
+        except S2cdError:
             raise
         except Exception as error:
             if delay is None:

@@ -36,14 +36,13 @@ def reduce_duplicates(scenes: Iterable[Scene]) -> tuple[list[Scene], list[LeftOu
     kept: list[Scene] = []
     left_out: list[LeftOut] = []
     for group in _acquisitions(scenes):
-        pieces = []
-        for versions in _strips(group):
-            best = max(versions, key=_newness)
-            pieces.append((best, [s for s in versions if s is not best]))
-            left_out += [(s, _why(s, best)) for s in versions if s is not best]
-        whole, dropped = _mosaic(pieces)
-        kept.append(whole)
-        left_out += dropped
+        strips = _strips(group)
+        chosen = _choose(strips)
+        main, *parts = sorted(chosen, key=lambda s: (-_covered(s), s.id))
+        kept.append(replace(main, parts=tuple(parts)) if parts else main)
+        for strip in strips:
+            best = next((s for s in strip if any(s is c for c in chosen)), None)
+            left_out += [(s, _why(s, best, main)) for s in strip if s is not best]
     return sorted(kept, key=lambda s: (s.tile, s.time, s.id)), left_out
 
 
@@ -148,39 +147,35 @@ def _newness(scene: Scene) -> tuple[bool, str, datetime, str]:
     return (scene.level == "L2A", scene.baseline or "", scene.processed or _LONG_AGO, scene.id)
 
 
-def _why(scene: Scene, best: Scene) -> str:
-    if scene.level != best.level:
-        return f"the {scene.level} product of {best.id} ({best.level})"
-    if scene.baseline != best.baseline:
-        return f"baseline {scene.baseline} of an acquisition that {best.id} has in {best.baseline}"
-    return f"another copy of the acquisition in {best.id}"
+def _choose(strips: Sequence[Sequence[Scene]]) -> list[Scene]:
+    """Choose one product per datastrip: as many datastrips as can be read as one image, then the newest.
 
-
-def _mosaic(pieces: list[tuple[Scene, list[Scene]]]) -> tuple[Scene, list[LeftOut]]:
-    """Join the datastrips of one acquisition, the one that covers most first.
-
-    Pieces are read as one array of digital numbers, so all need the same level, radiometry and grid: a half
-    that has no product like the main one is left out.
+    The pieces of a split datatake become one array of digital numbers, so all need the same level, radiometry and
+    grid.
     """
-    main, *others = sorted((best for best, _ in pieces), key=lambda s: -_covered(s))
-    older = [s for _, rest in pieces for s in rest]
-    parts, left_out = [], []
-    for other in others:
-        candidates = [other, *(s for s in older if _same_strip(s, other))]
-        fitting = [s for s in candidates if _fits(main, s)]
-        if fitting:
-            parts.append(max(fitting, key=_newness))
-        else:
-            left_out.append((other, f"half of a split datatake whose radiometry differs from {main.id}"))
-    return (replace(main, parts=tuple(parts)) if parts else main), left_out
+    alike: dict[str, list[Scene]] = {}
+    for strip in strips:
+        for kind in {_kind(s) for s in strip}:
+            newest = max((s for s in strip if _kind(s) == kind), key=_newness)
+            alike.setdefault(kind, []).append(newest)
+    return max(alike.values(), key=lambda pieces: (len(pieces), max(map(_newness, pieces))))
+
+
+def _kind(scene: Scene) -> str:
+    """What two products must share to be read as one image."""
+    assets = sorted(scene.assets.items())
+    return repr((scene.level, [(b, a.grid, a.scale, a.offset, a.nodata) for b, a in assets]))
 
 
 def _covered(scene: Scene) -> float:
     return sum(abs(_area(_flat(ring))) for ring in rings(scene.footprint))
 
 
-def _fits(main: Scene, part: Scene) -> bool:
-    def facts(scene: Scene) -> list[object]:
-        return [(b, a.grid, a.scale, a.offset, a.nodata) for b, a in sorted(scene.assets.items())]
-
-    return main.level == part.level and facts(main) == facts(part)
+def _why(scene: Scene, best: Scene | None, main: Scene) -> str:
+    if best is None:
+        return f"half of a split datatake whose radiometry or grid differs from that of {main.id}"
+    if scene.level != best.level:
+        return f"duplicate of {best.id}: {scene.level}, that one is {best.level}"
+    if scene.baseline != best.baseline:
+        return f"duplicate of {best.id}: baseline {scene.baseline}, that one has {best.baseline}"
+    return f"duplicate of {best.id}: the same acquisition again"

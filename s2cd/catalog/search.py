@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -12,10 +12,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from s2cd.catalog import static
+from s2cd.catalog.api import provider_at, search_api
 from s2cd.catalog.bands import canonical_band
 from s2cd.catalog.filters import Filter, describe, intersects, make_filter
+from s2cd.catalog.frozen import read_frozen
 from s2cd.catalog.items import format_time, scene_from_item
 from s2cd.catalog.providers import PROVIDERS
+from s2cd.catalog.safe import find_products, scene_from_safe
 from s2cd.catalog.scene import Scene
 from s2cd.errors import CatalogError, NoScenesError, S2cdWarning
 
@@ -38,8 +41,8 @@ def search(
             or URL of a static catalogue, collection, item, ItemCollection or stac-geoparquet file, or a
             folder that holds a catalogue or .SAFE products.
         bbox: (west, south, east, north) in degrees; west > east crosses the antimeridian.
-        datetime: "2023-01-01/2023-12-31", either end "..", or one year, month, day or time; ends are
-        inclusive. tiles: MGRS tiles such as "31UDS".
+        datetime: "2023-01-01/2023-12-31", either end "..", or one year, month, day or time, ends included.
+        tiles: MGRS tiles such as "31UDS".
         orbit: relative orbit or orbits, 1..143.
         max_cloud: percent by the scene's metadata; scenes that state none pass.
         collection: STAC collection id; for a provider its first by default.
@@ -75,17 +78,15 @@ def load_scenes(source: str | PathLike[str]) -> list[Scene]:
 def _read_scenes(source: str, wanted: Filter, collection: str | None) -> Iterator[Scene]:
     """Scenes of any source; servers filter already, files do not."""
     if source in PROVIDERS:
-        from s2cd.catalog.api import search_api
-
         record = PROVIDERS[source]
         return _scenes(search_api(record.url, wanted, collection or record.collections[0], record), source)
     if static.is_url(source) and not urlsplit(source).path.endswith(_PARQUET):
         document = static.read_document(source)
-        if _is_api(document):
-            from s2cd.catalog.api import provider_at, search_api
-
-            known = provider_at(source)
-            return _scenes(search_api(source, wanted, collection, known), known.key if known else None)
+        root, api_collection = _api_behind(document, source)
+        if root is not None:
+            known = provider_at(root)
+            name = collection or api_collection
+            return _scenes(search_api(root, wanted, name, known), known.key if known else None)
         return _scenes(static.iter_items(document, source))
     return _read_local(source)
 
@@ -95,21 +96,20 @@ _PARQUET = (".parquet", ".geoparquet")
 
 def _read_local(source: str) -> Iterator[Scene]:
     if source.endswith(_PARQUET):
-        from s2cd.catalog.frozen import read_frozen
-
         return iter(read_frozen(source))
     path = Path(source).absolute()
     if not path.exists():
         known = ", ".join(PROVIDERS)
         raise CatalogError(f"{source}: does not exist; expected a path, a URL or one of {known}")
     if path.is_dir():
-        from s2cd.catalog.safe import find_products, scene_from_safe
-
         products = find_products(path)
         if products:
             return (scene_from_safe(product) for product in products)
         path = static.entry_document(path)
     document = static.read_document(str(path))
+    root, _ = _api_behind(document, None)
+    if root is not None:
+        raise CatalogError(f"{source}: holds no items, it belongs to the STAC API at {root}: search that URL")
     return _scenes(static.iter_items(document, str(path)))
 
 
@@ -126,8 +126,14 @@ def _scenes(items: Iterable[static.Document], provider: str | None = None) -> It
         warnings.warn(f"{refused.total()} items left out, the first: {first}", S2cdWarning, stacklevel=2)
 
 
-def _is_api(document: Any) -> bool:
-    return any(link.get("rel") == "search" for link in document.get("links") or ())
+def _api_behind(document: Mapping[str, Any], address: str | None) -> tuple[str | None, str | None]:
+    """Root URL of the STAC API that a landing page or collection belongs to, and the collection, if any."""
+    links = {link.get("rel"): link.get("href") for link in document.get("links") or ()}
+    if document.get("type") == "Catalog" and "search" in links:
+        return address or links.get("self") or links.get("root"), None
+    if document.get("type") == "Collection" and "items" in links and "root" in links:
+        return links["root"], document.get("id")
+    return None, None
 
 
 def _with_bands(scene: Scene, bands: set[str] | None) -> Scene:

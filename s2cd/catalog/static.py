@@ -97,7 +97,7 @@ def iter_items(document: Mapping[str, Any], base: str) -> Iterator[Document]:
 
 
 def _iter_linked(document: Mapping[str, Any], base: str, seen: set[str]) -> Iterator[Document]:
-    items = iter(_links(document, base, {"item", "items"}, seen))
+    items = iter(_links(document, base, {"item"}, seen))
     with ThreadPoolExecutor(PARALLEL_REQUESTS if is_url(base) else 1) as pool:
         while batch := list(islice(items, 256)):
             for address, found in zip(batch, pool.map(read_document, batch), strict=True):
