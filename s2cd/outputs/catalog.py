@@ -1,0 +1,124 @@
+"""The output folder as a static STAC catalogue, and what in it is finished."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from s2cd.catalog.frozen import freeze
+from s2cd.catalog.scene import Scene
+from s2cd.outputs.item import STAC_VERSION
+from s2cd.outputs.layout import COLLECTION_ID, ROOT, TILE_CATALOG, is_map_name, path_of, tile_of, times_of
+from s2cd.outputs.store import Store, local_folder, open_store
+
+CONFIG_FILE = "run.yaml"
+SCENES_FILE = "scenes.parquet"
+REPORT_FILE = "report.json"
+
+
+def is_done(out: str, name: str) -> bool:
+    """Whether the map of this name is finished: its item, written last, and its COG are there."""
+    store = open_store(out)
+    return store.exists(path_of(name, ".json")) and store.exists(path_of(name, ".tif"))
+
+
+def finished(out: str) -> set[str]:
+    """Return the names of all finished maps, from one listing. Raises OutputError if the folder cannot be used."""
+    folder = local_folder(out)
+    if folder is not None and not folder.exists():
+        return set()  # asking must not make the folder
+    return _finished(open_store(out))
+
+
+def write_catalog(out: str) -> None:
+    """Make the folder a valid static STAC catalogue of the maps that are finished.
+
+    One collection, a catalogue a tile, links relative. Only the client calls it: it rewrites whole files.
+    """
+    store = open_store(out)
+    by_tile: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(_finished(store)):
+        by_tile[tile_of(name)].append(name)
+    boxes = []
+    for tile, names in sorted(by_tile.items()):
+        _put_json(store, f"{tile}/{TILE_CATALOG}", _tile_catalog(tile, names))
+        boxes.append(json.loads(store.get(path_of(names[0], ".json")))["bbox"])
+    times = [t for names in by_tile.values() for name in names for t in times_of(name)]
+    _put_json(store, ROOT, _collection(sorted(by_tile), boxes, times))
+
+
+def save_run(out: str, config: str, scenes: Iterable[Scene]) -> None:
+    """Keep a run's configuration (YAML) and frozen scenes beside its maps, so that it can be repeated."""
+    store = open_store(out)
+    store.put(CONFIG_FILE, config.encode())
+    with tempfile.TemporaryDirectory() as folder:
+        frozen = Path(folder) / SCENES_FILE
+        freeze(scenes, frozen)
+        store.put(SCENES_FILE, frozen.read_bytes())
+
+
+def save_report(out: str, report: Mapping[str, Any]) -> None:
+    """Keep a run's report (JSON) beside its maps."""
+    _put_json(open_store(out), REPORT_FILE, report)
+
+
+def _finished(store: Store) -> set[str]:
+    found: dict[str, set[str]] = {".json": set(), ".tif": set()}
+    for path, _ in store.list():
+        name, dot, extension = path.rpartition("/")[2].rpartition(".")
+        if f".{extension}" in found and is_map_name(name) and path == path_of(name, dot + extension):
+            found[f".{extension}"].add(name)
+    return found[".json"] & found[".tif"]
+
+
+def _put_json(store: Store, path: str, document: Mapping[str, Any]) -> None:
+    store.put(path, json.dumps(document, indent=1, default=str).encode())
+
+
+def _tile_catalog(tile: str, names: list[str]) -> dict[str, Any]:
+    links = [{"rel": rel, "href": f"../{ROOT}", "type": "application/json"} for rel in ("root", "parent")]
+    items = [{"rel": "item", "href": f"./{name}.json", "type": "application/geo+json"} for name in names]
+    return {
+        "type": "Catalog",
+        "stac_version": STAC_VERSION,
+        "id": f"{COLLECTION_ID}-{tile}",
+        "title": tile,
+        "description": f"Change maps of tile {tile}",
+        "links": links + items,
+    }
+
+
+def _collection(tiles: list[str], boxes: list[list[float]], times: list[str]) -> dict[str, Any]:
+    children = [
+        {"rel": "child", "href": f"./{tile}/{TILE_CATALOG}", "type": "application/json", "title": tile}
+        for tile in tiles
+    ]
+    return {
+        "type": "Collection",
+        "stac_version": STAC_VERSION,
+        "id": COLLECTION_ID,
+        "title": "Sentinel-2 change maps",
+        "description": "Probability of change between consecutive Sentinel-2 acquisitions of the same field of view",
+        "license": "proprietary",
+        "keywords": ["sentinel-2", "change detection"],
+        "extent": {
+            "spatial": {"bbox": [_union(boxes)]},
+            "temporal": {"interval": [[min(times, default=None), max(times, default=None)]]},
+        },
+        "links": [{"rel": "root", "href": f"./{ROOT}", "type": "application/json"}, *children],
+    }
+
+
+def _union(boxes: list[list[float]]) -> list[float]:
+    """Return a box around all boxes; around the globe if one of them crosses the antimeridian."""
+    if not boxes or any(west > east for west, _, east, _ in boxes):
+        south, north = min((b[1] for b in boxes), default=-90.0), max((b[3] for b in boxes), default=90.0)
+        return [-180.0, south, 180.0, north]
+    low, high = np.min(boxes, axis=0), np.max(boxes, axis=0)
+    return [float(v) for v in (low[0], low[1], high[2], high[3])]

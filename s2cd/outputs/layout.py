@@ -1,0 +1,44 @@
+"""Where things lie in an output folder: `{tile}/{name}.tif`, `.json` and `.png`, one catalogue per tile."""
+
+from __future__ import annotations
+
+import re
+
+from s2cd.errors import OutputError
+
+ROOT = "collection.json"
+TILE_CATALOG = "catalog.json"
+COLLECTION_ID = "s2cd-change"
+_NAME = re.compile(r"S2CD_(?P<tile>[\w.\-]*\w)_R[\d\-]+_(?P<start>\d{8}T\d{6})_(?P<end>\d{8}T\d{6})")
+
+
+def tile_of(name: str) -> str:
+    """Return the tile in a map's name. Raises OutputError for a name that cannot be a file's."""
+    return _match(name)["tile"]
+
+
+def times_of(name: str) -> tuple[str, str]:
+    """Return the two sensing times in a map's name, as RFC 3339."""
+    match = _match(name)
+    return _rfc3339(match["start"]), _rfc3339(match["end"])
+
+
+def path_of(name: str, extension: str) -> str:
+    """Return where a file of a map lies: `path_of(name, ".tif")`."""
+    return f"{tile_of(name)}/{name}{extension}"
+
+
+def is_map_name(name: str) -> bool:
+    """Whether a file of this name (without extension) belongs to a map."""
+    return _NAME.fullmatch(name) is not None
+
+
+def _match(name: str) -> re.Match[str]:
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise OutputError(f"{name!r} cannot name a map, expected S2CD_{{tile}}_R{{orbit}}_{{time}}_{{time}}")
+    return match
+
+
+def _rfc3339(t: str) -> str:
+    return f"{t[:4]}-{t[4:6]}-{t[6:8]}T{t[9:11]}:{t[11:13]}:{t[13:15]}Z"

@@ -1,0 +1,121 @@
+"""A folder or bucket that results go to: whole objects under their final names, or nothing."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+from uuid import uuid4
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, from_url
+
+from s2cd.errors import OutputError
+
+STALE_SECONDS = 600
+_STAGED = re.compile(r".*#\d+$")  # obstore writes "name#1" and renames it to "name"
+
+
+class Store:
+    """Objects by name ("31UDS/x.tif") under a local folder or a URL such as s3://bucket/prefix.
+
+    Credentials come from the environment only, as obstore reads it (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...).
+    Raises OutputError for a URL of an unknown kind or a folder that cannot be made.
+    """
+
+    def __init__(self, out: str):
+        self.out = str(out)
+        self.folder = local_folder(self.out)
+        with _output_errors(self.out, "cannot be used"):
+            self._store: Any = LocalStore(self.folder, mkdir=True) if self.folder else from_url(self.out)
+
+    def put(self, name: str, data: bytes | memoryview) -> None:
+        """Write an object: after this call it is there whole, or OutputError was raised and nothing is."""
+        with _output_errors(f"{self.out}: {name}", "cannot be written"):
+            obstore.put(self._store, name, data)
+
+    def get(self, name: str) -> bytes:
+        """Return an object's bytes. Raises OutputError if it is missing or cannot be read."""
+        with _output_errors(f"{self.out}: {name}", "cannot be read"):
+            return obstore.get(self._store, name).bytes().to_bytes()
+
+    def exists(self, name: str) -> bool:
+        """Whether the object is there."""
+        with _output_errors(f"{self.out}: {name}", "cannot be looked up"):
+            try:
+                obstore.head(self._store, name)
+            except FileNotFoundError:
+                return False
+        return True
+
+    def list(self, prefix: str | None = None) -> Iterator[tuple[str, int]]:
+        """Yield (name, size in bytes) of every object below a folder, in no particular order."""
+        with _output_errors(self.out, "cannot be listed"):
+            for batch in obstore.list(self._store, prefix=prefix):
+                yield from ((str(meta["path"]), int(meta["size"])) for meta in batch)
+
+    def delete(self, name: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        with _output_errors(f"{self.out}: {name}", "cannot be deleted"):
+            try:
+                obstore.delete(self._store, name)
+            except FileNotFoundError:
+                return
+
+    def sweep(self) -> None:
+        """Remove what a writer that was killed left of unfinished objects in a local folder.
+
+        Anything younger than ten minutes may still be in the making and stays.
+        """
+        if self.folder is None:
+            return
+        for path in self.folder.rglob("*#*"):
+            if _STAGED.match(path.name) and path.stat().st_mtime < time.time() - STALE_SECONDS:
+                path.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=8)
+def open_store(out: str) -> Store:
+    """Return the store of an output folder; one per process, since tasks ask for it again and again."""
+    return Store(out)
+
+
+def check_writable(out: str) -> None:
+    """Write and remove a small object, and clear what a killed run left unfinished.
+
+    Raises OutputError that names the folder and the reason: a missing permission, a file in the way, a full disk,
+    a bucket that does not answer.
+    """
+    store = Store(out)
+    probe = f".s2cd-{uuid4().hex}"
+    with _output_errors(store.out, "cannot be written to"):
+        obstore.put(store._store, probe, bytes(4096))
+        obstore.delete(store._store, probe)
+    store.sweep()
+
+
+def local_folder(out: str) -> Path | None:
+    """Return the folder that `out` names, None for a URL of a remote store."""
+    if out.startswith("file://"):
+        return Path(unquote(urlsplit(out).path))
+    return None if "://" in out else Path(out).absolute()
+
+
+@contextmanager
+def _output_errors(what: str, failure: str) -> Iterator[None]:
+    try:
+        yield
+    except (BaseError, OSError, ValueError) as error:
+        raise OutputError(f"{what} {failure}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what went wrong in one line; obstore appends a page of internals to its messages."""
+    first = str(error).split("\n", 1)[0].strip()
+    return re.sub(r"^Generic \w+ error: ", "", first)

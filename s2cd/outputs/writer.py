@@ -1,0 +1,84 @@
+"""One finished map: COG, quicklook and, last of all, the STAC item."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from s2cd.catalog.scene import Grid
+from s2cd.errors import GridError
+from s2cd.outputs.codes import decode_codes, encode_codes
+from s2cd.outputs.cog import code_pyramid, map_cog
+from s2cd.outputs.item import MapInfo, build_item
+from s2cd.outputs.layout import path_of
+from s2cd.outputs.quicklook import quicklook
+from s2cd.outputs.store import open_store
+from s2cd.pairs import Pair
+
+Pictures = tuple[np.ndarray | None, np.ndarray | None]
+
+
+def write_map(
+    codes: np.ndarray,
+    pair: Pair,
+    grid: Grid,
+    info: MapInfo,
+    out: str,
+    *,
+    quicklook_rgb: Pictures | None = None,
+    profile: str = "default",
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Write the COG, the quicklook and the STAC item of one pair below `out`; return the item.
+
+    codes          uint16 (y, x) on `grid`: k means a probability of k/1024, 65535 no observation;
+                   or float32 in [0, 1] with NaN, which is rounded to that
+    out            folder or URL such as s3://bucket/prefix
+    quicklook_rgb  uint8 (y, x, 3) before and after, each may be None; without the tuple no quicklook is written
+    profile        key of `s2cd.outputs.cog.PROFILES`
+    threads        how many threads compress
+
+    The item is written last: its presence means that the map is finished. Every file appears whole or not at all.
+    Raises OutputError naming the file, GridError if the shape is not the grid's, ConfigError for the profile.
+    """
+    if codes.shape != tuple(grid.shape):
+        raise GridError(f"{pair.name}: a map of {codes.shape} pixels, expected {tuple(grid.shape)}")
+    if codes.dtype != np.uint16:
+        codes = encode_codes(codes)
+    store, sizes = open_store(out), {}
+    item_path = path_of(pair.name, ".json")
+    pyramid = code_pyramid(codes)
+    store.delete(item_path)  # a map that is made anew must not pass for finished in between
+    with map_cog(pyramid, grid, profile=profile, threads=threads, tags=_tags(pair, info)) as data:
+        sizes[".tif"] = len(data)
+        store.put(path_of(pair.name, ".tif"), data)
+    if quicklook_rgb is not None:
+        png = quicklook(_small(pyramid), *quicklook_rgb, labels=_labels(pair, info))
+        sizes[".png"] = len(png)
+        store.put(path_of(pair.name, ".png"), png)
+    item = build_item(pair, grid, info, codes, profile, sizes)
+    store.put(item_path, json.dumps(item, indent=1, allow_nan=False).encode())
+    return item
+
+
+def _tags(pair: Pair, info: MapInfo) -> dict[str, str]:
+    return {
+        "BEFORE": pair.before.id,
+        "AFTER": pair.after.id,
+        "MODEL": info.model,
+        "MODEL_HASH": info.model_hash,
+        "TIFFTAG_SOFTWARE": "s2cd",
+    }
+
+
+def _small(pyramid: list[np.ndarray]) -> np.ndarray:
+    """Return the probability at the finest level that is at most 1024 px: more than the picture shows."""
+    fits = (level for level in pyramid if max(level.shape) <= 1024)
+    return decode_codes(next(fits, pyramid[-1]))
+
+
+def _labels(pair: Pair, info: MapInfo) -> tuple[str, str, str]:
+    before, after = (f"{scene.time:%Y-%m-%d}" for scene in (pair.before, pair.after))
+    return f"before {before}", f"after {after}", f"change, {info.model}"
