@@ -103,7 +103,7 @@ def observe(
         image = atmosphere.shadow(image, WAVELENGTHS, shade)
     down, right = rng.uniform(-0.3, 0.3, 2)
     fine = np.array(spectra.GSD) == 10
-    image[fine] = atmosphere.shift(image[fine], down, right, sigma=0.5)
+    image[fine] = atmosphere.shift(image[fine], down, right, sigma=0.55)
     image[~fine] = atmosphere.shift(image[~fine], down, right, sigma=0.9)
     image = atmosphere.haze(image, WAVELENGTHS, overpass.aerosol)
     image = atmosphere.gain(image, 1 + rng.normal(0, 0.012, len(image)))
@@ -165,7 +165,8 @@ def _sky(rng: np.random.Generator, shape: tuple[int, int], overpass: Overpass) -
         return resample(part, shape, 2.0, 1.0)
 
     wisps = fractal(rng, (coarse[0], coarse[1]), 120, octaves=5, persistence=0.55, stretch=2.5)
-    veil = 0.10 * np.clip(wisps - 1.1, 0, 1.2) + 0.05 * np.minimum(excess * 3, 1)
+    thin = wisps - np.quantile(wisps, 1 - min(0.9 * overpass.cloud_share, 0.2))
+    veil = 0.12 * np.clip(thin, 0, 1.2) + 0.05 * np.minimum(excess * 3, 1)
     return view(cloud), view(light), view(cloud, dy, dx), view(veil)
 
 

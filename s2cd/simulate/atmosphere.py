@@ -1,7 +1,8 @@
 """What comes between the ground and the file: light, air, clouds, optics, noise.
 
 Every function takes surface reflectance (band, y, x) float32 and returns a new array of the same shape and
-dtype; NaN stays NaN. They serve as nuisances in training as well: none of them is a change.
+dtype; NaN stays NaN (`shift` spreads it as far as its kernel reaches). They serve as nuisances in training as
+well: none of them is a change.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import numpy.typing as npt
 from scipy.ndimage import correlate1d
 
 from s2cd.simulate.texture import Array
-
-CLOUD = np.array([0.66, 0.65, 0.65, 0.68, 0.68, 0.48, 0.36], np.float32)
 
 
 def haze(reflectance: Array, wavelengths: npt.ArrayLike, tau: float) -> Array:

@@ -178,7 +178,7 @@ class Writer:
             transform=from_origin(self.cut.west, self.cut.north, gsd, gsd),
             nodata=0,
             compress="DEFLATE",
-            level=6,
+            level=1,
             predictor=2,
             blocksize=self.blocksize,
             overview_resampling=resampling,
@@ -213,11 +213,8 @@ class Writer:
 
 def mirrored(layer: IntArray, shape: Sequence[int]) -> IntArray:
     """Continue a layer (y, x) by mirror images until it has `shape`; always a copy."""
-    picks = []
-    for have, want in zip(layer.shape, shape, strict=True):
-        k = np.arange(want) % (2 * have)
-        picks.append(np.where(k < have, k, 2 * have - 1 - k))
-    return layer[picks[0]][:, picks[1]] if layer.shape != tuple(shape) else layer.copy()
+    margin = [(0, want - have) for have, want in zip(layer.shape, shape, strict=True)]
+    return np.pad(layer, margin, mode="symmetric")
 
 
 def item_name(product: Product, cut: Cut) -> str:

@@ -82,7 +82,7 @@ def _pick_object(
     rng: np.random.Generator, ground: Ground, free: IntArray, wanted: IntArray, size: tuple[int, int]
 ) -> IntArray:
     """Pixels of one free object among the `wanted` (object,) weights with an area in `size`."""
-    area = np.bincount(ground.objects.ravel(), minlength=len(ground.cover))
+    area = ground.area
     open_area = np.bincount(ground.objects.ravel(), free.ravel(), minlength=len(ground.cover))
     weight = wanted * (area >= size[0]) * (area <= size[1]) * (open_area > 0.75 * area)
     if weight.sum() == 0:
@@ -93,10 +93,8 @@ def _pick_object(
 
 def _place_construction(rng: np.random.Generator, ground: Ground, free: IntArray) -> IntArray:
     """A field at the edge of a settlement, whole or in part."""
-    area = np.bincount(ground.objects.ravel(), minlength=len(ground.cover))
-    near = np.bincount(ground.objects.ravel(), ground.urbanity.ravel(), len(ground.cover)) / np.maximum(area, 1)
     open_land = ~np.isin(ground.cover, spectra.WOODS)
-    mask = _pick_object(rng, ground, free, open_land * (near + 0.01) ** 1.5, (60, 1400))
+    mask = _pick_object(rng, ground, free, open_land * (ground.object_urbanity + 0.01) ** 1.5, (60, 1400))
     rows, cols = np.nonzero(mask)
     if len(rows) > 500 or (len(rows) > 120 and rng.random() < 0.4):
         r0, c0 = int(np.median(rows)), int(np.median(cols))

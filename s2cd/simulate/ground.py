@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt
@@ -45,6 +46,17 @@ class Ground:
     def shape(self) -> tuple[int, int]:
         """Rows and columns at 10 m."""
         return self.objects.shape[0], self.objects.shape[1]
+
+    @cached_property
+    def area(self) -> IntArray:
+        """Pixels per object."""
+        return np.bincount(self.objects.ravel(), minlength=len(self.cover))
+
+    @cached_property
+    def object_urbanity(self) -> Array:
+        """Mean urbanity per object."""
+        total = np.bincount(self.objects.ravel(), self.urbanity.ravel(), len(self.cover))
+        return total / np.maximum(self.area, 1)
 
     @property
     def pixel_cover(self) -> IntArray:
@@ -127,9 +139,11 @@ def _river_and_relief(rng: np.random.Generator, y: Array, x: Array) -> tuple[Arr
         course += amplitude * np.sin(k * along + p)
         slope += amplitude * k * np.cos(k * along + p)
     distance = (np.abs(across - course) / np.sqrt(1 + slope**2)).astype(np.float32)
-    hills = fractal(rng, (shape[0], shape[1]), 240, octaves=7, persistence=0.5)
+    hills = fractal(rng, (shape[0], shape[1]), 240, octaves=7, persistence=0.53)
     valley = 1 - np.exp(-((distance / 110) ** 2))
-    return distance, (60 + 15 * valley + 95 * valley * np.maximum(hills + 0.6, 0.15 * hills)).astype(np.float32)
+    height = 60 + 15 * valley + 70 * valley * np.maximum(hills + 0.6, 0.15 * hills)
+    height += 90 * valley * np.maximum(hills - 0.4, 0) ** 1.5
+    return distance, height.astype(np.float32)
 
 
 def _settlements(rng: np.random.Generator, shape: tuple[int, int], river: Array) -> list[Settlement]:
@@ -201,13 +215,13 @@ def _land_use(rng: np.random.Generator, objects: IntArray, relief: Array, river:
         return np.bincount(objects.ravel(), values.ravel()) / count
 
     number = np.arange(len(count))
-    woods = mean(fractal(rng, shape, 150, octaves=5, persistence=0.6)) + 0.008 * (mean(relief) - 110)
+    woods = mean(fractal(rng, shape, 150, octaves=5, persistence=0.6)) + 0.007 * (mean(relief) - 120)
     woods += 0.3 * hash01(seed + 5, number)
     grass = mean(fractal(rng, shape, 200, octaves=3)) + 1.6 * np.exp(-mean(river) / 45)
     crop = np.searchsorted([0.38, 0.52, 0.64, 0.85], hash01(seed + 6, number))
     cover = np.where((grass > 1.0) | (hash01(seed + 7, number) < 0.10), Cover.MEADOW, crop)
     conifer = mean(fractal(rng, shape, 120, octaves=3)) + 0.8 * (hash01(seed + 8, number) - 0.5) > 0.4
-    return np.where(woods > 0.95, np.where(conifer, Cover.CONIFER, Cover.BROADLEAF), cover).astype(np.uint8)
+    return np.where(woods > 0.85, np.where(conifer, Cover.CONIFER, Cover.BROADLEAF), cover).astype(np.uint8)
 
 
 def _lakes(rng: np.random.Generator, shape: tuple[int, int], river: Array) -> IntArray:
@@ -264,7 +278,7 @@ def _built_surface(
     cover = ground.pixel_cover
     urban = cover == Cover.GARDEN
     lane = np.clip(0.75 - border, 0, 0.6) * ~urban
-    lane *= np.where(np.isin(cover, spectra.WOODS), 0.25, hash01(seed + 11, ground.objects // 3) < 0.75)
+    lane *= np.where(np.isin(cover, spectra.WOODS), 0.12, hash01(seed + 11, ground.objects // 3) < 0.75)
     share = np.zeros((3, *ground.shape), np.float32)  # asphalt, track, building
     share[0], share[1] = roads, lane
     rows, cols = np.nonzero(urban)
@@ -310,7 +324,7 @@ def fabric(
         house = present & inside & ~on_street
         kind = np.searchsorted([0.5, 0.74, 0.95], hash01(seed + 22, iu, iv))
         hall_kind = np.searchsorted([0.05, 0.3, 0.62], hash01(seed + 23, iu, iv))
-        tone = 0.72 + 0.56 * hash01(seed + 24, iu, iv)
+        tone = 0.6 + 0.5 * hash01(seed + 24, iu, iv)
         paint = spectra.ROOFS[np.where(halls, hall_kind, kind)].T * tone
         street += 0.25 * (on_street * 0.8 + (halls & ~house & ~on_street) * 0.75)
         roof += 0.25 * house

@@ -26,7 +26,7 @@ def simulate(
     seed: int = 0,
     tile: str = "31UDS",
     start: str = START,
-    step_days: float = 20,
+    step_days: float = 22.5,
     clouds: bool = True,
     blocksize: int = 512,
     draw_size: int | None = None,
@@ -79,8 +79,8 @@ def simulate(
 def simulate_full_tile(out_dir: str | Path, dates: int = 6, seed: int = 0, orbits: Sequence[int] = (51,)) -> Path:
     """Simulate a tile of full size, 10980 x 10980 px, for benchmarks, within 4 GB of memory.
 
-    A quarter of its width is drawn and continued by mirror images. The skies are clear of overcast dates' waste:
-    all dates belong to one orbit and make `dates` - 1 pairs. Returns the path of catalog.json.
+    A quarter of its width and height is drawn and continued by mirror images. With one orbit, as by default, the
+    series makes `dates` - 1 pairs. Returns the path of catalog.json.
     """
     return simulate(out_dir, size=FULL_TILE, dates=dates, seed=seed, orbits=orbits, draw_size=2746)
 

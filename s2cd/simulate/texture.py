@@ -41,21 +41,22 @@ def fractal(
 
     Each octave halves the size and multiplies the amplitude by `persistence`; `stretch` elongates along x.
     """
-    out = np.zeros(shape, np.float32)
-    power = 0.0
-    for octave in range(octaves):
-        step = scale / 2**octave
-        amplitude = persistence**octave
-        if step < 2:
-            out += amplitude * rng.standard_normal(shape, np.float32)
-            power += amplitude**2
-            break
-        cells = (int(shape[0] / step) + 5, int(shape[1] / (step * stretch)) + 5)
-        coarse = rng.standard_normal(cells, np.float32)
-        rows = _interpolate(coarse, shape[0], step, 1.0)
-        out += amplitude * np.ascontiguousarray(_interpolate(rows.T, shape[1], step * stretch, 1.0).T)
-        power += amplitude**2 * 0.23  # variance a cubic B-spline leaves of white noise: (151/315)^2
-    return out / np.float32(np.sqrt(power))
+    count = sum(1 for k in range(octaves) if scale / 2**k >= 2)
+    spacing = [scale / 2**k for k in range(count)]
+    amplitudes = [persistence**k for k in range(count)]
+    field = np.zeros((1, 1), np.float32)
+    for k, (step, amplitude) in enumerate(zip(spacing, amplitudes, strict=True)):
+        nodes = (int(shape[0] / step) + 6, int(shape[1] / (step * stretch)) + 6)
+        finer = amplitude * rng.standard_normal(nodes, np.float32)
+        field = finer + resample(field, nodes, 2.0) if k else finer
+    if count:
+        field = _interpolate(field, shape[0], spacing[-1], 1.0).T
+        field = _interpolate(np.ascontiguousarray(field), shape[1], spacing[-1] * stretch, 1.0).T
+    power = 0.18 * sum(a**2 for a in amplitudes)  # what repeated cubic B-splines leave of white noise's variance
+    if count < octaves:
+        field = field + persistence**count * rng.standard_normal(shape, np.float32)
+        power += persistence ** (2 * count)
+    return np.ascontiguousarray(field) / np.float32(np.sqrt(power))
 
 
 def hash01(seed: int, *keys: IntArray) -> Array:
