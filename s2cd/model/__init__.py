@@ -1,1 +1,6 @@
-"""See the design."""
+"""The network, its weights, and how its inputs are normalised. The only place that knows torch."""
+
+from s2cd.model.ref import ModelRef
+from s2cd.model.registry import BANDS, EncodedDate, Model, list_models, load_model, model_card
+
+__all__ = ["BANDS", "EncodedDate", "Model", "ModelRef", "list_models", "load_model", "model_card"]

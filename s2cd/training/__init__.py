@@ -1,1 +1,1 @@
-"""See the design."""
+"""How the shipped weights were made and scored; never imported by a run."""

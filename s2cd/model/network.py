@@ -1,0 +1,131 @@
+"""The network: one encoder for each date, the absolute difference at every scale, a light decoder.
+
+Inside, everything lies on the 20 m grid: the four 10 m bands come as 2 x 2 blocks (16 channels) beside the three
+20 m bands, so that no band is resampled, and the head writes four values per 20 m pixel, one for each 10 m pixel.
+It follows the FC-Siam-diff of Daudt et al. (ICIP 2018) at a fifth of its arithmetic; |a - b| makes the result
+symmetric in time, to the bit.
+
+There is no global context, and batch normalisation exists in training only (`ChangeNet.folded`), so a pixel depends
+on nothing beyond `HALO` and a chunk gives what the whole image gives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+STRIDE = 16  # 10 m pixels that one pixel of the coarsest level covers
+HALO = 64  # 10 m pixels; at least the radius of the receptive field, a multiple of STRIDE
+FINE_BANDS = 4  # the first bands, at 10 m
+COARSE_BANDS = 3  # the others, at 20 m
+INPUTS = 4 * FINE_BANDS + COARSE_BANDS + 1  # the last channel tells where there is an observation
+WIDTHS = (24, 48, 64, 96)  # channels at 20, 40, 80 and 160 m
+DEPTHS = (1, 2, 1, 1)  # 3 x 3 convolutions at each level of the encoder
+
+Features = tuple[Tensor, ...]
+
+
+class Unit(nn.Sequential):
+    """Convolution, in training batch normalisation, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, stride: int = 1, *, norm: bool, relu: bool = True):
+        padding = size // 2 if stride == 1 else 0
+        layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, size, stride, padding, bias=not norm)]
+        layers += [nn.BatchNorm2d(outputs)] if norm else []
+        layers += [nn.ReLU(inplace=True)] if relu else []
+        super().__init__(*layers)
+
+    @property
+    def conv(self) -> nn.Conv2d:
+        """The convolution."""
+        assert isinstance(self[0], nn.Conv2d)
+        return self[0]
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of the one convolution that equals this unit in evaluation mode."""
+        conv, norm = self.conv, self[1] if len(self) > 1 else None
+        if not isinstance(norm, nn.BatchNorm2d):
+            assert conv.bias is not None
+            return conv.weight, conv.bias
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        return conv.weight * gain[:, None, None, None], norm.bias - norm.running_mean * gain
+
+
+class ChangeNet(nn.Module):
+    """Siamese network of four levels.
+
+    `encode` takes (n, INPUTS, h, w) on the 20 m grid, h and w multiples of 8, and returns four tensors at strides 1,
+    2, 4 and 8; `decode` takes two of those and returns logits (n, 1, 2h, 2w) on the 10 m grid.
+    """
+
+    def __init__(self, *, norm: bool = False, widths: tuple[int, ...] = WIDTHS, depths: tuple[int, ...] = DEPTHS):
+        super().__init__()
+        self.widths, self.depths = widths, depths
+        levels = range(len(widths))
+        self.stem = Unit(INPUTS, widths[0], 3, norm=norm)
+        self.down = nn.ModuleList(Unit(widths[i - 1], widths[i], 2, 2, norm=norm) for i in levels if i)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*(Unit(w, w, 3, norm=norm) for _ in range(d))) for w, d in zip(widths, depths, strict=True)
+        )
+        steps = [max(0, i - 1) for i in levels[:-1]]  # the width that a level of the decoder hands down
+        self.lateral = nn.ModuleList(Unit(w, w, 1, norm=norm, relu=False) for w in widths[:-1])
+        self.bottom = Unit(widths[-1], widths[-2], 1, norm=norm, relu=False)
+        self.mix = nn.ModuleList(  # the coarsest is 1 x 1 to keep the receptive field within HALO
+            Unit(widths[i], widths[j], 3 if i + 2 < len(widths) else 1, norm=norm)
+            for i, j in zip(levels, steps, strict=False)
+        )
+        self.head = nn.Conv2d(widths[0], 4, 1)
+
+    def encode(self, x: Tensor) -> Features:
+        """Return the features of one date at every level."""
+        features = []
+        x = self.stem(x)
+        for level, block in enumerate(self.blocks):
+            x = block(self.down[level - 1](x) if level else x)
+            features.append(x)
+        return tuple(features)
+
+    def decode(self, a: Features, b: Features) -> Tensor:
+        """Return the logits of change between two dates, the same whichever comes first."""
+        x = self.bottom((a[-1] - b[-1]).abs_())
+        for level in reversed(range(len(self.mix))):
+            side = self.lateral[level]((a[level] - b[level]).abs_())
+            x = functional.relu_(side.add_(functional.interpolate(x, scale_factor=2.0, mode="nearest")))
+            x = self.mix[level](x)
+        return functional.pixel_shuffle(self.head(x), 2)
+
+    def forward(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return logits; both dates pass the encoder in one batch, so that its statistics are those of both."""
+        features = self.encode(torch.cat([before, after]))
+        n = len(before)
+        return self.decode(tuple(f[:n] for f in features), tuple(f[n:] for f in features))
+
+    @torch.no_grad()
+    def folded(self, temperature: float = 1.0, bias: float = 0.0) -> ChangeNet:
+        """Return the network for inference: normalisation folded, logits / temperature + bias in the head."""
+        net = ChangeNet(norm=False, widths=self.widths, depths=self.depths)
+        units = {name: unit for name, unit in self.named_modules() if isinstance(unit, Unit)}
+        for name, unit in net.named_modules():
+            if isinstance(unit, Unit):
+                weight, offset = units[name].folded()
+                unit.conv.load_state_dict({"weight": weight, "bias": offset})
+        assert self.head.bias is not None
+        head = {"weight": self.head.weight / temperature, "bias": self.head.bias / temperature + bias}
+        net.head.load_state_dict(head)
+        return net.eval()
+
+
+def cost(net: ChangeNet) -> dict[str, float]:
+    """Return the arithmetic per 10 m pixel [FLOP, a multiply-add is 2] of `encode` and `decode`, and `parameters`."""
+    total = {"encode": 0.0, "decode": 0.0}
+    for name, conv in net.named_modules():
+        if not isinstance(conv, nn.Conv2d):
+            continue
+        part, *rest = name.split(".")
+        level = {"stem": 0, "head": 0, "bottom": len(net.mix)}.get(part)
+        level = int(rest[0]) + (part == "down") if level is None else level
+        total["encode" if part in {"stem", "down", "blocks"} else "decode"] += conv.weight.numel() / 4**level / 2
+    return {**total, "parameters": sum(p.numel() for p in net.parameters())}

@@ -1,0 +1,93 @@
+"""How a scene is normalised before the network sees it.
+
+Each band of each scene becomes (reflectance - centre) / spread, with the median and a spread from the 10th and 90th
+percentile of the scene's own valid pixels. What a homogeneous atmosphere and the sun do to a band is affine:
+
+    measured = path reflectance + transmittance * cos(sun) / cos(sun of the other date) * ground
+
+so haze, a gain of the sensor, another sun elevation over flat ground and a processing offset change centre and
+spread in proportion and cancel exactly, band by band. What varies within a scene (shaded slopes, cirrus in parts of
+it, a shift) does not cancel; the network learns to ignore it from simulated cases.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import numpy.typing as npt
+
+LOW, HIGH = 10.0, 90.0
+SIGMAS = 2.5631  # between the 10th and 90th percentile of a normal distribution
+LEAST_SPREAD = 0.01  # reflectance; open sea would otherwise be stretched to noise
+LIMIT = 6.0  # normalised values are clipped at +- LIMIT
+
+Array = npt.NDArray[np.float32]
+
+
+def statistics(reflectance: Array) -> Array:
+    """Return float32 (band, 2): centre and spread [reflectance] of each band.
+
+    `reflectance` is float32 (band, y, x), NaN = no observation, best decimated: a few 10,000 pixels are enough.
+    A band without any observation gets centre 0 and spread 1.
+    """
+    flat = np.asarray(reflectance, np.float32).reshape(len(reflectance), -1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # all-NaN bands are dealt with below
+        low, centre, high = np.nanpercentile(flat, (LOW, 50, HIGH), axis=1)
+    spread = np.maximum((high - low) / SIGMAS, LEAST_SPREAD)
+    result = np.stack([centre, spread], axis=1).astype(np.float32)
+    result[np.isnan(centre)] = (0, 1)
+    return result
+
+
+def affine(stats: Array, scale: npt.ArrayLike = 1.0, offset: npt.ArrayLike = 0.0) -> Array:
+    """Return float32 (band, 2), gain and bias with normalised = gain * pixel + bias.
+
+    reflectance = scale * pixel + offset; `scale` and `offset` are numbers or one number per band.
+    """
+    stats = np.asarray(stats, np.float64)
+    centre, spread = stats[:, 0], stats[:, 1]
+    gain = np.broadcast_to(np.asarray(scale, np.float64), centre.shape) / spread
+    bias = (np.asarray(offset, np.float64) - centre) / spread
+    return np.stack([gain, bias], axis=1).astype(np.float32)
+
+
+def decimation(shape: tuple[int, ...]) -> int:
+    """Return the power of two that leaves at least 256 pixels along the shorter side, as overviews do."""
+    return 1 << max(0, (min(shape) // 256).bit_length() - 1)
+
+
+def network_input(pixels: np.ndarray, gains: Array, valid: npt.NDArray[np.bool_], fine: int, stride: int) -> Array:
+    """Return float32 (h, w, channels) on the 20 m grid: fine bands as 2 x 2 blocks, coarse bands, observed share.
+
+    `pixels` is (band, y, x) of any real type, the first `fine` bands at 10 m, the others replicated from 20 m. Right
+    and bottom are filled up to a multiple of `stride`: as not observed, after an odd edge was repeated once.
+    """
+    bands, height, width = pixels.shape
+    rows, cols = (-(-n // stride) * stride // 2 for n in (height, width))
+    out = np.zeros((rows, cols, 4 * fine + bands - fine + 1), np.float32)
+    h, w = (height + 1) // 2, (width + 1) // 2
+    mask = valid.astype(np.float32)
+    for band, (gain, bias) in enumerate(gains):
+        plane = pixels[band] if band < fine else pixels[band, ::2, ::2]
+        plane = np.multiply(plane, np.float32(gain), dtype=np.float32)
+        plane += np.float32(bias)
+        np.clip(plane, -LIMIT, LIMIT, out=plane)
+        seen = mask if band < fine else mask[::2, ::2]
+        plane = np.where(seen > 0, plane, np.float32(0))
+        if band < fine:
+            for k, part in enumerate(_quarters(plane)):
+                out[:h, :w, 4 * band + k] = part
+        else:
+            out[:h, :w, 4 * fine + band - fine] = plane
+    out[:h, :w, -1] = sum(_quarters(mask)) / np.float32(4)
+    return out
+
+
+def _quarters(plane: Array) -> tuple[Array, Array, Array, Array]:
+    """Return the four 10 m pixels of each 20 m pixel, in the order of `torch.pixel_unshuffle`."""
+    odd_y, odd_x = plane.shape[0] % 2, plane.shape[1] % 2
+    if odd_y or odd_x:
+        plane = np.pad(plane, ((0, odd_y), (0, odd_x)), mode="edge")
+    return plane[::2, ::2], plane[::2, 1::2], plane[1::2, ::2], plane[1::2, 1::2]

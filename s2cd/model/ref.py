@@ -1,0 +1,31 @@
+"""How a model travels to the workers: as a name and a hash, never as weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from s2cd.errors import ModelError
+from s2cd.model.registry import Model, load_model
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """A model by name (or path) and the sha256 of its weights, to be loaded where it is used."""
+
+    name: str
+    hash: str
+    device: str = "auto"
+
+    @classmethod
+    def of(cls, name: str, device: str = "auto") -> ModelRef:
+        """Return the reference of the model called `name` here. Raises ModelError if there is none."""
+        return cls(name, load_model(name, device=device).hash, device)
+
+    def load(self) -> Model:
+        """Return the model, loaded once per process. Raises ModelError if its weights are other ones here."""
+        model = load_model(self.name, device=self.device)
+        if model.hash != self.hash:
+            raise ModelError(
+                f"model {self.name!r} has weights {model.hash[:12]} on this worker, expected {self.hash[:12]}"
+            )
+        return model

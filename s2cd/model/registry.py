@@ -1,0 +1,214 @@
+"""Models by name: the two shipped ones and networks that users bring, loaded once per process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from s2cd.errors import ModelError
+from s2cd.model import normalise
+from s2cd.model.device import Engine, choose_device
+from s2cd.model.network import FINE_BANDS, HALO, STRIDE, ChangeNet, Features
+
+BANDS = ("blue", "green", "red", "nir", "nir08", "swir16", "swir22")
+WEIGHTS = Path(__file__).parent / "weights"
+_cache: dict[tuple[str, str], Model] = {}
+_lock = threading.Lock()
+
+
+class Network(Protocol):
+    """What a Model needs of a network: `encode` one date, `decode` two, as `ChangeNet` documents."""
+
+    def encode(self, x: Tensor) -> Features:
+        """Return the features of one date."""
+
+    def decode(self, a: Features, b: Features) -> Tensor:
+        """Return logits between two dates."""
+
+
+class Model:
+    """A siamese network with its weights on a device, and what it expects.
+
+    name    as it was asked for
+    hash    sha256 (hex) of the weights file
+    bands   common names of the bands, in order; the first four at 10 m, the others at 20 m
+    stride  chunk edges are multiples of it [10 m pixels]
+    halo    pixels around a chunk that its result depends on [10 m pixels]
+    card    the model card: data, licence, scores and cost
+
+    Threads may call `encode` and `decode` at the same time; on a GPU one call runs at a time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        digest: str,
+        engine: Engine,
+        card: dict[str, Any],
+        *,
+        bands: tuple[str, ...] = BANDS,
+        stride: int = STRIDE,
+        halo: int = HALO,
+    ):
+        self.name, self.hash, self.card = name, digest, card
+        self.bands, self.stride, self.halo = bands, stride, halo
+        self._engine = engine
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        """Pickle as a name and a device: weights never travel."""
+        return load_model, (self.name, str(self._engine.device))
+
+    def statistics(self, reflectance: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return float32 (band, 2), centre and spread of reflectance (band, y, x) with NaN = no observation."""
+        return normalise.statistics(reflectance)
+
+    def affine(
+        self, statistics: npt.NDArray[np.float32], scale: npt.ArrayLike = 1.0, offset: npt.ArrayLike = 0.0
+    ) -> npt.NDArray[np.float32]:
+        """Return float32 (band, 2), gain and bias, for pixels of which reflectance = scale * pixel + offset."""
+        return normalise.affine(statistics, scale, offset)
+
+    def encode(self, pixels: np.ndarray, affine: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) -> EncodedDate:
+        """Return the features of one date, to be kept for all its pairs.
+
+        pixels  (band, y, x) of any real type, in the order of `bands`, all on the 10 m grid
+        affine  (band, 2) from `affine`
+        valid   bool (y, x), False = no observation
+
+        Raises ModelError if the shapes do not fit.
+        """
+        self._require_shapes(pixels, valid)
+        x = normalise.network_input(pixels, affine, valid, FINE_BANDS, self.stride)
+        return EncodedDate(self._engine.encode(x), valid.shape)
+
+    def decode(self, a: EncodedDate, b: EncodedDate) -> npt.NDArray[np.float32]:
+        """Return the probability of change float32 (y, x) in [0, 1]; the order of the dates does not matter.
+
+        Raises ModelError if the two dates differ in shape.
+        """
+        if a.shape != b.shape:
+            raise ModelError(f"model {self.name!r} compares dates of one shape, found {a.shape} and {b.shape}")
+        height, width = a.shape
+        return self._engine.decode(a.features, b.features)[:height, :width]
+
+    def predict(
+        self,
+        before: npt.NDArray[np.float32],
+        after: npt.NDArray[np.float32],
+        statistics: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Return the probability of change float32 (y, x) in [0, 1], NaN where a band of either date is NaN.
+
+        before, after  reflectance float32 (band, y, x), bands as in `bands`, all on the 10 m grid
+        statistics     of both dates, as from `statistics`; by default of the arrays themselves, decimated
+
+        Raises ModelError if the shapes do not fit.
+        """
+        dates = (np.asarray(before), np.asarray(after))
+        for date in dates:
+            if date.ndim != 3 or date.shape != dates[0].shape or len(date) != len(self.bands) or not date.size:
+                raise ModelError(
+                    f"model {self.name!r} takes two arrays (band, y, x) of {len(self.bands)} bands, "
+                    f"found {dates[0].shape} and {dates[1].shape}"
+                )
+        step = normalise.decimation(dates[0].shape[1:])
+        stats = statistics or tuple(self.statistics(d[:, ::step, ::step]) for d in dates)
+        valid = [np.asarray(np.isfinite(d).all(axis=0)) for d in dates]
+        codes = [self.encode(d, self.affine(s), v) for d, s, v in zip(dates, stats, valid, strict=True)]
+        probability = self.decode(codes[0], codes[1])
+        probability[~(valid[0] & valid[1])] = np.nan
+        return probability
+
+    def _require_shapes(self, pixels: np.ndarray, valid: np.ndarray) -> None:
+        if pixels.ndim != 3 or len(pixels) != len(self.bands) or valid.shape != pixels.shape[1:]:
+            raise ModelError(
+                f"model {self.name!r} takes pixels (band, y, x) of {len(self.bands)} bands and valid (y, x), "
+                f"found {pixels.shape} and {valid.shape}"
+            )
+
+    def mlm(self) -> dict[str, Any]:
+        """Return the properties of the STAC Machine Learning Model extension (v1.4) that describe this model."""
+        from s2cd.model.mlm import mlm_properties
+
+        return mlm_properties(self)
+
+
+class EncodedDate:
+    """Features of one date on the device of the model, and the shape of the date at 10 m."""
+
+    __slots__ = ("features", "shape")
+
+    def __init__(self, features: Features, shape: tuple[int, ...]):
+        self.features, self.shape = features, (shape[0], shape[1])
+
+
+def list_models() -> list[str]:
+    """Return the names of the shipped models, the default first."""
+    names = sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
+    return sorted(names, key=lambda name: name != "generic")
+
+
+def load_model(name: str = "generic", device: str = "auto") -> Model:
+    """Return the model called `name`, or the exported one at the path `name`; once per process and device.
+
+    device: "auto" (a CUDA device where there is one), "cpu", "cuda", "cuda:1" ...
+
+    Raises ModelError for an unknown name, a damaged file, or a device that is not there.
+    """
+    place = choose_device(device)
+    key = (str(name), str(place))
+    with _lock:
+        if key not in _cache:
+            _cache[key] = _load(str(name), place)
+        return _cache[key]
+
+
+def model_card(name: str) -> dict[str, Any]:
+    """Return the card of a shipped model. Raises ModelError if it is missing or damaged."""
+    return read_json(WEIGHTS / f"{name}.json")
+
+
+def _load(name: str, device: torch.device) -> Model:
+    if name in list_models():
+        data = (WEIGHTS / f"{name}.safetensors").read_bytes()
+        engine = Engine(_network(name, data).to(device), device, stride=STRIDE // 2, halo=HALO // 2)
+        return Model(name, hashlib.sha256(data).hexdigest(), engine, model_card(name))
+    if Path(name).is_file():
+        from s2cd.model.exported import load_exported
+
+        return load_exported(Path(name), device)
+    known = ", ".join(list_models())
+    raise ModelError(f"unknown model {name!r}, expected one of {known}, or the path of an exported model (.pt2)")
+
+
+def _network(name: str, data: bytes) -> ChangeNet:
+    try:
+        weights = load_tensors(data)
+        network = ChangeNet()
+        network.load_state_dict(weights)
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"weights of model {name!r} are damaged or of another version: {reason}") from None
+    network.eval().requires_grad_(False)
+    return network
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds. Raises ModelError if it does not hold one."""
+    try:
+        card = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path.name}: {error}") from None
+    if not isinstance(card, dict):
+        raise ModelError(f"{path.name} holds a {type(card).__name__}, expected an object")
+    return card

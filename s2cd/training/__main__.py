@@ -1,0 +1,96 @@
+"""`python -m s2cd.training fit|score|card`; see docs/training.md."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+import torch
+
+from s2cd.errors import S2cdError
+from s2cd.model import list_models, load_model
+from s2cd.training.baselines import BASELINES
+from s2cd.training.data import City, load_cities
+from s2cd.training.fitting import Plan
+from s2cd.training.runs import Run, cross_validate, fold_cities, train
+from s2cd.training.scoring import Report, baseline, predictor, score
+
+DATA = click.option(
+    "--data", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True,
+    help="Static STAC catalogue with labels/<place>.tif beside it.",
+)  # fmt: skip
+
+
+@click.group(context_settings={"show_default": True})
+def main() -> None:
+    """Train, score and describe the networks that s2cd ships."""
+
+
+@main.command()
+@DATA
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the run.")
+@click.option("--labels/--label-free", default=True, help="Train on labels, or on simulated changes.")
+@click.option("--series", multiple=True, type=click.Path(exists=True, path_type=Path), help="Unlabelled catalogues.")
+@click.option("--folds", type=click.IntRange(1), default=1, help="Folds of the cross-validation; 1 = all cities.")
+@click.option("--fold", type=click.IntRange(0), default=0, help="The fold to hold out, from 0.")
+@click.option("--start", type=click.Path(exists=True, path_type=Path), help="Run whose weights to start from.")
+@click.option("--steps", type=click.IntRange(1), default=Plan.steps, help="Optimisation steps.")
+@click.option("--batch-size", type=click.IntRange(1), default=Plan.batch_size, help="Crops in a step.")
+@click.option("--size", type=click.IntRange(32), default=128, help="Edge of a crop [px], a multiple of 64.")
+@click.option("--rate", type=float, default=Plan.rate, help="Largest learning rate.")
+@click.option("--seed", type=int, default=0, help="Of all random choices.")
+@click.option("--threads", type=click.IntRange(1), default=2, help="Threads of the arithmetic.")
+def fit(
+    data: Path, out: Path, labels: bool, series: tuple[Path, ...], folds: int, fold: int, start: Path | None,
+    steps: int, batch_size: int, size: int, rate: float, seed: int, threads: int,
+) -> None:  # fmt: skip
+    """Train one network; interrupted, the same command goes on where it was."""
+    torch.set_num_threads(threads)
+    if fold >= folds:
+        raise click.BadParameter(f"{fold}, expected less than --folds {folds}", param_hint="--fold")
+    held_out = fold_cities([c.name for c in load_cities(data)], folds, fold) if folds > 1 else ()
+    plan = Plan(steps=steps, batch_size=batch_size, rate=rate, seed=seed)
+    train(data, out, plan, labels=labels, held_out=held_out, series=series, start=start, size=size)
+
+
+@main.command(name="score")
+@DATA
+@click.option("--model", help="Name of a shipped model, or path of an exported one.")
+@click.option("--baseline", "method", type=click.Choice(sorted(BASELINES)), help="A classical method instead.")
+@click.option(
+    "--runs", multiple=True, type=click.Path(exists=True, path_type=Path), help="Folds, for cross-validation."
+)
+@click.option("--pictures", type=click.Path(path_type=Path), help="Folder for a picture of each city.")
+def score_command(
+    data: Path, model: str | None, method: str | None, runs: tuple[Path, ...], pictures: Path | None
+) -> None:
+    """Print precision, recall, F1, AP and ECE per city and pooled."""
+    cities = load_cities(data)
+    for title, report in _reports(cities, model, method, runs, pictures).items():
+        click.echo(f"\n{title}\n\n{report.table()}")
+
+
+def _reports(
+    cities: list[City], model: str | None, method: str | None, runs: tuple[Path, ...], pictures: Path | None
+) -> dict[str, Report]:
+    if runs:
+        raw, calibrated, (threshold, temperature) = cross_validate([Run.open(p) for p in runs], cities, pictures)
+        final = f"over all cities: threshold {threshold:.3f}, temperature {temperature:.3f}"
+        return {"As trained": raw, f"Calibrated on the cities of the other folds ({final})": calibrated}
+    if method:
+        return {method: score(baseline(method), cities, pictures)}
+    if model:
+        return {model: score(predictor(load_model(model)), cities, pictures)}
+    raise click.UsageError(f"expected --model ({', '.join(list_models())}), --baseline or --runs")
+
+
+if __name__ == "__main__":
+    try:
+        main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (S2cdError, json.JSONDecodeError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,90 @@
+"""Scores of probability maps against truth, from histograms, so that any number of pixels can be pooled."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import expit, logit
+
+BINS = 2000
+LOGIT_RANGE = 12.0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of the changed class at threshold 0.5; `best_f1` at `best_threshold`; `ap` average precision; `ece`
+    expected calibration error over 15 equal bins (Guo et al., ICML 2017) of the probability of change."""
+
+    precision: float
+    recall: float
+    f1: float
+    best_f1: float
+    best_threshold: float
+    ap: float
+    ece: float
+    changed: float
+
+    def rounded(self) -> dict[str, float]:
+        """Return the scores to four decimals."""
+        return {name: round(value, 4) for name, value in asdict(self).items()}
+
+
+@dataclass
+class Histogram:
+    """Counts of pixels by the logit of their probability: unchanged and changed, each (BINS,)."""
+
+    counts: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, probability: npt.NDArray[np.float32], truth: npt.NDArray[np.bool_]) -> Histogram:
+        """Count the pixels of a map; NaN does not count."""
+        seen = np.isfinite(probability)
+        values = logit(np.clip(probability[seen].astype(np.float64), 1e-7, 1 - 1e-7))
+        index = ((values / LOGIT_RANGE + 1) / 2 * BINS).astype(np.int64).clip(0, BINS - 1)
+        split = [np.bincount(index[truth[seen] == side], minlength=BINS) for side in (False, True)]
+        return cls(np.stack(split))
+
+    def __add__(self, other: Histogram) -> Histogram:
+        return Histogram(self.counts + other.counts)
+
+    def scores(self, threshold: float = 0.0, temperature: float = 1.0) -> Scores:
+        """Return the scores after logit -> (logit - threshold) / temperature."""
+        centres = (np.arange(BINS) + 0.5) / BINS * 2 * LOGIT_RANGE - LOGIT_RANGE
+        logits = (centres - threshold) / temperature
+        unchanged, changed = self.counts
+        hits = np.cumsum(changed[::-1])[::-1].astype(np.float64)
+        alarms = hits + np.cumsum(unchanged[::-1])[::-1]
+        total = max(float(changed.sum()), 1.0)
+        f1 = 2 * hits / np.maximum(alarms + total, 1)
+        precision, recall = hits / np.maximum(alarms, 1), hits / total
+        at = int(np.searchsorted(logits, 0.0))
+        best = int(np.argmax(f1))
+        ap = float(-np.sum(np.diff(np.append(recall, 0)) * precision))
+        return Scores(
+            precision=float(precision[at]) if at < BINS else 0.0,
+            recall=float(recall[at]) if at < BINS else 0.0,
+            f1=float(f1[at]) if at < BINS else 0.0,
+            best_f1=float(f1[best]),
+            best_threshold=float(expit(logits[best])),
+            ap=ap,
+            ece=self._calibration_error(logits),
+            changed=float(changed.sum() / max(self.counts.sum(), 1)),
+        )
+
+    def _calibration_error(self, logits: npt.NDArray[np.float64]) -> float:
+        probability = expit(logits)
+        group = np.minimum((probability * 15).astype(int), 14)
+        pixels = self.counts.sum(axis=0)
+        predicted = np.bincount(group, probability * pixels, minlength=15)
+        found = np.bincount(group, self.counts[1], minlength=15)
+        return float(np.abs(predicted - found).sum() / max(pixels.sum(), 1))
+
+    def calibration(self) -> tuple[float, float]:
+        """Return (threshold, temperature): the logit of best F1, and the temperature of least ECE around it."""
+        best = self.scores().best_threshold
+        threshold = float(logit(best))
+        temperatures = np.geomspace(0.25, 4, 33)
+        errors = [self.scores(threshold, t).ece for t in temperatures]
+        return threshold, float(temperatures[int(np.argmin(errors))])

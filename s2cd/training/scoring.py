@@ -1,0 +1,84 @@
+"""Scores of models on labelled pairs: per city and pooled, with a picture of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image as Picture
+
+from s2cd.model import Model
+from s2cd.training.baselines import BASELINES
+from s2cd.training.data import City
+from s2cd.training.metrics import Histogram, Scores
+
+Map = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Histograms by city; `pooled` counts all pixels of all cities together."""
+
+    cities: dict[str, Histogram]
+
+    @property
+    def pooled(self) -> Histogram:
+        """All cities together."""
+        return Histogram(np.sum([h.counts for h in self.cities.values()], axis=0))
+
+    def table(self) -> str:
+        """Return a Markdown table of the scores at threshold 0.5, pooled last."""
+        rows = [(name, h.scores()) for name, h in self.cities.items()] + [("**pooled**", self.pooled.scores())]
+        return "\n".join([HEADER, *(f"| {name} | {_cells(scores)} |" for name, scores in rows)])
+
+
+HEADER = """| city | changed | precision | recall | F1 | best F1 | at | AP | ECE |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def _cells(s: Scores) -> str:
+    values = (s.precision, s.recall, s.f1, s.best_f1, s.best_threshold, s.ap)
+    return " | ".join([f"{s.changed:.2%}", *(f"{v:.3f}" for v in values), f"{s.ece:.4f}"])
+
+
+def score(predict: Callable[[City], Map], cities: Iterable[City], pictures: Path | None = None) -> Report:
+    """Score a map for each city; with `pictures`, write one there for each."""
+    histograms = {}
+    for city in cities:
+        probability = predict(city)
+        histograms[city.name] = Histogram.of(probability, city.label)
+        if pictures is not None:
+            pictures.mkdir(parents=True, exist_ok=True)
+            picture(probability, city.label).save(pictures / f"{city.name}.png")
+    return Report(histograms)
+
+
+def predictor(model: Model) -> Callable[[City], Map]:
+    """Return what scores a model: its maps of a city."""
+    return lambda city: model.predict(city.before.reflectance, city.after.reflectance)
+
+
+def baseline(name: str) -> Callable[[City], Map]:
+    """Return what scores a baseline: its magnitude, scaled so that probability 0.5 is the 97.5th percentile."""
+
+    def predict(city: City) -> Map:
+        dates = [np.nan_to_num(image.normalised.clip(-6, 6)) for image in (city.before, city.after)]
+        magnitude = BASELINES[name](*dates)
+        return magnitude / (magnitude + np.quantile(magnitude, 0.975))
+
+    return predict
+
+
+def picture(probability: Map, truth: npt.NDArray[np.bool_]) -> Picture.Image:
+    """Return probability (grey) beside hits (white), false alarms (magenta) and misses (green)."""
+    grey = (np.nan_to_num(probability) * 255).astype(np.uint8)
+    found = probability > 0.5
+    colours = np.zeros((*truth.shape, 3), np.uint8)
+    colours[truth & found] = (255, 255, 255)
+    colours[truth & ~found] = (0, 200, 80)
+    colours[~truth & found] = (220, 0, 180)
+    gap = np.full((truth.shape[0], 8, 3), 128, np.uint8)
+    return Picture.fromarray(np.concatenate([grey[..., None].repeat(3, axis=2), gap, colours], axis=1))

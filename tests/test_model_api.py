@@ -1,0 +1,180 @@
+"""The promises of a loaded model, on the shipped weights."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s2cd.errors import ModelError
+from s2cd.model import BANDS, list_models, load_model, registry
+from s2cd.model.network import HALO, STRIDE, ChangeNet, cost
+
+
+def ground(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
+    """Reflectance of patches of several sizes, seven bands on the 10 m grid."""
+    rng = np.random.default_rng(seed)
+    image = np.zeros((len(BANDS), *shape), np.float32)
+    for cell in (4, 16, 48):
+        size = (len(BANDS), shape[0] // cell + 1, shape[1] // cell + 1)
+        coarse = rng.uniform(0.01, 0.12, size).astype(np.float32)
+        image += coarse.repeat(cell, axis=1).repeat(cell, axis=2)[:, : shape[0], : shape[1]]
+    coarse = image[4:, ::2, ::2].repeat(2, axis=1).repeat(2, axis=2)
+    image[4:] = coarse[:, : shape[0], : shape[1]]
+    return image
+
+
+@pytest.fixture(params=["generic", "urban"])
+def model(request: pytest.FixtureRequest) -> registry.Model:
+    return load_model(request.param, device="cpu")
+
+
+def test_both_models_are_shipped_and_the_default_comes_first():
+    assert list_models() == ["generic", "urban"]
+    assert load_model().name == "generic"
+
+
+@pytest.mark.parametrize("shape", [(17, 19), (785, 799), (128, 96), (1, 1)])
+def test_result_has_the_shape_of_its_input_and_is_a_probability(model, shape):
+    result = model.predict(ground(shape), ground(shape, 1))
+    assert result.shape == shape
+    assert result.dtype == np.float32
+    assert ((result >= 0) & (result <= 1)).all()
+
+
+def test_symmetric_in_time_to_the_bit(model):
+    before, after = ground((75, 130)), ground((75, 130), 1)
+    np.testing.assert_array_equal(model.predict(before, after), model.predict(after, before))
+
+
+def test_identical_dates_give_no_change(model):
+    image = ground((200, 216))
+    assert model.predict(image, image).max() < 0.06
+
+
+@settings(deadline=None, max_examples=5)
+@given(gain=st.floats(0.8, 1.25), offset=st.floats(-0.1, 0.1))
+def test_an_affine_change_of_a_date_cancels(gain, offset):
+    model = load_model("generic", device="cpu")
+    before, after = ground((64, 80)), ground((64, 80), 1)
+    changed = (after * np.float32(gain) + np.float32(offset)).astype(np.float32)
+    np.testing.assert_allclose(model.predict(before, changed), model.predict(before, after), atol=1e-4)
+
+
+def test_pixels_without_observation_are_nan_and_no_others(model):
+    before, after = ground((70, 90)), ground((70, 90), 1)
+    before[2, 10:20, 30:40] = np.nan
+    after[:, 60:, :5] = np.nan
+    expected = np.zeros((70, 90), bool)
+    expected[10:20, 30:40] = expected[60:, :5] = True
+    np.testing.assert_array_equal(np.isnan(model.predict(before, after)), expected)
+    assert np.isnan(model.predict(np.full_like(before, np.nan), after)).all()
+
+
+def test_chunks_with_halo_equal_the_whole(model):
+    """Invariant 1 of the design."""
+    shape, edge = (345, 421), 160
+    images = ground(shape), ground(shape, 1)
+    stats = tuple(model.statistics(i) for i in images)
+    whole = model.predict(*images, statistics=stats)
+    assert edge % model.stride == 0
+    for y in range(0, shape[0], edge):
+        for x in range(0, shape[1], edge):
+            y0, x0 = max(0, y - model.halo), max(0, x - model.halo)
+            part = (slice(None), slice(y0, y + edge + model.halo), slice(x0, x + edge + model.halo))
+            chunk = model.predict(*(i[part] for i in images), statistics=stats)
+            inner = chunk[y - y0 : y - y0 + edge, x - x0 : x - x0 + edge]
+            np.testing.assert_allclose(inner, whole[y : y + edge, x : x + edge], atol=1e-5)
+
+
+def test_raw_numbers_with_scale_and_offset_equal_reflectance(model):
+    numbers = [(ground((64, 50), seed) * 10000).round().astype(np.uint16) + 1000 for seed in (0, 1)]
+    reflectance = [(n * np.float32(1e-4) - np.float32(0.1)).astype(np.float32) for n in numbers]
+    stats = tuple(model.statistics(r) for r in reflectance)
+    valid = np.ones((64, 50), bool)
+    codes = [model.encode(n, model.affine(s, 1e-4, -0.1), valid) for n, s in zip(numbers, stats, strict=True)]
+    np.testing.assert_allclose(model.decode(*codes), model.predict(*reflectance, statistics=stats), atol=1e-5)
+
+
+def test_a_distant_pixel_has_no_influence(model):
+    before, after = ground((64, 320)), ground((64, 320), 1)
+    stats = (model.statistics(before), model.statistics(after))
+    result = model.predict(before, after, statistics=stats)
+    after[:, :, 160] += 0.5
+    moved = np.abs(model.predict(before, after, statistics=stats) - result).max(axis=0)
+    assert moved[160] > 0
+    assert moved[: 160 - HALO].max() == 0
+    assert moved[160 + HALO + 1 :].max() == 0
+
+
+def test_cost_is_within_the_budget():
+    found = cost(ChangeNet())
+    assert 2 * found["encode"] + found["decode"] <= 36_000
+    assert found["encode"] + found["decode"] <= 20_000
+    assert found["parameters"] <= 2_000_000
+    assert HALO <= 64
+    assert HALO % STRIDE == 0
+
+
+def test_threads_get_the_same_result(model):
+    pairs = [(ground((200, 180), 2 * i), ground((200, 180), 2 * i + 1)) for i in range(4)]
+    expected = [model.predict(*pair) for pair in pairs]
+    results: dict[int, np.ndarray] = {}
+    threads = [threading.Thread(target=lambda i=i: results.update({i: model.predict(*pairs[i])})) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, result in enumerate(expected):
+        np.testing.assert_allclose(results[i], result, atol=1e-6)
+
+
+def test_a_model_is_loaded_once_and_pickles_as_a_name(model):
+    assert load_model(model.name, device="cpu") is model
+    data = pickle.dumps(model)
+    assert len(data) < 500
+    assert pickle.loads(data) is model
+
+
+def test_unknown_names_devices_and_shapes_are_named():
+    with pytest.raises(ModelError, match="unknown model 'nope', expected one of generic, urban"):
+        load_model("nope")
+    with pytest.raises(ModelError, match="unknown device 'tpu9x'"):
+        load_model("generic", device="tpu9x")
+    with pytest.raises(ModelError, match=r"7 bands, found \(6, 5, 5\)"):
+        load_model("generic").predict(np.zeros((6, 5, 5), np.float32), np.zeros((6, 5, 5), np.float32))
+    with pytest.raises(ModelError, match="CUDA devices found"):
+        load_model("generic", device="cuda:63")
+
+
+def test_damaged_weights_raise_one_line(tmp_path, monkeypatch):
+    good = (registry.WEIGHTS / "generic.safetensors").read_bytes()
+    monkeypatch.setattr(registry, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(registry, "_cache", {})
+    (tmp_path / "cut.json").write_text("{}")
+    for damaged in (good[: len(good) // 2], b"", good[:8] + b"x" * 100):
+        (tmp_path / "cut.safetensors").write_bytes(damaged)
+        with pytest.raises(ModelError, match="weights of model 'cut' are damaged") as caught:
+            load_model("cut")
+        assert "\n" not in str(caught.value)
+
+
+def test_mlm_metadata_states_bands_and_shapes(model):
+    found = model.mlm()
+    assert found["mlm:name"] == model.name
+    assert [i["bands"] for i in found["mlm:input"]] == [list(BANDS)] * 2
+    assert found["mlm:total_parameters"] == cost(ChangeNet())["parameters"]
+
+
+@pytest.mark.gpu
+def test_cuda_equals_cpu_to_bfloat16(model):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    images = ground((785, 799)), ground((785, 799), 1)
+    found = load_model(model.name, device="cuda").predict(*images)
+    assert np.abs(found - model.predict(*images)).mean() < 0.01
