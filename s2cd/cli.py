@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -224,3 +225,128 @@ def _print_report(report: Any) -> None:
     for record in report.maps:
         if record.error:
             ERR.print(f"failed: {record.name}: {record.error}", style="red", markup=False, highlight=False)
+
+
+@main.command()
+@click.argument("out", metavar="DIR|URL")
+def status(out: str) -> None:
+    """Say how far the run that writes to DIR has come."""
+    from s2cd.runner import run_status
+
+    rows = run_status(out)
+    _print_rows(f"{sum(r['finished'] for r in rows)} of {sum(r['pairs'] for r in rows)} maps finished: {out}", rows)
+
+
+@main.command()
+@click.argument("out", metavar="DIR|URL")
+def validate(out: str) -> None:
+    """Check every map in DIR: COG, values, grid, item, catalogue. Exit code 0 only if nothing is wrong."""
+    from s2cd import outputs
+
+    problems = outputs.validate(out)
+    for problem in problems:
+        OUT.print(problem, markup=False, highlight=False)
+    OUT.print(f"{len(outputs.finished(out))} maps, {len(problems)} problems: {out}", markup=False)
+    sys.exit(1 if problems else 0)
+
+
+@main.group()
+def models() -> None:
+    """The shipped models."""
+
+
+@models.command("list")
+def models_list() -> None:
+    """List the shipped models."""
+    from s2cd.model import list_models, load_model
+
+    rows = []
+    for name in list_models():
+        model = load_model(name, device="cpu")
+        rows.append({"model": name, "hash": model.hash[:12], "bands": ", ".join(model.bands), "halo": model.halo})
+    _print_rows(f"{len(rows)} models", rows)
+
+
+@models.command("show")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="The STAC mlm metadata.")
+def models_show(name: str, as_json: bool) -> None:
+    """Print the card of a model: data, licence, scores and how they were measured."""
+    from s2cd.model import load_model
+
+    model = load_model(name, device="cpu")
+    if as_json:
+        click.echo(json.dumps(model.mlm(), indent=2))
+        return
+    for line in _card_lines(model.card):
+        OUT.print(line, markup=False, highlight=False)
+
+
+def _card_lines(value: Any, indent: str = "") -> Iterator[str]:
+    for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(entry, dict) or (isinstance(entry, list) and entry and isinstance(entry[0], dict)):
+            yield f"{indent}{key}:"
+            yield from _card_lines(entry, indent + "  ")
+        else:
+            yield f"{indent}{key}: {_cell(entry) if not isinstance(entry, list) else ', '.join(map(_cell, entry))}"
+
+
+@main.group()
+def cluster() -> None:
+    """Cluster profiles: what they would start, and whether it works."""
+
+
+@cluster.command("show")
+@click.argument("profile")
+def cluster_show(profile: str) -> None:
+    """Print the job script or worker command that PROFILE would use."""
+    from s2cd.clusters import show_profile
+
+    click.echo(show_profile(profile))
+
+
+@cluster.command("check")
+@click.argument("profile")
+@click.option("--out", metavar="DIR|URL", help="An output folder that workers must be able to write to.")
+@click.option("--source", metavar="PATH|URL", help="An asset that workers must be able to read.")
+def cluster_check(profile: str, out: str | None, source: str | None) -> None:
+    """Start one worker of PROFILE and report what it sees. Exit code 0 only if all is well."""
+    from s2cd.clusters import check_profile
+
+    checks = check_profile(profile, out=out, source=source)
+    rows = [{"check": c.name, "ok": "yes" if c.ok else "NO", "detail": c.detail} for c in checks]
+    _print_rows(f"cluster {profile}", rows)
+    sys.exit(0 if all(c.ok for c in checks) else 1)
+
+
+@main.command()
+@click.option("--out", default="demo", metavar="DIR", help="Where scenes, maps and picture go.")
+@click.option("--size", type=click.IntRange(64, 10980), default=1024, help="Pixels along a side.")
+@click.option("--dates", type=click.IntRange(2, 36), default=8, help="Acquisitions.")
+@click.option("--cluster", "profile", default="local", help="Kind of cluster, or a profile.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
+def demo(out: str, size: int, dates: int, profile: str, quiet: bool) -> None:
+    """Map the changes of a simulated series of known truth: the real pipeline, offline."""
+    from s2cd.demo import run_demo, simulate_catalogue
+
+    catalog = simulate_catalogue(out, size=size, dates=dates)
+    OUT.print(f"catalogue: {catalog}", markup=False)
+    with _cluster(profile, quiet) as client, _progress(quiet) as progress:
+        report, scores, picture = run_demo(out, catalog, client, progress)
+    _print_report(report)
+    _print_rows("score against the known truth, at 0.5", [asdict(score) for score in scores])
+    OUT.print(f"picture: {picture}", markup=False)
+    sys.exit(0 if report.ok else 1)
+
+
+@main.command()
+@click.argument("out", metavar="DIR|URL")
+@click.option("--open", "launch", is_flag=True, help="Open it in the browser.")
+def view(out: str, launch: bool) -> None:
+    """Write index.html into DIR: the quicklooks of all maps, most changed first."""
+    from s2cd.outputs.page import write_page
+
+    page = write_page(out)
+    OUT.print(page, markup=False)
+    if launch:
+        click.launch(page)

@@ -236,7 +236,8 @@ def _with_halo(cube: xr.DataArray, model: Model, halo: int) -> tuple[da.Array, t
         for size, chunks in zip(array.shape[2:], array.chunks[2:], strict=True)
     ]
     array = array.rechunk((1, -1, *spatial))
-    return overlap(array, depth={0: 0, 1: 0, 2: halo, 3: halo}, boundary="none"), (spatial[0], spatial[1])
+    depth = {0: 0, 1: 0} | {axis + 2: halo if len(chunks) > 1 else 0 for axis, chunks in enumerate(spatial)}
+    return overlap(array, depth=depth, boundary="none"), (spatial[0], spatial[1])
 
 
 def _aligned_chunks(size: int, wish: int, stride: int, halo: int) -> tuple[int, ...]:

@@ -7,32 +7,40 @@ with the number of tiles.
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import dask
 import numpy as np
+import xarray as xr
 from distributed import Client, Future, wait
 
 from s2cd import catalog, outputs
+from s2cd.catalog.bands import SCL
 from s2cd.catalog.scene import Grid, Scene
 from s2cd.config import RunConfig
-from s2cd.cube import common_grid
-from s2cd.errors import NoScenesError, S2cdError, S2cdWarning
+from s2cd.cube import common_grid, cube_grid
+from s2cd.errors import ConfigError, NoScenesError, OutputError, S2cdError, S2cdWarning
 from s2cd.inference import auto_chunk, change_codes
 from s2cd.masks import INVALID_CLASSES, Mask
 from s2cd.model import Model, ModelRef, load_model
-from s2cd.pairs import LeftOut, Pair, consecutive_pairs, fields_of_view, select_scenes
-from s2cd.reader import require_asset
+from s2cd.outputs.codes import encode_codes
+from s2cd.outputs.store import open_store
+from s2cd.pairs import LeftOut, Pair, PairList, consecutive_pairs, fields_of_view, select_scenes
+from s2cd.radiometry import check_offsets
+from s2cd.reader import Tiling, require_asset
 from s2cd.survey import Survey, scene_input, survey_scene
 from s2cd.thumbnails import thumbnail
 
 Progress = Callable[[str, int, int], None]
+VIEWS = "views"
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,56 @@ def make_plan(config: RunConfig, scenes: Iterable[Scene] | None = None) -> Plan:
     return Plan(config, tuple(fields), tuple(left_out), frozenset(outputs.finished(config.out)))
 
 
+@dataclass(frozen=True)
+class PlanTable:
+    """A plan in words and figures, for a person."""
+
+    pairs: int
+    rows: list[dict[str, Any]]
+    notes: list[str]
+    left_out: list[LeftOut]
+
+
+def describe_plan(plan: Plan) -> PlanTable:
+    """Say what a plan compares, reads and writes, from metadata alone.
+
+    Raises ConfigError for a band of the model that a scene does not offer, ModelError for an unknown model.
+    """
+    model = load_model(plan.config.model, device="cpu")
+    _require_model_bands(plan, model)
+    rows, tasks, total, decoded = [], 0, 0, 0
+    left_out = list(plan.left_out)
+    for view in plan.fields:
+        pairs = _pairs_of(view, plan.config)
+        left_out += pairs.left_out
+        grid = common_grid(view.scenes[:1], model.bands)
+        chunk = _chunk(plan.config, grid, model)
+        tiling = Tiling(grid.shape, chunk, model.halo)
+        units = -(-len(pairs) // (plan.config.dates_per_task - 1))
+        tasks += units * tiling.blocks[0] * tiling.blocks[1] + len(pairs) + len(view.scenes)
+        total += len(pairs)
+        decoded += sum(_decoded_bytes(scene, model.bands) for scene in view.scenes)
+        rows.append(
+            {
+                "field of view": view.name,
+                "dates": len(view.scenes),
+                "first": f"{view.scenes[0].time:%Y-%m-%d}",
+                "last": f"{view.scenes[-1].time:%Y-%m-%d}",
+                "pairs": len(pairs),
+                "finished": sum(pair.name in plan.finished for pair in pairs),
+                "pixels": f"{grid.shape[0]} x {grid.shape[1]}",
+                "chunks": f"{tiling.blocks[0]} x {tiling.blocks[1]} of {chunk}",
+            }
+        )
+    notes = [
+        f"model {model.name} ({model.hash[:12]}): bands {', '.join(model.bands)}, halo {model.halo} px",
+        f"{tasks / max(total, 1):.1f} tasks a pair, {decoded / 1e9:.2f} GB to decode, each block once a unit",
+        "pixels may still rule out dates with less than "
+        f"{plan.config.min_valid:.0%} valid: their neighbours are then paired",
+    ]
+    return PlanTable(total, rows, notes, left_out)
+
+
 def search_scenes(config: RunConfig) -> list[Scene]:
     """Search the catalogue that `config` names, once. Raises CatalogError and NoScenesError."""
     return catalog.search(
@@ -175,6 +233,24 @@ def run(
     outputs.write_catalog(config.out)
     outputs.save_report(config.out, asdict(report))
     return report
+
+
+def run_status(out: str) -> list[dict[str, Any]]:
+    """Return a row for each field of view of the run that writes to `out`: its pairs, and how many are finished.
+
+    Raises OutputError if there is no run.
+    """
+    store = open_store(out)
+    views = [name for name, _ in store.list(VIEWS)]
+    if not views:
+        raise OutputError(f"{out} holds no run: found no {VIEWS}/*.json")
+    finished = outputs.finished(out)
+    rows = []
+    for name in sorted(views):
+        view = json.loads(store.get(name))
+        done = sum(pair in finished for pair in view["pairs"])
+        rows.append({"field_of_view": view["name"], "pairs": len(view["pairs"]), "finished": done})
+    return rows
 
 
 class _Submission:
@@ -241,20 +317,21 @@ class _Submission:
     def _pairs(self, view: FieldOfView, surveys: dict[str, Survey], unread: Sequence[tuple[Scene, Any]]) -> list[Pair]:
         """Pair the dates of a field of view; a date that cannot be read fails its pairs, not the others."""
         config = self.context.config
-        pairs = consecutive_pairs(
-            view.scenes,
-            min_valid=config.min_valid,
-            max_gap_days=config.max_gap_days,
-            valid_fractions={i: s.valid_fraction for i, s in surveys.items()},
-            orbit="any" if config.orbit == "any" else "same",
-        )
+        pairs = _pairs_of(view, config, {i: s.valid_fraction for i, s in surveys.items()})
         self.report.left_out += pairs.left_out
+        document = {"name": view.name, "pairs": [pair.name for pair in pairs]}
+        store = open_store(config.out)
+        store.put(f"{VIEWS}/{view.name.replace(' ', '_')}.json", json.dumps(document).encode())
         errors = {scene.id: _message(error) for scene, error in unread}
         for pair in pairs:
             error = errors.get(pair.before.id) or errors.get(pair.after.id)
             if error:
                 self._failed(pair, error)
-        return [p for p in pairs if not {p.before.id, p.after.id} & errors.keys()]
+        return [
+            _checked(pair, surveys, config.strict)
+            for pair in pairs
+            if not {pair.before.id, pair.after.id} & errors.keys()
+        ]
 
     def _submit(self, unit: _Unit) -> None:
         futures = self.client.compute(_unit_graph(unit, self.context), sync=False)
@@ -298,16 +375,70 @@ def _unit_graph(unit: _Unit, context: _Context) -> list[Any]:
     config = context.config
     bands = context.model.bands
     grid = common_grid([unit.pairs[0].before], bands)
-    chunk = auto_chunk(grid.shape, context.model.stride) if config.chunk == "auto" else config.chunk
+    chunk = _chunk(config, grid, context.model)
     codes = change_codes(unit.pairs, unit.surveys, context.ref, context.mask, chunk)
     blocks = codes.to_delayed()[0].tolist()
     write = dask.delayed(write_pair, pure=False)
     return [write(blocks, position, pair, grid, context.ref, config) for position, pair in enumerate(unit.pairs)]
 
 
+def _pairs_of(view: FieldOfView, config: RunConfig, valid_fractions: dict[str, float] | None = None) -> PairList:
+    return consecutive_pairs(
+        view.scenes,
+        min_valid=config.min_valid,
+        max_gap_days=config.max_gap_days,
+        valid_fractions=valid_fractions,
+        orbit="any" if config.orbit == "any" else "same",
+    )
+
+
+def _checked(pair: Pair, surveys: dict[str, Survey], strict: bool) -> Pair:
+    """Let the darkest pixels confirm the stated offsets; a contradiction is warned of and noted on the pair."""
+    found = check_offsets(surveys[pair.before.id].dark, surveys[pair.after.id].dark, pair.name, strict=strict)
+    if found is None:
+        return pair
+    note = f"darkest pixels differ by {found:+.3f} in every band: an offset may be applied to one date only"
+    return replace(pair, notes=(*pair.notes, note))
+
+
+def _chunk(config: RunConfig, grid: Grid, model: Model) -> int:
+    """Edge of a chunk; one that is asked for is rounded up to the stride of the network."""
+    if config.chunk == "auto":
+        return auto_chunk(grid.shape, model.stride)
+    return -(-config.chunk // model.stride) * model.stride
+
+
+def _decoded_bytes(scene: Scene, bands: Sequence[str]) -> int:
+    shapes = [scene.assets[band].grid.shape for band in bands]
+    classes = scene.assets[SCL].grid.shape if SCL in scene.assets else (0, 0)
+    return sum(2 * rows * cols for rows, cols in shapes) + classes[0] * classes[1]
+
+
 def _mask(config: RunConfig) -> Mask:
     invalid = INVALID_CLASSES if config.mask_classes is None else config.mask_classes
     return Mask(invalid=invalid, dilation=round(config.mask_dilation / 10))
+
+
+def write_change_maps(
+    change: xr.DataArray, out: str | Path, *, cog_profile: str = "default", quicklook: bool = True
+) -> list[dict[str, Any]]:
+    """Compute what `detect_changes` returned, or some of its pairs, and write COG, STAC item and quicklook of each.
+
+    Runs on the Dask client that is active, else on threads. Returns the STAC items.
+
+    Raises ConfigError for an array that does not know its pairs, OutputError, and what computing it raises.
+    """
+    if not {"pairs", "model"} <= change.attrs.keys():
+        raise ConfigError(f"array {change.name!r} has no pairs and model, expected what detect_changes returns")
+    outputs.check_writable(str(out))
+    grid, ref = cube_grid(change), change.attrs["model"]
+    config = RunConfig(catalog="", out=str(out), model=ref.name, cog_profile=cog_profile, quicklook=quicklook)
+    write = dask.delayed(_write_array, pure=False)
+    items = dask.compute(
+        *(write(one.data, change.attrs["pairs"][str(one.pair.values)], grid, ref, config) for one in change)
+    )
+    outputs.write_catalog(str(out))
+    return list(items)
 
 
 def write_pair(
@@ -320,14 +451,21 @@ def write_pair(
 ) -> dict[str, float]:
     """Put the chunks of one pair together and write its map; return the figures for the report."""
     codes = np.block([[block[position] for block in row] for row in blocks])
-    info = outputs.MapInfo(model=ref.name, model_hash=ref.hash, bands=ref.load().bands)
-    rgb = (thumbnail(pair.before), thumbnail(pair.after)) if config.quicklook else None
-    item = outputs.write_map(codes, pair, grid, info, config.out, quicklook_rgb=rgb, profile=config.cog_profile)
-    properties = item["properties"]
+    properties = _write_codes(codes, pair, grid, ref, config)["properties"]
     return {
         "valid_fraction": properties["s2cd:valid_fraction"],
         "changed_fraction": properties["s2cd:changed_fraction"],
     }
+
+
+def _write_array(probability: np.ndarray, pair: Pair, grid: Grid, ref: ModelRef, config: RunConfig) -> dict[str, Any]:
+    return _write_codes(encode_codes(probability), pair, grid, ref, config)
+
+
+def _write_codes(codes: np.ndarray, pair: Pair, grid: Grid, ref: ModelRef, config: RunConfig) -> dict[str, Any]:
+    info = outputs.MapInfo(model=ref.name, model_hash=ref.hash, bands=ref.load().bands)
+    rgb = (thumbnail(pair.before), thumbnail(pair.after)) if config.quicklook else None
+    return outputs.write_map(codes, pair, grid, info, config.out, quicklook_rgb=rgb, profile=config.cog_profile)
 
 
 @contextmanager

@@ -15,9 +15,8 @@ from s2cd.catalog.bands import SCL
 from s2cd.catalog.scene import Grid, Scene
 from s2cd.masks import Mask
 from s2cd.model import ModelRef
+from s2cd.model.normalise import decimation
 from s2cd.reader import Source, band_source, read_overview
-
-OVERVIEW_PIXELS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +66,9 @@ def scene_input(scene: Scene, bands: Sequence[str], grid: Grid) -> SceneInput:
     )
 
 
-def overview_factor(shape: tuple[int, int]) -> int:
-    """Return the power of two by which an overview keeps at least 256 pixels along its shorter side."""
-    return 1 << max(0, (min(shape) // OVERVIEW_PIXELS).bit_length() - 1)
-
-
 def survey_scene(scene: SceneInput, mask: Mask, model: ModelRef) -> Survey:
     """Survey one scene from its overviews. Raises ReadError and GridError as reading does."""
-    factor = overview_factor(scene.grid.shape)
+    factor = decimation(scene.grid.shape)
     pixels = np.stack([read_overview(source, scene.grid, factor) for source in scene.sources])
     scl = None if scene.scl is None else read_overview(scene.scl, scene.grid, factor)
     valid = observed(pixels, scl, scene, mask, factor)

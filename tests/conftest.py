@@ -100,7 +100,7 @@ def _write_scene(
         baseline="02.14",
         cloud_cover=1.0,
         datatake=None,
-        footprint={"type": "Polygon", "coordinates": []},
+        footprint={"type": "Polygon", "coordinates": [[[3, 51.4], [3.1, 51.4], [3.1, 51.5], [3, 51.5], [3, 51.4]]]},
         assets=assets,
     )
 

@@ -1,0 +1,62 @@
+"""One HTML page of all maps in an output folder: quicklooks and figures, most changed first."""
+
+from __future__ import annotations
+
+import html
+import json
+from typing import Any
+
+from s2cd.errors import OutputError
+from s2cd.outputs.catalog import finished
+from s2cd.outputs.layout import path_of
+from s2cd.outputs.store import open_store
+
+PAGE = "index.html"
+_HEAD = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Change maps</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }
+figure { margin: 0 0 2.5rem } img { width: 100%; border: 1px solid #ccc } figcaption b { font-size: 1.1em }
+.note { color: #a40 }
+</style>
+"""
+
+
+def write_page(out: str) -> str:
+    """Write `index.html` into an output folder and return its path or URL.
+
+    Raises OutputError if the folder holds no finished map or cannot be used.
+    """
+    names = finished(out)
+    if not names:
+        raise OutputError(f"{out} holds no finished map: nothing to view")
+    store = open_store(out)
+    items = [json.loads(store.get(path_of(name, ".json"))) for name in names]
+    items.sort(key=lambda item: (-(item["properties"]["s2cd:changed_fraction"] or 0), item["id"]))
+    body = "\n".join(_figure(item) for item in items)
+    store.put(PAGE, f"{_HEAD}<h1>{len(items)} change maps</h1>\n{body}\n</html>\n".encode())
+    return f"{out.rstrip('/')}/{PAGE}"
+
+
+def _figure(item: dict[str, Any]) -> str:
+    properties, name = item["properties"], item["id"]
+    folder = path_of(name, "").rpartition("/")[0]
+    start, end = (properties[f"{side}_datetime"][:10] for side in ("start", "end"))
+    changed, valid = properties["s2cd:changed_fraction"], properties["s2cd:valid_fraction"]
+    figures = f"{_percent(changed)} changed, {_percent(valid)} seen on both dates"
+    files = " · ".join(
+        f'<a href="{html.escape(f"{folder}/{name}{extension}")}">{label}</a>'
+        for extension, label in ((".tif", "GeoTIFF"), (".json", "STAC item"))
+    )
+    notes = "".join(f'<br><span class="note">{html.escape(str(n))}</span>' for n in properties.get("s2cd:notes", ()))
+    picture = item["assets"].get("thumbnail")
+    image = (
+        f'<img loading="lazy" src="{html.escape(f"{folder}/{name}.png")}" alt="{html.escape(name)}">' if picture else ""
+    )
+    tile = html.escape(name.split("_")[1])
+    return f"<figure>{image}<figcaption><b>{tile}: {start} to {end}</b><br>{figures} · {files}{notes}</figcaption></figure>"
+
+
+def _percent(fraction: float | None) -> str:
+    return "nothing" if fraction is None else f"{fraction:.1%}"

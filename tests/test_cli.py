@@ -1,0 +1,147 @@
+"""The command line on a person's terms: one clear line for bad input, exit codes, an interrupt leaves finished maps."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from click.testing import CliRunner
+
+from s2cd.catalog import freeze
+from s2cd.cli import main
+from s2cd.simulate import simulate
+
+COMMAND = [sys.executable, "-c", "from s2cd.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    return simulate(tmp_path_factory.mktemp("scenes"), size=256, dates=4, seed=1, clouds=False)
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_every_command_has_help_with_defaults():
+    for command in ("search", "plan", "run", "status", "validate", "models", "demo", "cluster", "watch", "view"):
+        assert invoke(command, "--help").exit_code == 0
+    text = invoke("run", "--help").output
+    assert "default: 60.0; 0<=x<=100" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere/catalog.json"], "nowhere/catalog.json"),
+        (["{not_stac}"], "not_stac.json"),
+        (["{catalog}", "--datetime", "1999-01-01/1999-12-31"], "1999"),
+        (["{catalog}", "--tiles", "99ZZZ"], "99ZZZ"),
+        (["{catalog}", "--bbox", "50.7,3.0,50.9,3.2"], "50.7"),
+        (["{catalog}", "--bbox", "10,10,11,11"], "10"),
+        (["{catalog}", "--model", "nosuch"], "nosuch"),
+        (["{catalog}", "--cluster", "nosuch.yaml"], "nosuch"),
+        (["{one_date}"], "one date"),
+    ],
+)
+def test_bad_input_is_one_clear_line(catalog, tmp_path, arguments, message):
+    import s2cd
+
+    (tmp_path / "not_stac.json").write_text('{"hello": "world"}')
+    freeze(s2cd.search(str(catalog))[:1], tmp_path / "one_date.parquet")
+    places = {
+        "catalog": catalog,
+        "not_stac": tmp_path / "not_stac.json",
+        "one_date": tmp_path / "one_date.parquet",
+    }
+    filled = [a.format(**places) for a in arguments]
+    result = invoke("run", *filled, "--out", tmp_path / "out", "-q")
+    assert result.exit_code == 1
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert not list((tmp_path / "out").rglob("*.tif"))
+
+
+@pytest.mark.parametrize("value", ["1,2,3", "a,b,c,d"])
+def test_a_bbox_that_is_none(catalog, tmp_path, value):
+    result = invoke("run", catalog, "--out", tmp_path, "--bbox", value)
+    assert result.exit_code == 2
+    assert "expected four numbers" in result.output
+
+
+def test_search_lists_and_freezes(catalog, tmp_path):
+    result = invoke("search", catalog, "--json", "--save", tmp_path / "s.parquet")
+    rows = [json.loads(line) for line in result.output.splitlines()]
+    assert len(rows) == 4
+    assert {"id", "tile", "orbit", "baseline", "offset", "offset_reason"} <= rows[0].keys()
+    again = invoke("search", tmp_path / "s.parquet", "--json")
+    assert [json.loads(line)["id"] for line in again.output.splitlines()] == [r["id"] for r in rows]
+
+
+def test_run_status_validate_and_plan(catalog, tmp_path):
+    out = tmp_path / "maps"
+    planned = invoke("plan", catalog, "--out", out)
+    assert planned.exit_code == 0
+    assert "2 pairs in 2 fields of view" in planned.output
+    result = subprocess.run(
+        [*COMMAND, "run", str(catalog), "--out", str(out)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"dashboard: http://\S+/status", result.stderr)
+    assert "2 maps written" in result.stdout
+    assert "2 of 2 maps finished" in invoke("status", out).output
+    assert "2 maps, 0 problems" in invoke("validate", out).output
+    (path, _) = sorted(out.rglob("*.tif"))
+    with rasterio.open(path, "r+") as dataset:
+        dataset.write(np.full(dataset.shape, 7, np.float32), 1)
+    broken = invoke("validate", out)
+    assert broken.exit_code == 1
+    assert path.stem in broken.output
+
+
+def test_status_of_a_folder_without_a_run(tmp_path):
+    result = invoke("status", tmp_path)
+    assert result.exit_code == 1
+    assert "holds no run" in result.stderr
+
+
+def test_models_list_and_show():
+    assert "generic" in invoke("models", "list").output
+    assert "licence" in invoke("models", "show", "urban").output.lower()
+    assert json.loads(invoke("models", "show", "generic", "--json").output)
+    assert invoke("models", "show", "nosuch").exit_code == 1
+
+
+def test_an_interrupt_stops_the_workers_and_leaves_finished_maps(tmp_path):
+    """SIGINT as soon as the first map is there: exit code 130, whole maps only, and the next run goes on."""
+    catalog = simulate(tmp_path / "scenes", size=512, dates=16, orbits=(51,), seed=2, clouds=False)
+    out = tmp_path / "maps"
+    arguments = ["run", str(catalog), "--out", str(out), "--dates-per-task", "2", "-q"]
+    process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(out.rglob("S2CD_*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    finished = {p.stem for p in out.rglob("S2CD_*.json")}
+    assert 0 < len(finished) <= 15
+    assert finished <= {p.stem for p in out.rglob("S2CD_*.tif")}
+    leftovers = [p for p in Path(out).rglob("*") if "#" in p.name or ".tmp" in p.name]
+    assert leftovers == []
+    result = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert f"{15 - len(finished)} maps written, {len(finished)} were there" in result.stdout

@@ -1,0 +1,190 @@
+"""Network and Dask together: chunked equals whole, no seams, offsets and identical dates give no change."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+
+import dask
+import numpy as np
+import pytest
+import rasterio
+
+from s2cd import reader
+from s2cd.cube import common_grid, open_cube
+from s2cd.errors import ConfigError, GridError, ReadError
+from s2cd.inference import _aligned_chunks, auto_chunk, change_codes, detect_changes
+from s2cd.masks import Mask
+from s2cd.model import ModelRef, load_model
+from s2cd.outputs.codes import decode_codes
+from s2cd.pairs import consecutive_pairs
+from s2cd.survey import scene_input, survey_scene
+
+QUANTUM = 1 / 1024
+MODEL = load_model("generic", device="cpu")
+REF = ModelRef.of("generic", "cpu")
+MASK = Mask()
+
+
+def surveys_of(scenes):
+    inputs = [scene_input(s, MODEL.bands, common_grid([s], MODEL.bands)) for s in scenes]
+    return {i.id: survey_scene(i, MASK, REF) for i in inputs}
+
+
+def run_codes(scenes, chunk):
+    pairs = consecutive_pairs(scenes)
+    return change_codes(pairs, surveys_of(scenes), REF, MASK, chunk).compute(scheduler="threads")
+
+
+def whole_image(scenes):
+    """The reference: whole dates through the network in one piece, no Dask."""
+    surveys, results = surveys_of(scenes), []
+    for pair in consecutive_pairs(scenes):
+        encoded = []
+        for scene in (pair.before, pair.after):
+            cube = open_cube([scene], bands=[*MODEL.bands, "scl"]).values[0]
+            valid = (cube[:-1] > 0).all(axis=0) & MASK.from_scl(cube[-1][::2, ::2], 2).repeat(2, 0).repeat(2, 1)[
+                : cube.shape[1], : cube.shape[2]
+            ]
+            scale = np.array([scene.assets[b].scale for b in MODEL.bands], np.float32)
+            offset = np.array([scene.assets[b].offset for b in MODEL.bands], np.float32)
+            affine = MODEL.affine(surveys[scene.id].statistics, scale, offset)
+            encoded.append((MODEL.encode(cube[:-1], affine, valid), valid))
+        (a, valid_a), (b, valid_b) = encoded
+        results.append(np.where(valid_a & valid_b, MODEL.decode(a, b), np.nan))
+    return np.stack(results)
+
+
+def paint_clouds(scene, shape):
+    with rasterio.open(scene.assets["scl"].href, "r+") as dataset:
+        scl = dataset.read(1)
+        scl[shape[0] // 8 : shape[0] // 4, :12] = 9
+        dataset.write(scl, 1)
+
+
+@pytest.mark.parametrize(("shape", "chunk"), [((17, 19), 64), ((261, 333), 128), ((400, 210), 96), ((257, 255), 2048)])
+def test_invariant_1_chunked_equals_whole(make_series, shape, chunk):
+    scenes = make_series(shape=shape, dates=3)
+    paint_clouds(scenes[1], shape)
+    expected = whole_image(scenes)
+    assert np.isnan(expected).any()
+    chunk = -(-chunk // MODEL.stride) * MODEL.stride
+    pairs = consecutive_pairs(scenes)
+    cube = open_cube(scenes, chunk=chunk)
+    lazily = detect_changes(cube, pairs, device="cpu")
+    assert dask.is_dask_collection(lazily.data)
+    assert (lazily.dims, lazily.dtype) == (("pair", "y", "x"), np.float32)
+    np.testing.assert_allclose(lazily.compute(scheduler="threads").values, expected, atol=1e-5)
+    codes = decode_codes(run_codes(scenes, chunk))
+    np.testing.assert_allclose(codes, expected, atol=QUANTUM / 2 + 1e-5)
+
+
+def test_invariant_2_shape_grid_and_range(make_series):
+    scenes = make_series(shape=(101, 333))
+    change = detect_changes(open_cube(scenes), consecutive_pairs(scenes), device="cpu")
+    assert change.shape == (2, 101, 333)
+    assert tuple(change.rio.transform())[:6] == scenes[0].assets["red"].grid.transform
+    assert change.rio.crs.to_epsg() == 32631
+    values = change.values
+    assert ((values >= 0) & (values <= 1) | np.isnan(values)).all()
+
+
+def test_invariant_3_identical_dates_and_offsets_give_no_change(make_series):
+    scenes = make_series(shape=(200, 232), dates=2, change=False)
+    first = scenes[0]
+    shifted = {}
+    for name, asset in first.assets.items():
+        if name != "scl":
+            with rasterio.open(scenes[1].assets[name].href, "r+") as copy, rasterio.open(asset.href) as original:
+                copy.write(original.read(1) + 1000, 1)
+            shifted[name] = replace(asset, href=scenes[1].assets[name].href, offset=-0.1)
+    shifted["scl"] = first.assets["scl"]
+    again = replace(scenes[1], assets=shifted)
+    same = replace(scenes[1], assets=first.assets)
+    pairs_same, pairs_shifted = consecutive_pairs([first, same]), consecutive_pairs([first, again])
+    identical = detect_changes(open_cube([first, same]), pairs_same, device="cpu").values
+    offset = detect_changes(open_cube([first, again]), pairs_shifted, device="cpu").values
+    assert identical.max() < 0.05
+    np.testing.assert_allclose(offset, identical, atol=1e-3)
+
+
+def test_a_changed_block_stands_out(make_series):
+    change = detect_changes(*_cube_and_pairs(make_series(shape=(200, 232), dates=2)), device="cpu").values[0]
+    inside = np.zeros(change.shape, bool)
+    inside[40:88, 40:88] = True
+    outside = np.ones(change.shape, bool)
+    outside[24:104, 24:104] = False
+    assert np.median(change[inside]) > 5 * np.median(change[outside])
+
+
+def _cube_and_pairs(scenes):
+    return open_cube(scenes), consecutive_pairs(scenes)
+
+
+def test_invariant_4_a_failed_read_names_the_asset(make_series):
+    scenes = make_series(dates=3)
+    surveys = surveys_of(scenes)
+    content = open(scenes[1].assets["nir"].href, "rb").read()
+    open(scenes[1].assets["nir"].href, "wb").write(content[: len(content) // 2])
+    codes = change_codes(consecutive_pairs(scenes), surveys, REF, MASK, 128)
+    with pytest.raises(ReadError, match=r"001/nir\.tif"):
+        codes.compute(scheduler="threads")
+
+
+def test_invariant_5_a_run_decodes_each_date_once(make_series, monkeypatch):
+    scenes = make_series(shape=(400, 460), dates=4)
+    monkeypatch.setattr(reader, "COUNTS", reader.Counts())
+    monkeypatch.setattr(reader, "BLOCKS", reader.BlockCache())
+    run_codes(scenes, 128)
+    unique = 0
+    for scene in scenes:
+        for asset in scene.assets.values():
+            with rasterio.open(asset.href) as dataset:
+                unique += dataset.read(1).nbytes
+    assert unique == reader.COUNTS.decoded
+
+
+def test_invariant_7_the_graph_carries_urls_and_a_hash_only(make_series):
+    scenes = make_series(shape=(261, 333), dates=3)
+    change = detect_changes(open_cube(scenes), consecutive_pairs(scenes), device="cpu")
+    codes = change_codes(consecutive_pairs(scenes), surveys_of(scenes), REF, MASK, 128)
+    for collection in (change.data, codes):
+        graph = pickle.dumps(dict(collection.__dask_graph__()))
+        assert REF.hash.encode() in graph
+        assert b"Polygon" not in graph
+        assert len(graph) < 200_000
+
+
+def test_parts_of_a_cube_start_at_even_pixels(make_series):
+    scenes = make_series(shape=(200, 232), dates=2)
+    cube, pairs = open_cube(scenes), consecutive_pairs(scenes)
+    part = detect_changes(cube[:, :, 20:120, 40:], pairs, device="cpu")
+    assert part.shape == (1, 100, 192)
+    assert part.values.max() <= 1
+    with pytest.raises(GridError, match="starts at column 41 of its tile, expected an even number"):
+        detect_changes(cube[:, :, :, 41:], pairs, device="cpu")
+
+
+def test_cube_that_lacks_a_band_or_a_date(make_series):
+    scenes = make_series(dates=3)
+    pairs = consecutive_pairs(scenes)
+    with pytest.raises(ConfigError, match="the cube lacks swir16, swir22"):
+        detect_changes(open_cube(scenes, bands=["B02", "B03", "B04", "B08", "B8A"]), pairs, device="cpu")
+    with pytest.raises(ConfigError, match="needs scene-001 and scene-002"):
+        detect_changes(open_cube(scenes[:2]), pairs, device="cpu")
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 511, 512, 1023, 1024, 1025, 10980])
+def test_auto_chunk_is_aligned_and_covers(size):
+    chunk = auto_chunk((size, max(1, size // 2)), 8)
+    assert chunk % 8 == 0
+    assert chunk <= 2 * 2048
+    assert -(-size // chunk) * chunk >= size
+
+
+@pytest.mark.parametrize("size", [5, 64, 100, 130, 1025])
+def test_aligned_chunks_are_no_smaller_than_the_halo(size):
+    chunks = _aligned_chunks(size, 50, 8, 64)
+    assert sum(chunks) == size
+    assert all(c % 8 == 0 for c in chunks[:-1])
+    assert len(chunks) == 1 or min(chunks) >= 64

@@ -1,0 +1,182 @@
+"""A run from plan to report: resumable, bounded, honest about what failed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pystac
+import pytest
+import rasterio
+from distributed import Client
+
+import s2cd
+from s2cd.catalog import freeze
+from s2cd.errors import ConfigError, NoScenesError, OutputError, S2cdError
+from s2cd.runner import describe_plan, make_plan, run
+
+
+@pytest.fixture(scope="module")
+def client():
+    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None) as client:
+        yield client
+
+
+@pytest.fixture
+def config(tmp_path):
+    return s2cd.RunConfig(catalog="given", out=str(tmp_path / "out"), device="cpu", min_valid=0.0)
+
+
+def read(path):
+    with rasterio.open(path) as dataset:
+        return dataset.read(1)
+
+
+def test_invariant_6_a_rerun_does_nothing_and_goes_on_where_it_stopped(make_series, config, client, tmp_path):
+    scenes = make_series(dates=5)
+    first = run(config, client, scenes=scenes)
+    assert first.ok
+    assert first.count("written") == 4
+    out = tmp_path / "out"
+    tiffs = sorted(out.rglob("*.tif"))
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("S2CD_*.*")}
+    again = run(config, client, scenes=scenes)
+    assert (again.count("kept"), again.count("written")) == (4, 0)
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("S2CD_*.*")}
+    content = tiffs[1].read_bytes()
+    tiffs[1].with_suffix(".json").unlink()
+    tiffs[1].unlink()
+    repaired = run(config, client, scenes=scenes)
+    assert (repaired.count("kept"), repaired.count("written")) == (3, 1)
+    assert tiffs[1].read_bytes() == content
+
+
+def test_outputs_are_maps_items_quicklooks_and_a_catalogue(make_series, config, client, tmp_path):
+    scenes = make_series(shape=(101, 333), dates=3)
+    run(config, client, scenes=scenes)
+    root = tmp_path / "out" / "collection.json"
+    items = list(pystac.Catalog.from_file(str(root)).get_items(recursive=True))
+    assert sorted(item.id for item in items) == [
+        "S2CD_31UDS_R051_20230501T105000_20230506T105000",
+        "S2CD_31UDS_R051_20230506T105000_20230511T105000",
+    ]
+    for item in items:
+        assert item.properties["s2cd:model"] == "generic"
+        derived = [link for link in item.links if link.rel == "derived_from"]
+        assert len(derived) == 2
+        for asset in item.assets.values():
+            assert asset.get_absolute_href()
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 2
+
+
+def test_a_date_that_cannot_be_read_takes_only_its_pairs(make_series, config, client, tmp_path):
+    scenes = make_series(dates=6, shape=(300, 333))
+    path = scenes[2].assets["swir22"].href
+    content = open(path, "rb").read()
+    open(path, "wb").write(content[: len(content) * 2 // 3])
+    report = run(config, client, scenes=scenes)
+    assert not report.ok
+    assert (report.count("written"), report.count("failed")) == (3, 2)
+    for record in report.maps:
+        if record.status == "failed":
+            assert "002/swir22.tif" in record.error
+    assert len(list((tmp_path / "out").rglob("*.tif"))) == 3
+    open(path, "wb").write(content)
+    repaired = run(config, client, scenes=scenes)
+    assert (repaired.count("written"), repaired.count("kept")) == (2, 3)
+
+
+def test_dates_with_too_little_to_see_are_left_out_by_pixels(make_series, config, client):
+    scenes = make_series(dates=4)
+    with rasterio.open(scenes[1].assets["scl"].href, "r+") as dataset:
+        dataset.write(np.full(dataset.shape, 9, np.uint8), 1)
+    report = run(config.model_copy(update={"min_valid": 0.3}), client, scenes=scenes)
+    assert [r.name[-31:] for r in sorted(report.maps, key=lambda r: r.name)] == [
+        "20230501T105000_20230511T105000",
+        "20230511T105000_20230516T105000",
+    ]
+    assert any(item.reason == "valid fraction 0.000 below 0.3" for item in report.left_out)
+
+
+def test_many_short_units_give_the_same_bytes_as_one_long_one(make_series, config, client, tmp_path):
+    scenes = make_series(dates=5)
+    for out, dates in (("a", 2), ("b", 6)):
+        run(config.model_copy(update={"out": str(tmp_path / out), "dates_per_task": dates}), client, scenes=scenes)
+    a, b = (sorted((tmp_path / out).rglob("*.tif")) for out in "ab")
+    assert len(a) == 4
+    assert [p.read_bytes() for p in a] == [p.read_bytes() for p in b]
+
+
+def test_the_public_steps_write_the_same_values_as_a_run(make_series, config, client, tmp_path):
+    scenes = make_series(dates=3)
+    run(config, client, scenes=scenes)
+    cube, pairs = s2cd.open_cube(scenes), s2cd.consecutive_pairs(scenes)
+    items = s2cd.write_change_maps(s2cd.detect_changes(cube, pairs, device="cpu"), tmp_path / "steps")
+    assert len(items) == 2
+    for name in (p.name for p in pairs):
+        (a,), (b,) = ((tmp_path / d).rglob(f"{name}.tif") for d in ("out", "steps"))
+        np.testing.assert_allclose(read(a), read(b), atol=1.5 / 1024)
+
+
+def test_frozen_scenes_run_again_exactly(make_series, config, client, tmp_path):
+    scenes = make_series(dates=3)
+    run(config, client, scenes=scenes)
+    frozen = tmp_path / "out" / "scenes.parquet"
+    assert frozen.exists()
+    again = config.model_copy(update={"catalog": str(frozen), "out": str(tmp_path / "again")})
+    assert run(again, client).count("written") == 2
+    a, b = (sorted((tmp_path / d).rglob("*.tif")) for d in ("out", "again"))
+    assert [p.read_bytes() for p in a] == [p.read_bytes() for p in b]
+    assert s2cd.RunConfig.load(tmp_path / "out" / "run.yaml") == config
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["maps"]
+
+
+def test_plan_says_what_is_compared_before_anything_is_read(make_series, config, tmp_path):
+    scenes = make_series(dates=4)
+    freeze([*scenes[:3], replace(scenes[3], cloud_cover=90.0)], tmp_path / "s.parquet")
+    table = describe_plan(make_plan(config.model_copy(update={"catalog": str(tmp_path / "s.parquet")})))
+    assert table.pairs == 2
+    assert table.rows[0]["field of view"] == "31UDS R051"
+    assert "cloud cover 90.0 %" in table.left_out[0].reason
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_date_only(make_series, config, client):
+    with pytest.raises(NoScenesError, match="1 scenes found, but no two dates of one tile and orbit"):
+        run(config, client, scenes=make_series(dates=1))
+
+
+def test_a_band_nobody_offers(make_series, config, client):
+    scenes = make_series(dates=2, bands=("blue", "green", "red", "nir"))
+    with pytest.raises(ConfigError, match="offers no band 'nir08'"):
+        run(config, client, scenes=scenes)
+
+
+def test_unknown_model(make_series, config, client):
+    with pytest.raises(S2cdError, match="nosuch"):
+        run(config.model_copy(update={"model": "nosuch"}), client, scenes=make_series(dates=2))
+
+
+def test_output_folder_that_is_a_file(make_series, config, client, tmp_path):
+    (tmp_path / "out").write_text("in the way")
+    with pytest.raises(OutputError, match="out"):
+        run(config, client, scenes=make_series(dates=2))
+    assert (tmp_path / "out").read_text() == "in the way"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_cloud": 120}, "max_cloud: .*less than or equal to 100, found 120"),
+        ({"orbit": 200}, "orbit: "),
+        ({"bbox": (3, 51, 4, 50)}, "south 51 is not below north 50"),
+        ({"bbox": (300, 50, 301, 51)}, "bbox: .*found 300"),
+        ({"chunks": 3}, "chunks: .*not permitted"),
+        ({"min_valid": float("nan")}, "min_valid"),
+    ],
+)
+def test_configuration_errors_are_one_line_with_both_values(values, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        s2cd.RunConfig(catalog="x", out="y", **values)
+    assert "\n" not in str(caught.value)
