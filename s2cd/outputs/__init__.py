@@ -4,6 +4,7 @@ from s2cd.outputs.catalog import finished, is_done, save_report, save_run, write
 from s2cd.outputs.item import MapInfo
 from s2cd.outputs.layout import path_of
 from s2cd.outputs.store import check_writable
+from s2cd.outputs.validate import validate
 from s2cd.outputs.writer import write_map
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "path_of",
     "save_report",
     "save_run",
+    "validate",
     "write_catalog",
     "write_map",
 ]

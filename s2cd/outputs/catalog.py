@@ -105,7 +105,7 @@ def _collection(tiles: list[str], boxes: list[list[float]], times: list[str]) ->
         "id": COLLECTION_ID,
         "title": "Sentinel-2 change maps",
         "description": "Probability of change between consecutive Sentinel-2 acquisitions of the same field of view",
-        "license": "proprietary",
+        "license": "other",
         "keywords": ["sentinel-2", "change detection"],
         "extent": {
             "spatial": {"bbox": [_union(boxes)]},

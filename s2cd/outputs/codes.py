@@ -16,14 +16,13 @@ def encode_codes(probability: np.ndarray) -> np.ndarray:
 
     Raises ValueError if a value lies outside [0, 1].
     """
-    scaled = np.rint(np.multiply(probability, CODE_SCALE, dtype=np.float32))
-    missing = np.isnan(scaled)
-    scaled[missing] = CODE_NODATA
-    codes = scaled.astype(np.uint16)
-    outside = (codes > CODE_SCALE) & ~missing | (scaled < 0)
-    if outside.any():
-        raise ValueError(f"probability {np.asarray(probability)[outside].flat[0]:g}, expected 0 to 1 or NaN")
-    return codes
+    scaled = np.multiply(probability, CODE_SCALE, dtype=np.float32)
+    np.rint(scaled, out=scaled)
+    low, high = (f.reduce(scaled, axis=None, initial=0) for f in (np.fmin, np.fmax))
+    if low < 0 or high > CODE_SCALE:
+        raise ValueError(f"probabilities from {low * QUANTUM:g} to {high * QUANTUM:g}, expected 0 to 1 or NaN")
+    scaled[np.isnan(scaled)] = CODE_NODATA
+    return scaled.astype(np.uint16)
 
 
 def decode_codes(codes: np.ndarray) -> np.ndarray:

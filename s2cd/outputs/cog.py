@@ -129,7 +129,7 @@ def _encoded(
 ) -> Iterator[memoryview]:
     if pyramid[0].shape != tuple(grid.shape):
         raise GridError(f"a map of {pyramid[0].shape} pixels, expected the grid's {tuple(grid.shape)}")
-    with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), ExitStack() as stack:
+    with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_ONE_BIG_READ="YES"), ExitStack() as stack:
         levels = [_as_raster(stack, level) for level in pyramid]
         overviews = [
             _memory(stack, _vrt(level.shape, _band(stored, _scaled(name, ratio, source_nodata))), ".vrt").name

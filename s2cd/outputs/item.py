@@ -21,7 +21,7 @@ from s2cd.outputs.cog import PROFILES, Profile
 from s2cd.outputs.layout import COLLECTION_ID, ROOT, TILE_CATALOG
 from s2cd.pairs import Pair
 
-STAC_VERSION = "1.0.0"
+STAC_VERSION = "1.1.0"
 EXTENSIONS = (
     "https://stac-extensions.github.io/projection/v1.2.0/schema.json",
     "https://stac-extensions.github.io/raster/v1.1.0/schema.json",
@@ -56,7 +56,7 @@ class MapInfo:
 def build_item(
     pair: Pair, grid: Grid, info: MapInfo, codes: np.ndarray, profile: str, sizes: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Return the STAC item (1.0.0) of a map.
+    """Return the STAC item (1.1.0) of a map.
 
     codes  uint16 (y, x), the map
     sizes  file extension (".tif", ".png") -> size in bytes, for the files that were written
@@ -180,22 +180,21 @@ def _fractions(codes: np.ndarray, threshold: float) -> dict[str, float | None]:
 
 
 def _change_asset(name: str, profile: Profile, size: int) -> dict[str, Any]:
+    """Describe the COG, as STAC 1.1 has it and, in `raster:bands`, for readers that know STAC 1.0 only."""
+    values = {
+        "data_type": profile.dtype,
+        "nodata": "nan" if np.isnan(profile.nodata) else profile.nodata,
+        "unit": "1",
+    }
     return {
         "href": f"./{name}.tif",
         "type": COG_TYPE,
         "title": "Probability of change",
-        "description": f"0 to 1 in steps of {QUANTUM}; no observation on either date is nodata",
+        "description": f"0 to 1 in steps of {QUANTUM}; nodata where either date has no valid observation",
         "roles": ["data"],
         "file:size": size,
-        "raster:bands": [
-            {
-                "data_type": profile.dtype,
-                "scale": profile.scale,
-                "offset": 0.0,
-                "nodata": "nan" if np.isnan(profile.nodata) else profile.nodata,
-                "unit": "1",
-            }
-        ],
+        **values,
+        "raster:bands": [{**values, "scale": profile.scale, "offset": 0.0}],
     }
 
 

@@ -82,7 +82,7 @@ def quicklook(
         labels[2]: paint_probability(probability, backdrop),
     }
     png = BytesIO()
-    side_by_side(panels, MAX_PIXELS).save(png, "PNG", optimize=True)
+    side_by_side(panels, MAX_PIXELS).save(png, "PNG")
     return png.getvalue()
 
 

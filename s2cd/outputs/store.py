@@ -116,6 +116,9 @@ def _output_errors(what: str, failure: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return what went wrong in one line; obstore appends a page of internals to its messages."""
-    first = str(error).split("\n", 1)[0].strip()
-    return re.sub(r"^Generic \w+ error: ", "", first)
+    """Return what went wrong in one line, without the page of internals that obstore appends."""
+    text = str(error)
+    answer = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL)  # what a bucket says
+    if answer:
+        return f"{answer[1]}: {answer[2]}"
+    return re.sub(r"^Generic \w+ error: ", "", text.split("\n", 1)[0].strip())

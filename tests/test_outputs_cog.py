@@ -1,0 +1,137 @@
+"""A map as COG: values, georeference and overviews, at awkward sizes."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from outputs_support import LONLAT, UTM, make_grid, random_codes
+from rio_cogeo import cog_validate
+
+from s2cd.errors import ConfigError, GridError
+from s2cd.outputs.codes import CODE_NODATA, QUANTUM, decode_codes, encode_codes
+from s2cd.outputs.cog import PROFILES, code_pyramid, map_cog
+
+SHAPES = [(1, 1), (17, 19), (1, 1025), (512, 512), (513, 513), (1023, 1025)]
+TOLERANCE = {"default": 0.0, "zstd": 0.0, "lerc": QUANTUM / 2 + 1e-6, "uint8": 0.5 / 254 + 1e-6}
+
+
+def write(path: Path, codes: np.ndarray, system=UTM, **options) -> Path:
+    with map_cog(code_pyramid(codes), make_grid(codes.shape, system), **options) as data:
+        path.write_bytes(data)
+    return path
+
+
+def probability(dataset: rasterio.DatasetReader, profile: str) -> np.ndarray:
+    stored = dataset.read(1)
+    if np.isnan(dataset.nodata):
+        return stored
+    return np.where(stored == dataset.nodata, np.nan, stored * PROFILES[profile].scale)
+
+
+@pytest.mark.parametrize("system", [UTM, LONLAT], ids=["utm", "lonlat"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_map_keeps_shape_georeference_and_values_to_the_bit(tmp_path, shape, system):
+    codes = random_codes(shape)
+    with rasterio.open(write(tmp_path / "map.tif", codes, system)) as dataset:
+        assert tuple(dataset.transform)[:6] == system[1]
+        assert dataset.crs.to_epsg() == system[0]
+        assert dataset.dtypes == ("float32",)
+        assert np.isnan(dataset.nodata)
+        np.testing.assert_array_equal(dataset.read(1), decode_codes(codes))
+        assert dataset.tags()["QUANTUM"] == str(QUANTUM)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_map_is_a_valid_cog(tmp_path, shape, profile):
+    path = write(tmp_path / "map.tif", random_codes(shape), profile=profile)
+    assert cog_validate(path, strict=True, quiet=True) == (True, [], [])
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("missing", [0.0, 0.3, 1.0])
+def test_profiles_keep_values_within_their_precision(tmp_path, profile, missing):
+    codes = random_codes((700, 600), missing)
+    with rasterio.open(write(tmp_path / "map.tif", codes, profile=profile)) as dataset:
+        found = probability(dataset, profile)
+        assert dataset.scales == (PROFILES[profile].scale,)
+    expected = decode_codes(codes)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+    assert np.nanmax(np.abs(found - expected), initial=0) <= TOLERANCE[profile]
+
+
+def test_map_without_change_is_zero_everywhere(tmp_path):
+    path = write(tmp_path / "map.tif", np.zeros((1100, 900), np.uint16))
+    for level in (None, 0, 1):
+        options = {} if level is None else {"overview_level": level}
+        with rasterio.open(path, **options) as dataset:
+            assert not dataset.read(1).any()
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_overviews_are_full_and_average_what_was_observed(tmp_path, profile):
+    codes = random_codes((1500, 2051), missing=0.6)
+    codes[:600, :700] = CODE_NODATA
+    path = write(tmp_path / "map.tif", codes, profile=profile)
+    expected = decode_codes(codes)
+    with rasterio.open(path) as dataset:
+        levels = len(dataset.overviews(1))
+    assert levels == 3
+    for level in range(levels):
+        expected = mean_of_four(expected)
+        with rasterio.open(path, overview_level=level) as overview:
+            found = probability(overview, profile)
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+        assert np.nanmax(np.abs(found - expected)) <= TOLERANCE[profile] + (level + 1) * QUANTUM / 2
+
+
+def test_threads_do_not_change_the_map(tmp_path):
+    codes = random_codes((1023, 1025))
+    one, two = (write(tmp_path / f"{n}.tif", codes, threads=n) for n in (1, 2))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_wrong_shape_and_unknown_profile_are_named():
+    pyramid = code_pyramid(random_codes((17, 19)))
+    with pytest.raises(GridError, match=r"\(17, 19\).*\(17, 20\)"), map_cog(pyramid, make_grid((17, 20))):
+        pass
+    with pytest.raises(ConfigError, match="'jpeg'.*default"), map_cog(pyramid, make_grid((17, 19)), profile="jpeg"):
+        pass
+
+
+def test_text_that_is_special_in_xml_survives_in_tags(tmp_path):
+    tags = {"BEFORE": 'a<b> & "c"'}
+    with rasterio.open(write(tmp_path / "map.tif", random_codes((17, 19)), tags=tags)) as dataset:
+        assert dataset.tags()["BEFORE"] == tags["BEFORE"]
+
+
+@given(hnp.arrays(np.uint16, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.integers(0, 1024)))
+@settings(max_examples=100, deadline=None)
+def test_codes_survive_a_round_trip(codes):
+    np.testing.assert_array_equal(encode_codes(decode_codes(codes)), codes)
+
+
+def test_probabilities_are_rounded_to_the_nearest_code():
+    values = np.array([[0, 0.0004, 0.0006, 0.5, 1.0, np.nan]], np.float32)
+    np.testing.assert_array_equal(encode_codes(values), [[0, 0, 1, 512, 1024, CODE_NODATA]])
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.01, np.inf, 100.0])
+def test_values_that_are_no_probability_are_refused(wrong):
+    with pytest.raises(ValueError, match="expected 0 to 1"):
+        encode_codes(np.array([[0.5, wrong]], np.float32))
+
+
+def mean_of_four(values: np.ndarray) -> np.ndarray:
+    rows, columns = values.shape
+    padded = np.pad(values, ((0, rows % 2), (0, columns % 2)), constant_values=np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.nanmean(padded.reshape(padded.shape[0] // 2, 2, -1, 2), axis=(1, 3), dtype=np.float64)

@@ -1,0 +1,214 @@
+"""Results are whole or absent: full disks, missing permissions, killed writers, buckets."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from outputs_support import INFO, make_grid, make_pair, random_codes
+
+from s2cd.errors import OutputError
+from s2cd.outputs import check_writable, finished, is_done, validate, write_catalog, write_map
+from s2cd.outputs.store import STALE_SECONDS, Store
+
+GRID = make_grid((300, 301))
+MIB = 1024**2
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a small file system cannot be mounted here: {error}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_objects_are_written_read_listed_and_deleted(tmp_path):
+    store = Store(str(tmp_path / "a b"))
+    store.put("31UDS/x.tif", b"12345")
+    assert store.get("31UDS/x.tif") == b"12345"
+    assert list(store.list()) == [("31UDS/x.tif", 5)]
+    assert store.exists("31UDS/x.tif")
+    store.delete("31UDS/x.tif")
+    store.delete("31UDS/x.tif")
+    assert not store.exists("31UDS/x.tif")
+    with pytest.raises(OutputError, match=r"31UDS/x\.tif cannot be read"):
+        store.get("31UDS/x.tif")
+
+
+def test_a_file_url_is_a_folder(tmp_path):
+    check_writable(f"file://{tmp_path}/new%20folder")
+    assert files_below(tmp_path) == []
+    assert (tmp_path / "new folder").is_dir()
+
+
+@pytest.mark.parametrize("below", ["", "/deeper"])
+def test_a_file_in_the_way_is_named(tmp_path, below):
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(OutputError, match=f"{file}{below} cannot be"):
+        check_writable(f"{file}{below}")
+
+
+@pytest.fixture
+def locked():
+    """A folder that may be read but not written, for root too: it acts as another user meanwhile."""
+    folder = Path(tempfile.mkdtemp())
+    user = os.geteuid()
+    folder.chmod(0o555)
+    if user == 0:
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(user)
+    folder.rmdir()
+
+
+def test_a_folder_without_permission_is_named(locked):
+    for folder in (locked, locked / "new"):
+        with pytest.raises(OutputError, match=rf"{folder} cannot be .*[Pp]ermission denied"):
+            check_writable(str(folder))
+
+
+def test_a_read_only_disk_is_named(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(OutputError, match="disk cannot be written to: .*Read-only file system"):
+        check_writable(str(small_disk))
+
+
+def test_an_unknown_kind_of_url_is_named():
+    with pytest.raises(OutputError, match="foo://bucket/x cannot be used"):
+        check_writable("foo://bucket/x")
+
+
+def test_a_full_disk_is_found_before_anything_is_computed(small_disk):
+    (small_disk / "filler").write_bytes(bytes(MIB))
+    with pytest.raises(OutputError, match="disk cannot be written to: .*No space left on device"):
+        check_writable(str(small_disk))
+    assert files_below(small_disk) == ["filler"]
+
+
+def test_a_disk_that_fills_up_names_the_map_and_leaves_nothing(small_disk):
+    grid = make_grid((1023, 1025))
+    pair = make_pair(grid)
+    with pytest.raises(OutputError, match=rf"{pair.name}\.tif cannot be written: .*No space left on device"):
+        write_map(random_codes(grid.shape), pair, grid, INFO, str(small_disk))
+    assert files_below(small_disk) == []
+    write_map(random_codes((17, 19)), pair, make_grid((17, 19)), INFO, str(small_disk))
+    assert is_done(str(small_disk), pair.name)
+
+
+def test_a_map_made_anew_is_not_finished_until_it_is(small_disk):
+    pair = make_pair(make_grid((17, 19)))
+    out = str(small_disk)
+    write_map(random_codes((17, 19)), pair, make_grid((17, 19)), INFO, out)
+    with pytest.raises(OutputError):
+        write_map(random_codes((1023, 1025)), pair, make_grid((1023, 1025)), INFO, out)
+    assert not is_done(out, pair.name)
+    assert finished(out) == set()
+
+
+WRITER = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from outputs_support import INFO, make_grid, make_pair, random_codes
+from s2cd.outputs import write_map
+from datetime import timedelta
+from outputs_support import AFTER
+grid = make_grid((1023, 1025))
+codes = random_codes(grid.shape)
+print("ready", flush=True)
+for day in range(100000):
+    write_map(codes, make_pair(grid, after=AFTER + timedelta(days=day)), grid, INFO, sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("delay", [0.11, 0.26, 0.43])
+def test_a_killed_writer_leaves_only_whole_files(tmp_path, delay):
+    """Whatever stands under a final name after kill -9 is whole, and every item has its map."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", WRITER, str(out), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        deadline = time.monotonic() + 30
+        while not list(out.rglob("*.json")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+    done = finished(str(out))
+    assert done
+    assert {p.stem for p in out.rglob("*.json")} == done
+    write_catalog(str(out))
+    unfinished = [p for p in validate(str(out)) if "no item" not in p]
+    assert unfinished == []
+
+
+def test_what_a_killed_writer_left_is_swept_away_later(tmp_path):
+    old, young, other = (tmp_path / n for n in ("x.tif#1", "y.tif#2", "notes#a.txt"))
+    for path in (old, young, other):
+        path.write_text("x")
+    long_ago = time.time() - STALE_SECONDS - 5
+    os.utime(old, (long_ago, long_ago))
+    os.utime(other, (long_ago, long_ago))
+    check_writable(str(tmp_path))
+    assert files_below(tmp_path) == ["notes#a.txt", "y.tif#2"]
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """A real S3 server in this process with one bucket; credentials come from the environment only."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ALLOW_HTTP": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in settings.items():
+            patch.setenv(key, value)
+        import boto3
+
+        client = boto3.client("s3", endpoint_url=settings["AWS_ENDPOINT_URL"])
+        client.create_bucket(Bucket="maps")
+        yield SimpleNamespace(url="s3://maps/europe/2023", client=client)
+    server.stop()
+
+
+def test_a_bucket_holds_the_same_folder(bucket, tmp_path):
+    pair = make_pair(GRID)
+    codes = random_codes(GRID.shape)
+    for out in (bucket.url, str(tmp_path)):
+        check_writable(out)
+        write_map(codes, pair, GRID, INFO, out)
+        write_catalog(out)
+        assert finished(out) == {pair.name}
+        assert is_done(out, pair.name)
+        assert validate(out) == []
+    stored = bucket.client.list_objects_v2(Bucket="maps")["Contents"]
+    assert sorted(o["Key"].removeprefix("europe/2023/") for o in stored) == files_below(tmp_path)
+
+
+def test_a_bucket_that_does_not_exist_is_named(bucket):
+    with pytest.raises(OutputError, match="s3://nowhere/x cannot be written to: .*NoSuchBucket"):
+        check_writable("s3://nowhere/x")
