@@ -14,6 +14,8 @@ import pytest
 import rasterio
 from rio_cogeo.cogeo import cog_validate
 
+from s2cd.catalog import search
+from s2cd.catalog.duplicates import reduce_duplicates
 from s2cd.errors import CatalogError, ConfigError
 from s2cd.simulate import CHANGE_KINDS, HARVEST, simulate, truth_between
 
@@ -149,6 +151,23 @@ def test_split_datatake_is_two_halves_of_one(tmp_path):
         a, b = (read(p, band) for p in parts)
         assert not ((a > 0) & (b > 0)).any()
         assert np.array_equal(np.maximum(a, b), read(whole, band))
+
+
+def test_catalogue_reduces_reprocessing_and_joins_halves(tmp_path):
+    again = search(str(simulate(tmp_path / "again", size=40, dates=2, reprocessed=True)))
+    kept, duplicates = reduce_duplicates(again)
+    assert [s.baseline for s in kept] == ["05.00", "03.00"]
+    assert [s.assets["red"].offset for s in kept] == pytest.approx([-0.1, 0])
+    assert [s.baseline for s, _ in duplicates] == ["03.00"]
+    halves = search(str(simulate(tmp_path / "halves", size=40, dates=2, split=True)))
+    kept, duplicates = reduce_duplicates(halves)
+    assert [len(s.parts) for s in kept] == [0, 1]
+    assert duplicates == []
+
+
+def test_catalogue_decides_the_offsets_that_the_pixels_carry(series):
+    scenes = search(str(series))
+    assert [s.assets["red"].offset for s in scenes] == pytest.approx([0] * 6 + [-0.1, 0])
 
 
 def test_truth_is_where_the_pixels_changed(clear):

@@ -184,7 +184,7 @@ def classify(rng: np.random.Generator, clear: Array, opacity: Array, shade: Arra
     cloud, dark, thin = (halve(layer) for layer in (opacity, shade, veil))
     scl[(dark + ragged > 0.38) & (scl != _CLASS["water"])] = _CLASS["shadow"]
     scl[(thin + 0.1 * ragged > 0.035)] = 10
-    scl[((cloud + ragged > 0.28) & (cloud > 0.08)) | ((blue > 0.27) & (red > 0.29))] = 8
+    scl[((cloud + ragged > 0.28) & (cloud > 0.08)) | ((blue > 0.30) & (red > 0.31))] = 8
     scl[(cloud + ragged > 0.62) & (cloud > 0.3)] = 9
     return scl
 

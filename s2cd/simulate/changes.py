@@ -25,7 +25,7 @@ from s2cd.simulate.texture import Array, IntArray, fractal
 
 CHANGE_KINDS = ("construction", "clear-cut", "burn", "flood")
 HARVEST = "harvest"
-_PER_100_KM2 = {"construction": 14, "clear-cut": 6, "burn": 2, "flood": 1}
+_PER_100_KM2 = {"construction": 18, "clear-cut": 8, "burn": 4, "flood": 1}
 
 
 @dataclass
@@ -94,7 +94,7 @@ def _pick_object(
 def _place_construction(rng: np.random.Generator, ground: Ground, free: IntArray) -> IntArray:
     """A field at the edge of a settlement, whole or in part."""
     open_land = ~np.isin(ground.cover, spectra.WOODS)
-    mask = _pick_object(rng, ground, free, open_land * (ground.object_urbanity + 0.01) ** 1.5, (60, 1400))
+    mask = _pick_object(rng, ground, free, open_land * (ground.object_urbanity + 0.01) ** 1.5, (100, 1800))
     rows, cols = np.nonzero(mask)
     if len(rows) > 500 or (len(rows) > 120 and rng.random() < 0.4):
         r0, c0 = int(np.median(rows)), int(np.median(cols))
@@ -106,8 +106,17 @@ def _place_construction(rng: np.random.Generator, ground: Ground, free: IntArray
 
 
 def _place_clear_cut(rng: np.random.Generator, ground: Ground, free: IntArray) -> IntArray:
-    woods = np.isin(ground.cover, spectra.WOODS).astype(float)
-    return _pick_object(rng, ground, free, woods, (90, 1500))
+    """One stand or a few neighbouring ones, whole, so that the cut has straight edges."""
+    woods = np.isin(ground.cover, spectra.WOODS)
+    mask = _pick_object(rng, ground, free, woods.astype(float), (90, 1500))
+    if not mask.any():
+        return mask
+    rows, cols = np.nonzero(mask)
+    y, x = np.ogrid[: free.shape[0], : free.shape[1]]
+    disc = (y - rows.mean()) ** 2 + (x - cols.mean()) ** 2 < rng.uniform(6, 20) ** 2
+    inside = np.bincount(ground.objects.ravel(), disc.ravel(), len(ground.cover))
+    neighbours = woods & (inside > 0.5 * ground.area) & (ground.area < 1500)
+    return (mask | neighbours[ground.objects]) & free
 
 
 def _place_burn(rng: np.random.Generator, ground: Ground, free: IntArray) -> IntArray:
@@ -118,7 +127,7 @@ def _place_burn(rng: np.random.Generator, ground: Ground, free: IntArray) -> Int
         return np.zeros(free.shape, bool)
     k = rng.integers(len(rows))
     y, x = np.ogrid[: free.shape[0], : free.shape[1]]
-    radius = rng.uniform(16, 34)
+    radius = rng.uniform(18, 42)
     r2 = ((y - rows[k]) ** 2 + 1.8 * (x - cols[k]) ** 2) / radius**2
     ragged = fractal(rng, ground.shape, 22, octaves=4, persistence=0.6)
     patch, _ = label(binary_opening(fuel & (r2 + 0.45 * ragged < 1)))
