@@ -155,8 +155,7 @@ def _replicate(data: np.ndarray, factor: int, window: tuple[slice, slice]) -> np
 
 def _with_dataset(href: str, provider: str, read: Callable[[rasterio.DatasetReader], np.ndarray]) -> np.ndarray:
     def attempt() -> np.ndarray:
-        path, options = access.open_options(provider, href)
-        with rasterio.Env(**options), rasterio.open(path) as dataset:
+        with access.open_dataset(provider, href) as dataset:
             return read(dataset)
 
     return access.with_retries(attempt, href)
@@ -186,6 +185,7 @@ def _coarsening(dataset: rasterio.DatasetReader, grid: Grid, href: str) -> int:
 
 
 def _decode(dataset: rasterio.DatasetReader, rows: slice, cols: slice) -> np.ndarray:
+    access.prefetch(dataset, (rows, cols))
     data = dataset.read(1, window=Window.from_slices(rows, cols))
     COUNTS.add(data.nbytes)
     return data

@@ -2,82 +2,234 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TypeVar
+from urllib.parse import urlsplit
 
+import rasterio
+import urllib3
+
+from s2cd.catalog.items import parse_time
 from s2cd.catalog.providers import PROVIDERS
-from s2cd.errors import ReadError, S2cdError
+from s2cd.catalog.ranges import HttpSource, Opener, RangeFile, S3Source, s3_source
+from s2cd.catalog.static import is_url, retry_policy
+from s2cd.errors import GridError, ReadError, S2cdError
 
 T = TypeVar("T")
 
-# GDAL's HTTP settings, in one place. Few and large ranges, no directory listings, no answer taken from a
-# cache that a failed request may have left, retries on what servers do under load.
-GDAL_OPTIONS = {
-    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
-    "GDAL_HTTP_MULTIRANGE": "YES",
-    "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
-    "GDAL_HTTP_CONNECTTIMEOUT": "10",
-    "GDAL_HTTP_TIMEOUT": "60",
-    "GDAL_HTTP_LOW_SPEED_TIME": "20",
-    "GDAL_HTTP_LOW_SPEED_LIMIT": "1000",
-    "GDAL_HTTP_MAX_RETRY": "3",
-    "GDAL_HTTP_RETRY_DELAY": "0.5",
-    "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
-    "VSI_CACHE": "TRUE",
-    "VSI_CACHE_SIZE": "5000000",
-}
+# No listing of folders and no search for side files: an asset is one file.
+GDAL_OPTIONS = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
+# Buckets whose readers pay for the transfer, and the region they stand in.
+REQUESTER_PAYS = {"sentinel-s2-l1c": "eu-central-1", "sentinel-s2-l2a": "eu-central-1"}
+# Variables any of which says that this process has keys for S3.
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
 ATTEMPTS = 5
 FIRST_DELAY = 0.5
 LONGEST_DELAY = 20.0
+SAS_URL = "https://planetarycomputer.microsoft.com/api/sas/v1/token"
+RESIGN_BEFORE = 300.0
+FRESH_TOKEN = 5.0
 
 
-def open_options(provider: str, href: str) -> tuple[str, dict[str, str]]:
-    """Return the address GDAL opens for `href` and the GDAL options for it.
+@contextmanager
+def open_dataset(provider: str, href: str) -> Iterator[rasterio.DatasetReader]:
+    """Open an asset for reading, wherever it lies.
 
-    `provider` is the scene's provider key. Call it for every open: signatures expire.
+    Remote files are read by `RangeFile`, which counts every byte; what it could not get is raised, even where GDAL
+    went on without. Call it inside `with_retries`: signatures expire. Keys and endpoints come from the environment of
+    the process that reads: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL or AWS_S3_ENDPOINT,
+    S2CD_SAS_URL (Planetary Computer's token service) and PC_SDK_SUBSCRIPTION_KEY.
+
+    Args:
+        provider: the scene's provider key.
+        href: path, http(s):// or s3:// address.
+
+    Raises ReadError if the asset needs keys and there are none; else what rasterio and the transport raise.
     """
+    if is_local(href):
+        with rasterio.Env(**GDAL_OPTIONS), rasterio.open(href.removeprefix("file://")) as dataset:
+            yield dataset
+        return
+    opener = Opener(RangeFile(_source(provider, href)), PurePosixPath(urlsplit(href).path).suffix)
+    try:
+        with rasterio.Env(**GDAL_OPTIONS), rasterio.open(opener.name, opener=opener) as dataset:
+            if opener.file.failure is not None:
+                raise opener.file.failure
+            _files[id(dataset)] = opener.file
+            try:
+                yield dataset
+            finally:
+                del _files[id(dataset)]
+    except Exception as error:
+        raise opener.file.failure or error from error
+    if opener.file.failure is not None:
+        raise opener.file.failure
+
+
+def is_local(href: str) -> bool:
+    """Tell a path from an address."""
+    return "://" not in href or href.startswith("file://")
+
+
+_files: dict[int, RangeFile] = {}
+
+
+def prefetch(dataset: rasterio.DatasetReader, window: tuple[slice, slice]) -> None:
+    """Fetch the blocks of a remote TIFF that `window` (rows, columns) of its first band needs, in few requests.
+
+    Does nothing for local files and other formats. Raises what the transport raises.
+    """
+    file = _files.get(id(dataset))
+    if file is None or dataset.driver not in {"GTiff", "COG"}:
+        return
+    height, width = dataset.block_shapes[0]
+    ranges = []
+    for row in range(window[0].start // height, -(-window[0].stop // height)):
+        for column in range(window[1].start // width, -(-window[1].stop // width)):
+            name = f"{column}_{row}"
+            offset = dataset.get_tag_item(f"BLOCK_OFFSET_{name}", "TIFF", bidx=1)
+            size = dataset.get_tag_item(f"BLOCK_SIZE_{name}", "TIFF", bidx=1)
+            if offset and size:
+                ranges.append((int(offset), int(offset) + int(size)))
+    file.prefetch(ranges)
+
+
+def _source(provider: str, href: str) -> HttpSource | S3Source:
     record = PROVIDERS.get(provider)
-    options = dict(GDAL_OPTIONS)
-    if record is not None:
-        options |= record.options
-    return gdal_path(href), options
+    if href.startswith("s3://"):
+        bucket, _, key = href.removeprefix("s3://").partition("/")
+        return s3_source(bucket, key, s3_options(provider, href))
+    if not is_url(href):
+        raise ReadError(href, "found an address of another kind, expected a path, http(s):// or s3://")
+    signed = record is not None and record.signing == "planetary-computer"
+    return HttpSource(SIGNER.sign(href) if signed else href)
 
 
-def gdal_path(href: str) -> str:
-    """Translate a path or URL into GDAL's virtual file system."""
-    for scheme, prefix in (("s3://", "/vsis3/"), ("gs://", "/vsigs/")):
-        if href.startswith(scheme):
-            return prefix + href.removeprefix(scheme)
-    if href.startswith(("http://", "https://")):
-        return f"/vsicurl/{href}"
-    return href.removeprefix("file://")
+def s3_options(provider: str, href: str) -> dict[str, str]:
+    """Return options of the S3 client for an object: endpoint, region, whether to sign, who pays.
+
+    Raises ReadError if the object asks for keys and this process has none.
+    """
+    env = os.environ
+    record = PROVIDERS.get(provider)
+    bucket = urlsplit(href).hostname or ""
+    options = dict(record.s3_options) if record is not None else {}
+    endpoint = env.get("AWS_ENDPOINT_URL") or env.get("AWS_S3_ENDPOINT")
+    if endpoint:
+        scheme = "http" if env.get("AWS_HTTPS", "YES").upper() in {"NO", "FALSE"} else "https"
+        options["endpoint"] = endpoint if "://" in endpoint else f"{scheme}://{endpoint}"
+        options["virtual_hosted_style_request"] = "false"
+    pays = bucket in REQUESTER_PAYS
+    if pays:
+        options |= {"request_payer": "true", "region": REQUESTER_PAYS[bucket]}
+    if any(env.get(name) for name in KEYS):
+        return options
+    if pays or (record is not None and record.signing == "s3"):
+        why = "its readers pay" if pays else f"{provider} asks for keys"
+        raise ReadError(href, f"{why}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY on the workers")
+    return options | {"skip_signature": "true"}
 
 
-def with_retries(read: Callable[[], T], href: str, attempts: int = ATTEMPTS) -> T:
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """A shared access signature for a container of an account, and when it should be replaced."""
+
+    query: str
+    since: float
+    replace_at: float
+
+
+class SasSigner:
+    """Signs Planetary Computer addresses; a token serves a whole container until shortly before it expires."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[tuple[str, str], _Token] = {}
+        self._lock = threading.Lock()
+        self._http = urllib3.PoolManager(retries=retry_policy(), timeout=urllib3.Timeout(10, 30))
+
+    def sign(self, href: str) -> str:
+        """Return `href` with a signature that is valid for some minutes. Raises ReadError."""
+        bare, _, _ = href.partition("?")
+        key = _container(bare)
+        with self._lock:
+            token = self._tokens.get(key)
+            if token is None or time.time() >= token.replace_at:
+                token = self._tokens[key] = self._fetch(key, bare)
+        return f"{bare}?{token.query}"
+
+    def forget(self, href: str) -> None:
+        """Drop the token of an address that could not be read, unless it is too new to be the cause."""
+        with self._lock:
+            key = _container(href.partition("?")[0])
+            if key in self._tokens and time.time() - self._tokens[key].since > FRESH_TOKEN:
+                del self._tokens[key]
+
+    def _fetch(self, key: tuple[str, str], href: str) -> _Token:
+        url = f"{os.environ.get('S2CD_SAS_URL', SAS_URL).rstrip('/')}/{key[0]}/{key[1]}"
+        subscription = os.environ.get("PC_SDK_SUBSCRIPTION_KEY")
+        headers = {"Ocp-Apim-Subscription-Key": subscription} if subscription else {}
+        try:
+            answer = self._http.request("GET", url, headers=headers)
+            if answer.status != 200:
+                raise ReadError(href, f"cannot be signed: {url} answered {answer.status}")
+            document = json.loads(answer.data)
+            now = time.time()
+            left = parse_time(document["msft:expiry"]).timestamp() - now
+            return _Token(document["token"], now, now + left - min(RESIGN_BEFORE, left / 10))
+        except (urllib3.exceptions.HTTPError, ValueError, KeyError) as error:
+            raise ReadError(href, f"cannot be signed at {url}: {' '.join(str(error).split())}") from error
+
+
+def _container(href: str) -> tuple[str, str]:
+    """Storage account and container of an Azure blob address."""
+    parts = urlsplit(href)
+    return (parts.hostname or "").partition(".")[0], parts.path.lstrip("/").partition("/")[0]
+
+
+SIGNER = SasSigner()
+
+
+def with_retries(read: Callable[[], T], href: str) -> T:
     """Call `read` until it succeeds, with exponential back-off and jitter between attempts.
 
-    Local files get one attempt: they do not recover. Errors of ours pass through.
+    Local files get one attempt: they do not recover. A file that is not there is asked for twice. Of our own errors
+    only GridError is tried again, once, since a damaged header can look like another grid; the others pass through.
 
     Raises ReadError that names `href` and the last failure.
     """
-    tries = attempts if "://" in href and not href.startswith("file://") else 1
-    for delay in _delays(tries):
+    for attempt, delay in enumerate(_delays(1 if is_local(href) else ATTEMPTS)):
         try:
             return read()
+        except GridError:
+            if attempt or delay is None:
+                raise
         except S2cdError:
             raise
         except Exception as error:
-            if delay is None:
-                raise ReadError(href, " ".join(str(error).split())) from error
-            time.sleep(delay)
-    raise ReadError(href, f"{attempts} attempts allowed, expected at least one")
+            if delay is None or (attempt and isinstance(error, FileNotFoundError)):
+                raise ReadError(href, _without_secrets(error)) from error
+        SIGNER.forget(href)
+        time.sleep(delay)
+    raise ReadError(href, "no attempt was made")
+
+
+def _without_secrets(error: Exception) -> str:
+    """One line of what went wrong, without the signature that may stand in an address."""
+    text = " ".join(str(error).partition("Debug source:")[0].split())
+    return re.sub(r"\?[^\s'\"]+", "", text)
 
 
 def _delays(tries: int) -> Iterator[float | None]:
     """Seconds to wait after each failed attempt, None after the last."""
     for attempt in range(tries - 1):
         yield min(FIRST_DELAY * 2**attempt, LONGEST_DELAY) * random.uniform(0.5, 1.0)
-    if tries > 0:
-        yield None
+    yield None

@@ -384,7 +384,7 @@ def positions(footprint: Mapping[str, Any]) -> Iterator[tuple[float, float]]:
 def rings(footprint: Mapping[str, Any]) -> Iterable[list[list[float]]]:
     """Return the outer rings of a Polygon or MultiPolygon."""
     polygons = footprint["coordinates"] if footprint["type"] == "MultiPolygon" else [footprint["coordinates"]]
-    return [polygon[0] for polygon in polygons]
+    return [polygon[0] for polygon in polygons if polygon]
 
 
 def bounds(footprint: Mapping[str, Any]) -> tuple[float, float, float, float]:

@@ -20,7 +20,7 @@ class Provider:
     hosts        hosts and buckets by which its documents and assets are known
     tile_query   property that holds the tile, and how the tile is written there
     signing      how assets are made readable: "" (open), "planetary-computer", "s3"
-    options      GDAL options its assets need
+    s3_options   options of the S3 client for its assets
     """
 
     key: str
@@ -29,7 +29,7 @@ class Provider:
     hosts: tuple[str, ...]
     tile_query: tuple[str, str] = ("grid:code", "MGRS-{}")
     signing: str = ""
-    options: Mapping[str, str] = field(default_factory=dict)
+    s3_options: Mapping[str, str] = field(default_factory=dict)
 
 
 PROVIDERS = {
@@ -61,7 +61,11 @@ PROVIDERS = {
             collections=("sentinel-2-l2a", "sentinel-2-l1c"),
             hosts=("stac.dataspace.copernicus.eu", "eodata", "zipper.dataspace.copernicus.eu"),
             signing="s3",
-            options={"AWS_S3_ENDPOINT": "eodata.dataspace.copernicus.eu", "AWS_VIRTUAL_HOSTING": "FALSE"},
+            s3_options={
+                "endpoint": "https://eodata.dataspace.copernicus.eu",
+                "region": "default",
+                "virtual_hosted_style_request": "false",
+            },
         ),
     )
 }

@@ -17,12 +17,22 @@ from s2cd.errors import CatalogError
 ENTRY_FILES = ("catalog.json", "collection.json")
 RETRIED_STATUS = (429, 500, 502, 503, 504)
 PARALLEL_REQUESTS = 16
+LONGEST_WAIT = 60.0
 Document = tuple[Mapping[str, Any], str]
 
 
-def retry_policy() -> urllib3.Retry:
+class Retry(urllib3.Retry):
+    """Retries that wait as long as a server asks for, but never longer than a minute."""
+
+    def get_retry_after(self, response: urllib3.BaseHTTPResponse) -> float | None:
+        """Return seconds to wait, as the answer states them."""
+        asked = super().get_retry_after(response)
+        return None if asked is None else min(asked, LONGEST_WAIT)
+
+
+def retry_policy() -> Retry:
     """Retries for catalogue requests: every method, so POST too, honouring Retry-After, with back-off."""
-    return urllib3.Retry(
+    return Retry(
         total=6,
         backoff_factor=0.3,
         backoff_max=20,

@@ -1,0 +1,235 @@
+"""Remote files read in ranges, every byte accounted for.
+
+GDAL's own HTTP reader takes a body that was cut off for the end of the file: a cut in a TIFF's header then reads as
+blocks that were never written, so as nodata. Here an answer counts only if it is exactly the range that was asked for.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import obstore
+import urllib3
+from obstore.store import S3Store
+
+from s2cd.catalog.static import RETRIED_STATUS, Retry
+
+HEAD_BYTES = 1 << 16
+GAP_BYTES = 1 << 18
+PARALLEL = 8
+CONNECT_TIMEOUT = 10.0
+READ_TIMEOUT = 60.0
+QUICK_RETRIES = 2
+BACKOFF = 0.1
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+
+
+class Source(Protocol):
+    """Something that gives ranges of bytes; `size` is known once the first was given."""
+
+    size: int | None
+
+    def fetch(self, start: int, stop: int) -> bytes:
+        """Return bytes [start, stop), fewer only at the end of the file. Raises OSError or HTTPError."""
+
+
+class HttpSource:
+    """A file on an HTTP server that serves ranges."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self.size: int | None = None
+        self._tag: str | None = None
+
+    def fetch(self, start: int, stop: int) -> bytes:
+        """Return bytes [start, stop), fewer only at the end of the file."""
+        headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        answer = _http().request("GET", self.url, headers=headers)
+        if answer.status != 206:
+            kind = FileNotFoundError if answer.status in {404, 410} else OSError
+            raise kind(f"server answered {answer.status} {answer.reason}, expected 206 Partial Content")
+        found = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+        if not found or int(found[1]) != start:
+            raise OSError(f"server sent {answer.headers.get('Content-Range')!r}, expected bytes from {start}")
+        size = int(found[3])
+        self._require_same_file(size, answer.headers.get("ETag"))
+        expected = min(stop, size) - start
+        if len(answer.data) != expected:
+            raise OSError(f"server sent {len(answer.data)} bytes from {start}, expected {expected}")
+        return answer.data
+
+    def _require_same_file(self, size: int, tag: str | None) -> None:
+        if self.size is not None and (self.size, self._tag) != (size, tag):
+            raise OSError(f"file changed while it was read: {self.size} bytes {self._tag}, then {size} bytes {tag}")
+        self.size, self._tag = size, tag
+
+
+class S3Source:
+    """An object in S3 or a store that speaks its protocol."""
+
+    def __init__(self, store: S3Store, key: str):
+        self.store = store
+        self.key = key
+        self.size: int | None = None
+
+    def fetch(self, start: int, stop: int) -> bytes:
+        """Return bytes [start, stop), fewer only at the end of the object."""
+        if self.size is None:
+            self.size = obstore.head(self.store, self.key)["size"]
+        stop = min(stop, self.size)
+        data = bytes(obstore.get_range(self.store, self.key, start=start, end=stop))
+        if len(data) != stop - start:
+            raise OSError(f"store sent {len(data)} bytes from {start}, expected {stop - start}")
+        return data
+
+
+_pool_lock = threading.Lock()
+_pools: dict[str, urllib3.PoolManager] = {}
+
+
+def _http() -> urllib3.PoolManager:
+    with _pool_lock:
+        if "pool" not in _pools:
+            retries = Retry(
+                total=QUICK_RETRIES, backoff_factor=BACKOFF, status_forcelist=RETRIED_STATUS, raise_on_status=False
+            )
+            timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT, read=READ_TIMEOUT)
+            _pools["pool"] = urllib3.PoolManager(maxsize=64, retries=retries, timeout=timeout)
+        return _pools["pool"]
+
+
+class RangeFile(io.RawIOBase):
+    """A remote file as GDAL's virtual file system wants one: read, seek, tell, close.
+
+    What goes wrong in `read` is kept in `failure`, since GDAL may carry on without the bytes it did not get.
+    """
+
+    def __init__(self, source: Source):
+        super().__init__()
+        self.source = source
+        self.failure: Exception | None = None
+        self._chunks: OrderedDict[int, bytes] = OrderedDict()
+        self._position = 0
+        self._store(0, self._fetch(0, HEAD_BYTES))
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position in bytes."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move as any file does."""
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.source.size or 0}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        """Return `size` bytes, fewer only at the end of the file."""
+        end = self.source.size or 0
+        stop = end if size < 0 else min(self._position + size, end)
+        if stop <= self._position:
+            return b""
+        data = self._cached(self._position, stop) or self._read_ahead(self._position, stop, end)
+        self._position += len(data)
+        return data
+
+    def _read_ahead(self, start: int, stop: int, end: int) -> bytes:
+        """Bytes [start, stop), none after a failure: GDAL calls this through C, where nothing can be raised."""
+        if self.failure is not None:
+            return b""
+        try:
+            ahead = self._fetch(start, max(stop, min(start + HEAD_BYTES, end)))
+        except Exception:
+            return b""
+        self._store(start, ahead)
+        return ahead[: stop - start]
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Fetch byte ranges [start, stop) that will be read, neighbours in one request, several at a time."""
+        missing = [r for r in merge_ranges(ranges) if self._cached(*r) is None]
+        if len(missing) == 1:
+            self._store(missing[0][0], self._fetch(*missing[0]))
+        elif missing:
+            with ThreadPoolExecutor(min(PARALLEL, len(missing))) as pool:
+                for (start, _), data in zip(missing, pool.map(lambda r: self._fetch(*r), missing), strict=True):
+                    self._store(start, data)
+
+    def _fetch(self, start: int, stop: int) -> bytes:
+        try:
+            return self.source.fetch(start, stop)
+        except Exception as error:
+            self.failure = self.failure or error
+            raise
+
+    def _store(self, start: int, data: bytes) -> None:
+        self._chunks[start] = data
+
+    def _cached(self, start: int, stop: int) -> bytes | None:
+        for first, data in self._chunks.items():
+            if first <= start and stop <= first + len(data):
+                return data if (first, len(data)) == (start, stop - start) else data[start - first : stop - first]
+        return None
+
+
+def merge_ranges(ranges: Iterable[tuple[int, int]], gap: int = GAP_BYTES) -> list[tuple[int, int]]:
+    """Merge byte ranges [start, stop) that lie at most `gap` bytes apart; the result is ordered."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if merged and start - merged[-1][1] <= gap:
+            merged[-1] = merged[-1][0], max(stop, merged[-1][1])
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+_numbers = itertools.count()
+
+
+class Opener:
+    """Hands one `RangeFile` to rasterio under a name of its own, since GDAL allows one opener a name."""
+
+    def __init__(self, file: RangeFile, suffix: str):
+        self.file = file
+        self.name = f"s2cd-{next(_numbers)}{suffix}"
+
+    def __call__(self, name: str, mode: str = "rb", **options: object) -> RangeFile:
+        """Return the file; GDAL asks for side files (.aux.xml, .ovr) too, which there are none of."""
+        if name.rpartition("/")[2] != self.name:
+            raise FileNotFoundError(name)
+        self.file.seek(0)
+        return self.file
+
+
+def s3_source(bucket: str, key: str, config: Mapping[str, str]) -> S3Source:
+    """Return an object of a bucket; `config` has the options of obstore's S3Store."""
+    with _pool_lock:
+        name = repr((bucket, sorted(config.items())))
+        if name not in _stores:
+            _stores[name] = S3Store(
+                bucket,
+                config=dict(config),  # type: ignore[arg-type]
+                client_options={
+                    "timeout": f"{READ_TIMEOUT:g}s",
+                    "connect_timeout": f"{CONNECT_TIMEOUT:g}s",
+                    "allow_http": True,
+                },
+                retry_config={"max_retries": QUICK_RETRIES},
+            )
+        return S3Source(_stores[name], key)
+
+
+_stores: dict[str, S3Store] = {}

@@ -1,0 +1,149 @@
+"""An HTTP server of files with ranges that misbehaves on request: what real asset servers do now and then."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Self
+from urllib.parse import parse_qs, urlsplit
+
+FAULTS = ("slow", "stall", "reset", "reset-midway", "truncated", "short", "404", "403", "429", "503", "html")
+
+
+class FaultServer(ThreadingHTTPServer):
+    """Serves files below `root` on 127.0.0.1; `rate` of all answers are faults drawn from `faults`.
+
+    Files below /gone/ are never there. Below /signed/ a token is asked for, given out at /token/ACCOUNT/CONTAINER,
+    and refused (403) `lifetime` seconds after that or once it was revoked.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, root: Path, *, seed: int = 0, stall: float = 2.0):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.root = root
+        self.rate = 0.0
+        self.faults: tuple[str, ...] = FAULTS
+        self.stall = stall
+        self.lifetime = 3600.0
+        self.counts: Counter[str] = Counter()
+        self.tokens: dict[str, float] = {}
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def draw(self) -> str | None:
+        with self._lock:
+            if self._random.random() >= self.rate:
+                return None
+            fault = self._random.choice(self.faults)
+            self.counts[fault] += 1
+            return fault
+
+    def token(self) -> tuple[str, datetime]:
+        with self._lock:
+            name = f"t{len(self.tokens)}"
+            self.tokens[name] = time.time() + self.lifetime
+            return name, datetime.now(UTC) + timedelta(seconds=self.lifetime)
+
+    def revoke(self) -> None:
+        self.tokens = dict.fromkeys(self.tokens, 0.0)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that give up are expected here."""
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FaultServer
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        parts = urlsplit(self.path)
+        if parts.path.startswith("/token/"):
+            name, expiry = self.server.token()
+            self._send(200, f'{{"token": "sig={name}", "msft:expiry": "{expiry.isoformat()}"}}'.encode())
+            return
+        path = parts.path
+        if path.startswith("/signed/"):
+            path = path.removeprefix("/signed")
+            name = parse_qs(parts.query).get("sig", [""])[0]
+            if self.server.tokens.get(name, 0) < time.time():
+                self.server.counts["refused"] += 1
+                self._send(403, b"signature expired")
+                return
+        file = self.server.root / path.lstrip("/")
+        if path.startswith("/gone/") or not file.is_file():
+            self._send(404, b"not found")
+            return
+        self._serve(file.read_bytes(), self.server.draw())
+
+    def _serve(self, data: bytes, fault: str | None) -> None:
+        if fault in {"404", "403", "429", "503"}:
+            self._send(int(fault), b"fault")
+        elif fault == "html":
+            self._send(200, b"<html>the portal is down for maintenance</html>")
+        elif fault == "reset":
+            self.connection.close()
+        else:
+            if fault == "slow":
+                time.sleep(self.server.stall / 20)
+            elif fault == "stall":
+                time.sleep(self.server.stall)
+            self._send_range(data, fault)
+
+    def _send_range(self, data: bytes, fault: str | None) -> None:
+        wanted = self.headers.get("Range")
+        if wanted is None:
+            start, stop, status = 0, len(data), 200
+        else:
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start, stop = int(first), min(int(last or len(data) - 1) + 1, len(data))
+            status = 206
+            if start >= len(data):
+                self._send(416, b"")
+                return
+        body = data[start:stop]
+        sent = body[: len(body) // 2] if fault in {"truncated", "short", "reset-midway"} else body
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(sent) if fault == "short" else len(body)))
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        self.wfile.write(sent)
+        if fault in {"truncated", "reset-midway"}:
+            self.close_connection = True
+            if fault == "reset-midway":
+                self.connection.close()
+
+    def _send(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)

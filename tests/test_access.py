@@ -1,0 +1,237 @@
+"""Reading assets over real connections that fail: every read ends in the right pixels or in an error that names it."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from fault_server import FAULTS, FaultServer
+from hypothesis import given
+from hypothesis import strategies as st
+from rasterio.transform import Affine
+
+from s2cd.catalog import access, ranges
+from s2cd.catalog.scene import Grid
+from s2cd.errors import GridError, ReadError
+from s2cd.reader import Source, read_window
+
+SHAPE = (1023, 1025)
+TRANSFORM = Affine(10, 0, 499980, 0, -10, 5700000)
+GRID = Grid(32631, tuple(TRANSFORM)[:6], SHAPE)
+FILES = 4
+
+
+def pixels(index: int) -> np.ndarray:
+    y, x = np.mgrid[: SHAPE[0], : SHAPE[1]]
+    return ((y * 7 + x * 13 + index * 101) % 9973 + 1).astype(np.uint16)
+
+
+def write(path: Path, data: np.ndarray, block: int) -> None:
+    with rasterio.open(
+        path, "w", driver="GTiff", height=data.shape[0], width=data.shape[1], count=1, dtype=data.dtype,
+        crs="EPSG:32631", transform=TRANSFORM, tiled=True, blockxsize=block, blockysize=block, compress="deflate",
+        nodata=0,
+    ) as dataset:  # fmt: skip
+        dataset.write(data, 1)
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of big blocks, and of blocks so small that their index fills more than one request."""
+    folder = tmp_path_factory.mktemp("assets")
+    for index in range(FILES):
+        write(folder / f"{index}.tif", pixels(index), 256 if index % 2 else 16)
+    (folder / "gone").mkdir()
+    (folder / "container").mkdir()
+    write(folder / "container" / "red.tif", pixels(9), 256)
+    return folder
+
+
+@pytest.fixture
+def server(assets: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultServer]:
+    """A server that behaves until told otherwise, and a reader that does not wait long."""
+    monkeypatch.setattr(access, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(ranges, "READ_TIMEOUT", 0.3)
+    monkeypatch.setattr(ranges, "BACKOFF", 0.01)
+    monkeypatch.setattr(ranges, "_pools", {})
+    with FaultServer(assets, seed=1, stall=0.6) as running:
+        yield running
+
+
+def read(href: str, rows: slice, cols: slice, provider: str = "static") -> np.ndarray:
+    return read_window(Source("red", (href,), provider), GRID, (rows, cols))
+
+
+def one_read(server: FaultServer, number: int) -> str:
+    draw = random.Random(number)
+    index = draw.randrange(FILES)
+    top, left = draw.randrange(SHAPE[0] - 1), draw.randrange(SHAPE[1] - 1)
+    rows = slice(top, min(top + draw.randrange(1, 200), SHAPE[0]))
+    cols = slice(left, min(left + draw.randrange(1, 200), SHAPE[1]))
+    try:
+        data = read(f"{server.url}/{index}.tif", rows, cols)
+    except (ReadError, GridError) as error:
+        return "named" if f"{index}.tif" in str(error) else f"unnamed: {error}"
+    return "right" if np.array_equal(data, pixels(index)[rows, cols]) else "wrong"
+
+
+@pytest.mark.parametrize(("rate", "reads"), [(0.15, 700), (0.5, 300)])
+def test_a_thousand_reads_with_faults_recover_or_name_the_asset(server: FaultServer, rate: float, reads: int) -> None:
+    server.rate = rate
+    with ThreadPoolExecutor(16) as pool:
+        ends = Counter(pool.map(lambda number: one_read(server, number), range(reads)))
+    assert set(ends) <= {"right", "named"}, ends
+    assert ends["right"] > 0.8 * reads
+    assert set(server.counts) == set(FAULTS)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_server_that_only_fails_ends_in_a_named_error(server: FaultServer, fault: str) -> None:
+    if fault == "slow":
+        pytest.skip("slow answers are right answers")
+    server.rate, server.faults, server.stall = 1.0, (fault,), 0.4
+    with pytest.raises(ReadError, match="cannot read http://127.0.0.1:.*/0.tif: ."):
+        read(f"{server.url}/0.tif", slice(0, 9), slice(0, 9))
+
+
+def test_a_missing_asset_is_not_asked_for_again_and_again(server: FaultServer) -> None:
+    with pytest.raises(ReadError, match=r"gone/red\.tif: server answered 404"):
+        read(f"{server.url}/gone/red.tif", slice(0, 9), slice(0, 9))
+
+
+def test_a_missing_or_damaged_local_asset_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ReadError, match=r"none\.tif"):
+        read(str(tmp_path / "none.tif"), slice(0, 9), slice(0, 9))
+    write(tmp_path / "cut.tif", pixels(0), 256)
+    whole = (tmp_path / "cut.tif").read_bytes()
+    (tmp_path / "cut.tif").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ReadError, match=r"cut\.tif"):
+        read(str(tmp_path / "cut.tif"), slice(0, 1000), slice(0, 1000))
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(server: FaultServer, tmp_path: Path) -> None:
+    write(server.root / "moving.tif", pixels(0), 16)
+    source = ranges.HttpSource(f"{server.url}/moving.tif")
+    source.fetch(0, 100)
+    write(server.root / "moving.tif", pixels(1), 256)
+    with pytest.raises(OSError, match="file changed while it was read"):
+        source.fetch(100, 200)
+
+
+def test_signatures_are_fetched_once_and_again_when_they_expire(
+    server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("S2CD_SAS_URL", f"{server.url}/token")
+    monkeypatch.setattr(access, "SIGNER", access.SasSigner())
+    server.lifetime = 1.0
+    href = f"{server.url}/signed/container/red.tif"
+    rows, cols = slice(100, 300), slice(7, 900)
+    for _ in range(3):
+        assert np.array_equal(read(href, rows, cols, "planetary-computer"), pixels(9)[rows, cols])
+    assert len(server.tokens) == 1
+    time.sleep(1.0)
+    read(href, rows, cols, "planetary-computer")
+    assert len(server.tokens) == 2
+    assert server.counts["refused"] == 0
+
+
+def test_a_signature_refused_before_its_time_is_replaced(server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("S2CD_SAS_URL", f"{server.url}/token")
+    monkeypatch.setattr(access, "SIGNER", access.SasSigner())
+    monkeypatch.setattr(access, "FRESH_TOKEN", 0.0)
+    href = f"{server.url}/signed/container/red.tif"
+    read(href, slice(0, 9), slice(0, 9), "planetary-computer")
+    server.revoke()
+    data = read(href, slice(0, 9), slice(0, 9), "planetary-computer")
+    assert np.array_equal(data, pixels(9)[:9, :9])
+    assert server.counts["refused"] == 1
+
+
+def test_a_signature_that_cannot_be_had_is_named_and_no_secret_is_told(
+    server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("S2CD_SAS_URL", f"{server.url}/nowhere")
+    monkeypatch.setattr(access, "SIGNER", access.SasSigner())
+    with pytest.raises(ReadError, match="cannot be signed.*answered 404"):
+        read(f"{server.url}/signed/c/red.tif?sig=secret", slice(0, 9), slice(0, 9), "planetary-computer")
+    with pytest.raises(ReadError) as error:
+        read(f"{server.url}/gone/red.tif?sig=secret", slice(0, 9), slice(0, 9))
+    assert "secret" not in error.value.why
+
+
+@pytest.mark.parametrize(
+    ("provider", "href", "why"),
+    [
+        ("cdse", "s3://eodata/a.jp2", "cdse asks for keys: set AWS_ACCESS_KEY_ID"),
+        ("earth-search", "s3://sentinel-s2-l1c/a.jp2", "its readers pay: set AWS_ACCESS_KEY_ID"),
+        ("static", "gs://bucket/a.tif", "found an address of another kind"),
+    ],
+)
+def test_missing_keys_are_named(provider: str, href: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in access.KEYS:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ReadError, match=why):
+        read(href, slice(0, 9), slice(0, 9), provider)
+
+
+@pytest.fixture(scope="module")
+def s3(assets: Path) -> Iterator[str]:
+    """A real S3 server with the assets in the bucket `pixels`."""
+    boto3 = pytest.importorskip("boto3")
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    client = boto3.client(
+        "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="key", aws_secret_access_key="secret"
+    )
+    for bucket in ("pixels", "sentinel-s2-l1c"):
+        client.create_bucket(Bucket=bucket)
+        client.upload_file(str(assets / "1.tif"), bucket, "folder/red.tif", ExtraArgs={"ACL": "public-read"})
+    yield url
+    server.stop()
+
+
+def test_s3_with_keys_from_the_environment(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    rows, cols = slice(17, 936), slice(0, 1025)
+    for provider, bucket in (("static", "pixels"), ("cdse", "pixels"), ("earth-search", "sentinel-s2-l1c")):
+        data = read(f"s3://{bucket}/folder/red.tif", rows, cols, provider)
+        assert np.array_equal(data, pixels(1)[rows, cols])
+
+
+def test_s3_without_keys_reads_public_buckets(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in access.KEYS:
+        monkeypatch.delenv(name, raising=False)
+    host = s3.removeprefix("http://")
+    monkeypatch.setenv("AWS_S3_ENDPOINT", host)
+    monkeypatch.setenv("AWS_HTTPS", "NO")
+    assert np.array_equal(read("s3://pixels/folder/red.tif", slice(0, 64), slice(0, 64)), pixels(1)[:64, :64])
+    with pytest.raises(ReadError, match=r"s3://pixels/folder/none\.tif"):
+        read("s3://pixels/folder/none.tif", slice(0, 9), slice(0, 9))
+
+
+def test_requester_pays_is_said_to_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    options = access.s3_options("earth-search", "s3://sentinel-s2-l1c/a.jp2")
+    assert (options["request_payer"], options["region"]) == ("true", "eu-central-1")
+    assert "request_payer" not in access.s3_options("cdse", "s3://eodata/a.jp2")
+
+
+@given(st.lists(st.tuples(st.integers(0, 500), st.integers(1, 60)), max_size=20), st.integers(0, 40))
+def test_merged_ranges_cover_the_same_bytes(drawn: list[tuple[int, int]], gap: int) -> None:
+    wanted = [(start, start + length) for start, length in drawn]
+    merged = ranges.merge_ranges(wanted, gap)
+    assert all(any(a <= start and stop <= b for a, b in merged) for start, stop in wanted)
+    assert all(later[0] - earlier[1] > gap for earlier, later in pairwise(merged))
