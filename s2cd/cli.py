@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from s2cd.config import RunConfig
-from s2cd.errors import S2cdError
+from s2cd.errors import S2cdError, S2cdWarning
 
 OUT = Console(soft_wrap=True)
 ERR = Console(stderr=True, soft_wrap=True)
@@ -41,7 +42,14 @@ class _Commands(click.Group):
 @click.version_option(package_name="s2cd")
 def main() -> None:
     """Change detection on Sentinel-2 time series, from a laptop to a continent."""
+    warnings.showwarning = _show_warning
     logging.getLogger("distributed").setLevel(logging.ERROR)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """Print what s2cd warns of on one line; what libraries say to programmers is not for users."""
+    if issubclass(category, S2cdWarning):
+        ERR.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
 
 
 def _search_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -194,7 +202,7 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
 def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=title, title_justify="left")
     for name in rows[0] if rows else ():
-        table.add_column(name.replace("_", " "), overflow="fold")
+        table.add_column(name.replace("_", " "), overflow="fold", no_wrap=name in ("name", "map", "id"))
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     OUT.print(table)
@@ -350,3 +358,17 @@ def view(out: str, launch: bool) -> None:
     OUT.print(page, markup=False)
     if launch:
         click.launch(page)
+
+
+@main.command()
+@_search_options
+@_run_options
+@click.option("--interval", type=click.FloatRange(min=1), default=900.0, help="Seconds between two looks.")
+@click.option("--once", is_flag=True, help="Look once and stop, for cron.")
+def watch(interval: float, once: bool, quiet: bool, **options: Any) -> None:
+    """Follow CATALOG: a new acquisition becomes a pair and a map within one interval."""
+    from s2cd.watch import watch as follow
+
+    for report in follow(RunConfig(**options), interval=interval, once=once):
+        if report.maps:
+            _print_report(report)

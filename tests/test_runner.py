@@ -56,7 +56,7 @@ def test_outputs_are_maps_items_quicklooks_and_a_catalogue(make_series, config, 
     scenes = make_series(shape=(101, 333), dates=3)
     run(config, client, scenes=scenes)
     root = tmp_path / "out" / "collection.json"
-    items = list(pystac.Catalog.from_file(str(root)).get_items(recursive=True))
+    items = list(pystac.Collection.from_file(str(root)).get_items(recursive=True))
     assert sorted(item.id for item in items) == [
         "S2CD_31UDS_R051_20230501T105000_20230506T105000",
         "S2CD_31UDS_R051_20230506T105000_20230511T105000",
