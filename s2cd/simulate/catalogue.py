@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import rasterio
-from rasterio.transform import from_origin
+from rasterio import Affine
 from rasterio.warp import transform as warp_points
 
 from s2cd.catalog.bands import band_info
@@ -175,7 +175,7 @@ class Writer:
             count=1,
             dtype=pixels.dtype,
             crs=f"EPSG:{self.cut.epsg}",
-            transform=from_origin(self.cut.west, self.cut.north, gsd, gsd),
+            transform=Affine(*self.cut.transform(gsd)),
             nodata=0,
             compress="DEFLATE",
             level=1,
