@@ -43,6 +43,7 @@ class _Commands(click.Group):
 def main() -> None:
     """Change detection on Sentinel-2 time series, from a laptop to a continent."""
     warnings.showwarning = _show_warning
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)
     logging.getLogger("distributed").setLevel(logging.ERROR)
 
 
@@ -164,26 +165,16 @@ def run(quiet: bool, **options: Any) -> None:
     """
     from s2cd.runner import run as run_all
 
-    config = RunConfig(**options)
-    with _cluster(config.cluster, quiet) as client, _progress(quiet) as progress:
-        report = run_all(config, client, progress=progress)
+    with _progress(quiet) as progress:
+        report = run_all(RunConfig(**options), progress=progress)
     _print_report(report)
     sys.exit(0 if report.ok else 1)
 
 
 @contextmanager
-def _cluster(profile: str, quiet: bool) -> Iterator[Any]:
-    from s2cd.clusters import cluster
-
-    with cluster(profile) as client:
-        if not quiet:
-            ERR.print(f"dashboard: {client.dashboard_link}", markup=False)
-        yield client
-
-
-@contextmanager
 def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar a phase on a terminal, nothing elsewhere."""
+    """The dashboard's link and, on a terminal, a bar a phase; nothing if quiet."""
+    logging.getLogger("s2cd").setLevel(logging.WARNING if quiet else logging.INFO)
     if quiet or not ERR.is_terminal:
         yield None
         return
@@ -339,8 +330,8 @@ def demo(out: str, size: int, dates: int, profile: str, quiet: bool) -> None:
 
     catalog = simulate_catalogue(out, size=size, dates=dates)
     OUT.print(f"catalogue: {catalog}", markup=False)
-    with _cluster(profile, quiet) as client, _progress(quiet) as progress:
-        report, scores, picture = run_demo(out, catalog, client, progress)
+    with _progress(quiet) as progress:
+        report, scores, picture = run_demo(out, catalog, profile, progress)
     _print_report(report)
     _print_rows("score against the known truth, at 0.5", [asdict(score) for score in scores])
     OUT.print(f"picture: {picture}", markup=False)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
-from distributed import Client
 from PIL import Image
 
 from s2cd.catalog import search
@@ -46,11 +45,11 @@ def simulate_catalogue(out: str | Path, size: int = 1024, dates: int = 8, seed: 
 
 
 def run_demo(
-    out: str | Path, catalog: Path, client: Client, progress: Progress | None = None
+    out: str | Path, catalog: Path, cluster: str = "local", progress: Progress | None = None
 ) -> tuple[Report, list[Score], Path]:
     """Map the changes in the simulated `catalog`; return the report, the scores and the path of a picture."""
     maps = Path(out) / "maps"
-    report = run(RunConfig(catalog=str(catalog), out=str(maps)), client, progress=progress)
+    report = run(RunConfig(catalog=str(catalog), out=str(maps), cluster=cluster), progress=progress)
     scenes = {f"{s.time:%Y%m%dT%H%M%S}": s for s in search(str(catalog))}
     names = sorted(r.name for r in report.maps if r.status != "failed")
     scores = [score_map(catalog.parent, maps, name, scenes) for name in names]

@@ -8,6 +8,7 @@ with the number of tiles.
 from __future__ import annotations
 
 import json
+import logging
 import time
 import warnings
 from collections import deque
@@ -41,6 +42,7 @@ from s2cd.thumbnails import thumbnail
 
 Progress = Callable[[str, int, int], None]
 VIEWS = "views"
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,7 @@ def run(
             from s2cd.clusters import cluster
 
             client = stack.enter_context(cluster(config.cluster))
+            LOG.info("dashboard: %s", client.dashboard_link)
         report = Report(config.out, left_out=list(plan.left_out))
         _Submission(client, context, plan, report, progress or (lambda *_: None)).run()
     report.seconds = time.monotonic() - started
