@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from s2cd.catalog import search
+    from s2cd.catalog.search import search
     from s2cd.catalog.scene import Scene
     from s2cd.clusters import cluster
     from s2cd.config import RunConfig

@@ -47,7 +47,7 @@ def main() -> None:
     logging.getLogger("distributed").setLevel(logging.ERROR)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """Print what s2cd warns of on one line; what libraries say to programmers is not for users."""
     if issubclass(category, S2cdWarning):
         ERR.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
@@ -313,9 +313,9 @@ def cluster_check(profile: str, out: str | None, source: str | None) -> None:
     from s2cd.clusters import check_profile
 
     checks = check_profile(profile, out=out, source=source)
-    rows = [{"check": c.name, "ok": "yes" if c.ok else "NO", "detail": c.detail} for c in checks]
+    rows = [{"check": name, "ok": "yes" if ok else "NO", "detail": detail} for name, ok, detail in checks]
     _print_rows(f"cluster {profile}", rows)
-    sys.exit(0 if all(c.ok for c in checks) else 1)
+    sys.exit(0 if all(ok for _, ok, _ in checks) else 1)
 
 
 @main.command()
