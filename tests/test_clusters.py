@@ -177,6 +177,14 @@ def test_check_reports_what_a_worker_sees(tmp_path):
     assert found == dict.fromkeys(["worker", "packages", "gpu", "torch threads", "environment", "allocator"], True)
 
 
+def test_a_machine_without_the_batch_system_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for kind, command in (("slurm", "sbatch"), ("pbs", "qsub")):
+        with pytest.raises(ClusterError, match=f"found no command '{command}'"), cluster({"kind": kind}):
+            pass
+
+
 def test_cuda_without_a_gpu_is_refused_clearly():
     import torch
 

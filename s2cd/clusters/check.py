@@ -23,7 +23,7 @@ from s2cd.clusters.profiles import (
     SlurmProfile,
     load_profile,
 )
-from s2cd.clusters.start import batch_cluster_class, cluster, job_options, local_resources, scheduler_address
+from s2cd.clusters.start import batch_job, cluster, local_resources, scheduler_address
 from s2cd.errors import ClusterError
 
 Check = tuple[str, bool, str]
@@ -35,8 +35,7 @@ def show_profile(profile: str | Path | Profile | dict[str, Any]) -> str:
     """The job script or the worker command that `cluster(profile)` would use; nothing is started."""
     settings = load_profile(profile)
     if isinstance(settings, SlurmProfile | PbsProfile):
-        job_class = batch_cluster_class(settings).job_cls
-        job = job_class("<scheduler address>", name="<worker name>", **job_options(settings))
+        job = batch_job(settings)
         jobs = settings.jobs
         number = f"# submitted as needed: {jobs.minimum} to {jobs.maximum} jobs"
         return f"{job.job_script().rstrip()}\n\n{number}\n"

@@ -57,9 +57,10 @@ class SetupWorker(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         """Run once in each worker process, before its first task."""
-        import torch
+        if os.environ.get("OMP_NUM_THREADS") != "1":  # else torch obeys that, and is imported when first needed
+            import torch
 
-        torch.set_num_threads(1)
+            torch.set_num_threads(1)
         if "MALLOC_ARENA_MAX" not in os.environ:
             _tune_running_allocator()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import shlex
+import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -258,10 +260,35 @@ def batch_cluster_class(profile: SlurmProfile | PbsProfile) -> Any:
     return dask_jobqueue.SLURMCluster if isinstance(profile, SlurmProfile) else dask_jobqueue.PBSCluster
 
 
+def batch_job(profile: SlurmProfile | PbsProfile, scheduler: str = "<scheduler address>") -> Any:
+    """dask-jobqueue's job of the profile: one worker."""
+    return batch_cluster_class(profile).job_cls(scheduler, name="<worker name>", **job_options(profile))
+
+
+def _try_submission(profile: SlurmProfile | PbsProfile) -> None:
+    """Find out now whether the batch system would take a job: later, Dask only logs a refusal and asks again.
+
+    Slurm judges the whole script without queueing it; of PBS only the command's presence can be known.
+    """
+    job = batch_job(profile)
+    if shutil.which(job.submit_command.split()[0]) is None:
+        raise ClusterError(
+            f"profile of kind {profile.kind}: found no command {job.submit_command!r} on this machine;"
+            " expected a host that can submit jobs"
+        )
+    if isinstance(profile, SlurmProfile):
+        with job.job_file() as script:
+            tried = subprocess.run(["sbatch", "--test-only", script], capture_output=True, text=True, check=False)
+        if tried.returncode:
+            reason = "; ".join(line.removeprefix("sbatch: error: ") for line in tried.stderr.splitlines())
+            raise ClusterError(f"profile of kind slurm: Slurm refuses the job ({reason})")
+
+
 @contextlib.contextmanager
 def _batch(profile: SlurmProfile | PbsProfile) -> Iterator[SpecCluster]:
     cluster_class = batch_cluster_class(profile)
     Path(profile.log_folder).mkdir(parents=True, exist_ok=True)
+    _try_submission(profile)
     with _quiet_ports():
         started = cluster_class(
             scheduler_options={"dashboard_address": f":{profile.dashboard}"}, **job_options(profile)
