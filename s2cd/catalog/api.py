@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pystac_client
@@ -12,7 +12,7 @@ from pystac_client.stac_api_io import StacApiIO
 
 from s2cd.catalog.filters import Filter
 from s2cd.catalog.items import format_time
-from s2cd.catalog.providers import PROVIDERS, Provider
+from s2cd.catalog.providers import PROVIDERS, TILE_QUERY, Provider
 from s2cd.catalog.static import Document, retry_policy
 from s2cd.errors import CatalogError
 
@@ -33,20 +33,21 @@ def search_api(url: str, wanted: Filter, collection: str | None, provider: Provi
     try:
         io = StacApiIO(max_retries=retry_policy(), timeout=READ_TIMEOUT)
         client = pystac_client.Client.open(url, stac_io=io)
-        found = client.search(
-            method="POST",
-            collections=[collection] if collection else None,
-            bbox=wanted.bbox,
-            datetime=_interval(wanted),
-            query=_query(wanted, provider) or None,
-            limit=PAGE_SIZE,
-        )
         seen: set[tuple[str, str]] = set()
-        for item in found.items_as_dicts():
-            key = (item.get("collection") or "", item.get("id") or "")
-            if key not in seen:
-                seen.add(key)
-                yield item, _address(item, url)
+        for query in _queries(wanted, provider, seen):
+            found = client.search(
+                method="POST",
+                collections=[collection] if collection else None,
+                bbox=wanted.bbox,
+                datetime=_interval(wanted),
+                query=query or None,
+                limit=PAGE_SIZE,
+            )
+            for item in found.items_as_dicts():
+                key = (item.get("collection") or "", item.get("id") or "")
+                if key not in seen:
+                    seen.add(key)
+                    yield item, _address(item, url)
     except (APIError, requests.RequestException, NotImplementedError) as error:
         raise CatalogError(f"{url}: search failed: {' '.join(str(error).split())[:300]}") from error
 
@@ -58,15 +59,21 @@ def _interval(wanted: Filter) -> str | None:
     return "/".join(format_time(t) if t else ".." for t in (start, end))
 
 
-def _query(wanted: Filter, provider: Provider | None) -> dict[str, Any]:
-    """Conditions a server can check by itself; all of them are checked again here."""
-    query: dict[str, Any] = {}
+def _queries(wanted: Filter, provider: Provider | None, seen: Collection[object]) -> Iterator[dict[str, Any]]:
+    """Queries of conditions a server can check by itself; all of them are checked again here.
+
+    Tiles are asked for one by one, since servers differ in how they take a list of values. An API we do not know may
+    not hold tiles as `grid:code`: if nothing was `seen` after that, a query without tiles follows.
+    """
+    cloud: dict[str, Any] = {}
     if wanted.max_cloud is not None and wanted.max_cloud < 100:
-        query["eo:cloud_cover"] = {"lte": wanted.max_cloud}
-    if wanted.tiles is not None and provider is not None:
-        name, form = provider.tile_query
-        query[name] = {"in": [form.format(t) for t in sorted(wanted.tiles)]}
-    return query
+        cloud = {"eo:cloud_cover": {"lte": wanted.max_cloud}}
+    if wanted.tiles is not None:
+        name, form = provider.tile_query if provider else TILE_QUERY
+        for tile in sorted(wanted.tiles):
+            yield cloud | {name: {"eq": form.format(tile)}}
+    if wanted.tiles is None or (provider is None and not seen):
+        yield cloud
 
 
 def _address(item: dict[str, Any], url: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 STATIC = "static"
+TILE_QUERY = ("grid:code", "MGRS-{}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Provider:
     url: str
     collections: tuple[str, ...]
     hosts: tuple[str, ...]
-    tile_query: tuple[str, str] = ("grid:code", "MGRS-{}")
+    tile_query: tuple[str, str] = TILE_QUERY
     signing: str = ""
     s3_options: Mapping[str, str] = field(default_factory=dict)
 

@@ -34,6 +34,7 @@ def retry_policy() -> Retry:
     """Retries for catalogue requests: every method, so POST too, honouring Retry-After, with back-off."""
     return Retry(
         total=6,
+        connect=3,
         backoff_factor=0.3,
         backoff_max=20,
         backoff_jitter=0.2,
