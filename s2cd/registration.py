@@ -1,0 +1,126 @@
+"""How far two images of one place are displaced against each other: sub-pixel phase correlation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import fft, ndimage, optimize
+
+MIN_SIZE = 16
+SEARCH = 8
+
+
+class Shift(NamedTuple):
+    """Displacement of the later image in pixels: what lies at (y, x) before lies at (y + dy, x + dx) after.
+
+    `quality` in [0, 1] is the correlation of the two images' detail once they are put in place; below about 0.3 the
+    shift means little.
+    """
+
+    dy: float
+    dx: float
+    quality: float
+
+
+def phase_shift(before: np.ndarray, after: np.ndarray, valid: np.ndarray | None = None) -> Shift:
+    """Measure the displacement between two images by phase correlation.
+
+    The peak of the phase correlation gives whole pixels (Kuglin and Hines 1975); the rest is the slope of the phase of
+    the cross-power spectrum over the frequencies that both images share, weighted by their power (Stone et al. 2001).
+    Only edges are compared, not brightness, so that sun and season matter little.
+
+    Args:
+        before, after: one band of the two dates (y, x), any real dtype, the same shape.
+        valid: bool (y, x), True where both have an observation; NaN is never valid.
+
+    Returns the `Shift`; all NaN with quality 0 where there is too little to compare (fewer than 16 pixels along a side,
+    less than a tenth valid, or no detail). Shifts beyond 8 pixels are not looked for.
+    """
+    first, second = (np.asarray(image, dtype=np.float64) for image in (before, after))
+    usable = np.isfinite(first) & np.isfinite(second)
+    if valid is not None:
+        usable &= valid
+    nothing = Shift(float("nan"), float("nan"), 0.0)
+    if min(first.shape) < MIN_SIZE or usable.mean() < 0.1:
+        return nothing
+    first, second = (_detail(image, usable) for image in (first, second))
+    if not first.any() or not second.any():
+        return nothing
+    whole = _whole_pixels(first, second)
+    aligned_first, aligned_second = _overlap(first, second, whole)
+    rest = _rest(aligned_first, aligned_second)
+    dy, dx = whole[0] + rest[0], whole[1] + rest[1]
+    return Shift(float(dy), float(dx), _quality(first, second, (dy, dx)))
+
+
+def _detail(image: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    """Local contrast of an image, its outliers tamed, 0 where it is not usable."""
+    filled = np.where(usable, image, np.median(image[usable]))
+    detail = filled - ndimage.gaussian_filter(filled, 5)
+    detail[ndimage.binary_dilation(~usable, iterations=2)] = 0
+    spread = np.median(np.abs(detail[usable])) * 1.4826
+    return np.clip(detail, -4 * spread, 4 * spread) if spread > 0 else np.zeros_like(detail)
+
+
+def _windowed(image: np.ndarray) -> np.ndarray:
+    """Fade an image out towards its edges, which would else correlate with themselves."""
+    rows, cols = (np.hanning(n + 2)[1:-1] for n in image.shape)
+    return image * rows[:, None] * cols
+
+
+def _cross_power(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    shape = [fft.next_fast_len(n, real=True) for n in first.shape]
+    return np.conj(fft.rfft2(_windowed(first), shape)) * fft.rfft2(_windowed(second), shape)
+
+
+def _whole_pixels(first: np.ndarray, second: np.ndarray) -> tuple[int, int]:
+    cross = _cross_power(first, second)
+    power = np.abs(cross)
+    # Between phase only (sharp, noisy) and plain correlation (blunt, robust).
+    cross /= np.sqrt(power) + 1e-12 * power.max()
+    shape = [fft.next_fast_len(n, real=True) for n in first.shape]
+    surface = fft.irfft2(cross, shape)
+    reach = [min(SEARCH, n // 4) for n in first.shape]
+    near = np.roll(surface, reach, axis=(0, 1))[: 2 * reach[0] + 1, : 2 * reach[1] + 1]
+    peak = np.unravel_index(np.argmax(near), near.shape)
+    return int(peak[0]) - reach[0], int(peak[1]) - reach[1]
+
+
+def _overlap(first: np.ndarray, second: np.ndarray, shift: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Parts of two images that show the same pixels once the second is moved back by `shift`."""
+    cuts = [
+        (slice(max(0, -s), n - max(0, s)), slice(max(0, s), n + min(0, s)))
+        for s, n in zip(shift, first.shape, strict=True)
+    ]
+    (rows, moved_rows), (cols, moved_cols) = cuts
+    return first[rows, cols], second[moved_rows, moved_cols]
+
+
+def _rest(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    """Shift of less than about a pixel, where the low frequencies' correlation is greatest."""
+    cross = _cross_power(first, second)
+    height = fft.next_fast_len(first.shape[0], real=True)
+    width = fft.next_fast_len(first.shape[1], real=True)
+    fy, fx = fft.fftfreq(height)[:, None], fft.rfftfreq(width)[None, :]
+    # High frequencies are aliased and noisy; above half of Nyquist two Sentinel-2 dates hardly agree.
+    used = (np.hypot(fy, fx) < 0.25) & (np.hypot(fy, fx) > 0)
+    cross, fy, fx = cross[used], np.broadcast_to(fy, used.shape)[used], np.broadcast_to(fx, used.shape)[used]
+    cross /= np.sqrt(np.abs(cross)) + 1e-12 * np.abs(cross).max()
+
+    def negative(shift: np.ndarray) -> float:
+        return -float(np.real(cross * np.exp(2j * np.pi * (fy * shift[0] + fx * shift[1]))).sum())
+
+    simplex = [(0.0, 0.0), (0.4, 0.0), (0.0, 0.4)]
+    options = {"initial_simplex": simplex, "xatol": 1e-3, "fatol": 1e-9 * max(abs(negative(np.zeros(2))), 1e-300)}
+    found = optimize.minimize(negative, np.zeros(2), method="Nelder-Mead", options=options)
+    return float(found.x[0]), float(found.x[1])
+
+
+def _quality(first: np.ndarray, second: np.ndarray, shift: tuple[float, float]) -> float:
+    moved = ndimage.shift(second, (-shift[0], -shift[1]), order=1, mode="constant")
+    known = (first != 0) & (moved != 0)
+    if known.sum() < MIN_SIZE:
+        return 0.0
+    correlation = np.corrcoef(first[known], moved[known])[0, 1]
+    return float(np.clip(np.nan_to_num(correlation), 0, 1))
