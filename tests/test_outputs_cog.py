@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,16 @@ def test_threads_do_not_change_the_map(tmp_path):
     codes = random_codes((1023, 1025))
     one, two = (write(tmp_path / f"{n}.tif", codes, threads=n) for n in (1, 2))
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_maps_written_at_the_same_time_do_not_mix(tmp_path):
+    """Dask tasks of one worker encode in several threads of one process."""
+    maps = [random_codes((600, 500 + n), seed=n) for n in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda n: write(tmp_path / f"{n}.tif", maps[n]), range(len(maps))))
+    for path, codes in zip(paths, maps, strict=True):
+        with rasterio.open(path) as dataset:
+            np.testing.assert_array_equal(dataset.read(1), decode_codes(codes))
 
 
 def test_wrong_shape_and_unknown_profile_are_named():

@@ -1,16 +1,15 @@
 """Probability codes -> cloud-optimised GeoTIFF, in memory.
 
-The codes stay uint16 until GDAL needs a block: a VRT over them turns each block into the stored type, so that a full
-tile never exists as float32. Overviews are made here, not by GDAL: averages rounded to codes compress as well as the
-map itself and cost a tenth of the time.
+Overviews are made here, not by GDAL: averages rounded to codes compress as well as the map itself and cost a tenth of
+the time. A VRT ties the arrays of all levels together without a copy and GDAL's COG driver compresses them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from xml.sax.saxutils import escape
+from contextlib import contextmanager
+from dataclasses import dataclass
+from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 import rasterio
@@ -19,7 +18,7 @@ from rasterio.shutil import copy
 
 from s2cd.catalog.scene import Grid
 from s2cd.errors import ConfigError, GridError
-from s2cd.outputs.codes import CODE_NODATA, CODE_SCALE, QUANTUM
+from s2cd.outputs.codes import CODE_NODATA, CODE_SCALE, QUANTUM, decode_codes
 
 BLOCK = 512
 _BAND_ROWS = 512
@@ -32,18 +31,29 @@ class Profile:
     dtype: str
     scale: float
     nodata: float
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str]
+
+    def stored(self, codes: np.ndarray) -> np.ndarray:
+        """Return codes as the values that stand for them in the file."""
+        if self.dtype == "float32":
+            return decode_codes(codes)
+        table = np.full(CODE_NODATA + 1, self.nodata, self.dtype)
+        table[: CODE_SCALE + 1] = np.rint(np.arange(CODE_SCALE + 1) * (QUANTUM / self.scale))
+        return table[codes]
 
 
-# Chosen by measurement on a full tile of realistic texture: see docs/decisions.md.
+def _float32(**options: str) -> Profile:
+    return Profile("float32", 1.0, np.nan, options)
+
+
+# Chosen by measurement on full tiles, see docs/decisions.md.
 PROFILES: Mapping[str, Profile] = {
-    "default": Profile("float32", 1.0, np.nan, {"COMPRESS": "DEFLATE", "LEVEL": "1", "PREDICTOR": "NO"}),
-    "zstd": Profile("float32", 1.0, np.nan, {"COMPRESS": "ZSTD", "LEVEL": "1", "PREDICTOR": "FLOATING_POINT"}),
-    "lerc": Profile("float32", 1.0, np.nan, {"COMPRESS": "LERC_DEFLATE", "MAX_Z_ERROR": str(QUANTUM / 2)}),
+    "default": _float32(COMPRESS="DEFLATE", LEVEL="1", PREDICTOR="FLOATING_POINT"),
+    "zstd": _float32(COMPRESS="ZSTD", LEVEL="1", PREDICTOR="FLOATING_POINT"),
+    "lerc": _float32(COMPRESS="LERC_DEFLATE", MAX_Z_ERROR=str(QUANTUM / 2)),
     "uint8": Profile("uint8", 1 / 254, 255, {"COMPRESS": "DEFLATE", "LEVEL": "1", "PREDICTOR": "NO"}),
 }
-_GDAL_TYPES = {"uint8": "Byte", "uint16": "UInt16", "float32": "Float32"}
-_DESCRIPTION = "probability of change"
+_GDAL_TYPES = {"uint8": "Byte", "float32": "Float32"}
 
 
 @contextmanager
@@ -60,16 +70,33 @@ def map_cog(
     pyramid   uint16 codes (y, x) from the map itself to the coarsest overview, as `code_pyramid` gives them
     profile   key of PROFILES
     threads   how many threads compress
+    tags      metadata of the file
 
     Raises GridError if the map's shape is not the grid's, ConfigError for an unknown profile.
     """
     if profile not in PROFILES:
         raise ConfigError(f"unknown COG profile {profile!r}, expected one of {', '.join(PROFILES)}")
-    stored = PROFILES[profile]
-    all_tags = {"QUANTUM": str(QUANTUM), **(tags or {})}
-    scale_to_stored = 1 / (stored.scale * CODE_SCALE)
-    with _encoded(pyramid, grid, stored, scale_to_stored, CODE_NODATA, threads, all_tags) as data:
-        yield data
+    if pyramid[0].shape != tuple(grid.shape):
+        raise GridError(f"a map of {pyramid[0].shape} pixels, expected the grid's {tuple(grid.shape)}")
+    chosen = PROFILES[profile]
+    levels = [chosen.stored(codes) for codes in pyramid]  # alive until GDAL, which sees their addresses, is done
+    vrt = _vrt(levels, grid, chosen, {"QUANTUM": str(QUANTUM), **(tags or {})})
+    with (
+        rasterio.Env(GDAL_MEM_ENABLE_OPEN="YES", VRT_ALLOW_MEM_DRIVER="YES"),
+        MemoryFile(vrt.encode(), ext=".vrt") as source,
+        MemoryFile(ext=".tif") as target,
+    ):
+        copy(
+            source.name,
+            target.name,
+            driver="COG",
+            BLOCKSIZE=str(BLOCK),
+            NUM_THREADS=str(threads),
+            BIGTIFF="IF_SAFER",
+            **chosen.options,
+        )
+        del levels
+        yield target.getbuffer()
 
 
 def code_pyramid(codes: np.ndarray) -> list[np.ndarray]:
@@ -117,84 +144,28 @@ def _mean_table() -> np.ndarray:
 _MEAN_OF_FOUR = _mean_table()
 
 
-@contextmanager
-def _encoded(
-    pyramid: list[np.ndarray],
-    grid: Grid,
-    stored: Profile,
-    ratio: float,
-    source_nodata: int,
-    threads: int,
-    tags: Mapping[str, str],
-) -> Iterator[memoryview]:
-    if pyramid[0].shape != tuple(grid.shape):
-        raise GridError(f"a map of {pyramid[0].shape} pixels, expected the grid's {tuple(grid.shape)}")
-    with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_ONE_BIG_READ="YES"), ExitStack() as stack:
-        levels = [_as_raster(stack, level) for level in pyramid]
-        overviews = [
-            _memory(stack, _vrt(level.shape, _band(stored, _scaled(name, ratio, source_nodata))), ".vrt").name
-            for name, level in zip(levels[1:], pyramid[1:], strict=True)
-        ]
-        band = _band(stored, _scaled(levels[0], ratio, source_nodata), overviews, _DESCRIPTION)
-        source = _memory(stack, _vrt(pyramid[0].shape, band, grid, tags), ".vrt")
-        target = stack.enter_context(MemoryFile(ext=".tif"))
-        copy(
-            source.name,
-            target.name,
-            driver="COG",
-            BLOCKSIZE=str(BLOCK),
-            NUM_THREADS=str(threads),
-            BIGTIFF="IF_SAFER",
-            **stored.options,
-        )
-        yield target.getbuffer()
+def _vrt(levels: list[np.ndarray], grid: Grid, profile: Profile, tags: Mapping[str, str]) -> str:
+    """Describe a map and its overviews, arrays in this process, as one raster."""
+    a, b, c, d, e, f = grid.transform
+    gdal_order = ", ".join(repr(float(v)) for v in (c, a, b, f, d, e))
+    rows, columns = levels[0].shape
+    items = "".join(f"<MDI key={quoteattr(k)}>{escape(v)}</MDI>" for k, v in tags.items())
+    scale = f"<Scale>{profile.scale!r}</Scale><Offset>0</Offset>" if profile.scale != 1 else ""
+    overviews = "".join(f"<Overview>{_source(level)}</Overview>" for level in levels[1:])
+    return (
+        f'<VRTDataset rasterXSize="{columns}" rasterYSize="{rows}"><SRS>EPSG:{grid.epsg}</SRS>'
+        f"<GeoTransform>{gdal_order}</GeoTransform>"
+        f'<Metadata><MDI key="AREA_OR_POINT">Area</MDI>{items}</Metadata>'
+        f'<VRTRasterBand dataType="{_GDAL_TYPES[profile.dtype]}" band="1">'
+        f"<Description>probability of change</Description><NoDataValue>{profile.nodata:g}</NoDataValue>{scale}"
+        f"<SimpleSource>{_source(levels[0])}</SimpleSource>{overviews}</VRTRasterBand></VRTDataset>"
+    )
 
 
-def _as_raster(stack: ExitStack, values: np.ndarray) -> str:
-    """Offer an array to GDAL as a raster in memory; return its name."""
+def _source(values: np.ndarray) -> str:
+    """Name an array to GDAL's MEM driver by its address: https://gdal.org/drivers/raster/mem.html."""
     rows, columns = values.shape
-    size = values.dtype.itemsize
-    raw = _memory(stack, np.ascontiguousarray(values).tobytes(), ".raw")
-    band = (
-        f'<VRTRasterBand dataType="{_GDAL_TYPES[values.dtype.name]}" band="1" subClass="VRTRawRasterBand">'
-        f'<SourceFilename relativeToVRT="0">{raw.name}</SourceFilename><ImageOffset>0</ImageOffset>'
-        f"<PixelOffset>{size}</PixelOffset><LineOffset>{size * columns}</LineOffset><ByteOrder>LSB</ByteOrder>"
-        "</VRTRasterBand>"
-    )
-    return _memory(stack, _vrt((rows, columns), band), ".vrt").name
-
-
-def _memory(stack: ExitStack, content: bytes | str, extension: str) -> MemoryFile:
-    data = content.encode() if isinstance(content, str) else content
-    return stack.enter_context(MemoryFile(data, ext=extension))
-
-
-def _scaled(name: str, ratio: float, nodata: int) -> str:
     return (
-        f'<ComplexSource><SourceFilename relativeToVRT="0">{name}</SourceFilename><SourceBand>1</SourceBand>'
-        f"<NODATA>{nodata}</NODATA><ScaleOffset>0</ScaleOffset><ScaleRatio>{ratio!r}</ScaleRatio></ComplexSource>"
+        f'<SourceFilename relativeToVRT="0">MEM:::DATAPOINTER={values.ctypes.data:#x},PIXELS={columns},LINES={rows},'
+        f"DATATYPE={_GDAL_TYPES[values.dtype.name]}</SourceFilename><SourceBand>1</SourceBand>"
     )
-
-
-def _band(stored: Profile, source: str, overviews: list[str] | None = None, description: str = "") -> str:
-    scale = f"<Scale>{stored.scale!r}</Scale><Offset>0</Offset>" if stored.scale != 1 else ""
-    levels = "".join(
-        f'<Overview><SourceFilename relativeToVRT="0">{name}</SourceFilename><SourceBand>1</SourceBand></Overview>'
-        for name in overviews or ()
-    )
-    return (
-        f'<VRTRasterBand dataType="{_GDAL_TYPES[stored.dtype]}" band="1"><Description>{description}</Description>'
-        f"<NoDataValue>{stored.nodata:g}</NoDataValue>{scale}{source}{levels}</VRTRasterBand>"
-    )
-
-
-def _vrt(shape: tuple[int, ...], band: str, grid: Grid | None = None, tags: Mapping[str, str] | None = None) -> str:
-    georeference = ""
-    if grid is not None:
-        a, b, c, d, e, f = grid.transform
-        gdal_order = ", ".join(repr(float(v)) for v in (c, a, b, f, d, e))
-        georeference = f"<SRS>EPSG:{grid.epsg}</SRS><GeoTransform>{gdal_order}</GeoTransform>"
-    items = "".join(f'<MDI key="{escape(k)}">{escape(v)}</MDI>' for k, v in (tags or {}).items())
-    metadata = f'<Metadata><MDI key="AREA_OR_POINT">Area</MDI>{items}</Metadata>'
-    size = f'rasterXSize="{shape[1]}" rasterYSize="{shape[0]}"'
-    return f"<VRTDataset {size}>{georeference}{metadata}{band}</VRTDataset>"

@@ -121,7 +121,8 @@ def _read_codes(dataset: DatasetReader, scale: float) -> tuple[np.ndarray, int]:
         values = _probability(dataset, scale, Window(0, top, dataset.width, rows.stop - top))
         wrong = (values < 0) | (values > 1)
         outside += int(np.count_nonzero(wrong))
-        codes[rows] = encode_codes(np.where(wrong, np.float32(np.nan), values))
+        with np.errstate(invalid="ignore"):  # damaged bytes may be signalling NaNs
+            codes[rows] = encode_codes(np.where(wrong, np.float32(np.nan), values))
     return codes, outside
 
 
