@@ -16,6 +16,8 @@ FIRST_BASELINE_WITH_OFFSET = (4, 0)
 # offset.
 UNIFORM_WITHIN = 0.035
 SIZED_WITHIN = 0.035
+# No surface is this dark: so low a median over the bands means an offset subtracted twice.
+BELOW_ZERO = -0.03
 
 
 def resolve(
@@ -86,7 +88,7 @@ def offset_difference(dark_before: np.ndarray, dark_after: np.ndarray) -> float 
 
     The darkest valid pixels of a scene (deep water, shadow) reflect almost nothing in every band, on both
     dates. An offset applied to one date only moves them all by the same 0.1; haze moves blue far more than
-    short-wave infrared.
+    short-wave infrared. An offset subtracted twice also leaves them below zero.
 
     Args:
         dark_before, dark_after: a low percentile (0.1 to 1 %) of the valid reflectance, one number per band,
@@ -95,14 +97,17 @@ def offset_difference(dark_before: np.ndarray, dark_after: np.ndarray) -> float 
     Returns the offset of the later date against the earlier one where it looks like a lost or doubled
     RADIO_ADD_OFFSET, else None.
     """
-    step = np.asarray(dark_after, dtype=float) - np.asarray(dark_before, dtype=float)
-    step = step[np.isfinite(step)]
-    if step.size == 0:
+    before, after = np.asarray(dark_before, dtype=float), np.asarray(dark_after, dtype=float)
+    known = np.isfinite(before) & np.isfinite(after)
+    if not known.any():
         return None
+    step = (after - before)[known]
     centre = float(np.median(step))
     uniform = np.abs(step - centre).max() <= UNIFORM_WITHIN
     sized = abs(abs(centre) + RADIO_ADD_OFFSET) <= SIZED_WITHIN
-    return centre if uniform and sized else None
+    levels = sorted(float(np.median(dark[known])) for dark in (before, after))
+    impossible = levels[0] < BELOW_ZERO <= levels[1]
+    return centre if (uniform and sized) or impossible else None
 
 
 def check_offsets(dark_before: np.ndarray, dark_after: np.ndarray, what: str, *, strict: bool = False) -> float | None:
