@@ -128,7 +128,7 @@ def make_plan(config: RunConfig, scenes: Iterable[Scene] | None = None) -> Plan:
     fields = []
     for series in fields_of_view(kept, "any" if config.orbit == "any" else "same"):
         if len(series) > 1:
-            fields.append(FieldOfView(_view_name(series, config), tuple(series)))
+            fields.append(FieldOfView(view_name(series, config), tuple(series)))
         else:
             left_out.append(LeftOut(series[0].id, "the only date left of its tile and orbit"))
     if not fields:
@@ -324,7 +324,7 @@ class _Submission:
         self.report.left_out += pairs.left_out
         document = {"name": view.name, "pairs": [pair.name for pair in pairs]}
         store = open_store(config.out)
-        store.put(f"{VIEWS}/{view.name.replace(' ', '_')}.json", json.dumps(document).encode())
+        store.put(view_path(view.name), json.dumps(document).encode())
         errors = {scene.id: _message(error) for scene, error in unread}
         for pair in pairs:
             error = errors.get(pair.before.id) or errors.get(pair.after.id)
@@ -500,5 +500,11 @@ def _message(error: BaseException | None) -> str:
     return str(error) if isinstance(error, S2cdError) else f"{type(error).__name__}: {error}"
 
 
-def _view_name(series: Sequence[Scene], config: RunConfig) -> str:
+def view_path(name: str) -> str:
+    """Return where the output folder keeps the pairs of a field of view."""
+    return f"{VIEWS}/{name.replace(' ', '_')}.json"
+
+
+def view_name(series: Sequence[Scene], config: RunConfig) -> str:
+    """Return the name of the field of view that these scenes share: "31UDS R051"."""
     return f"{series[0].tile} {'any orbit' if config.orbit == 'any' else f'R{series[0].orbit or 0:03d}'}"

@@ -1,0 +1,159 @@
+"""Follow a catalogue: a new acquisition becomes a pair and a map within one polling interval.
+
+What was done is known from the maps in the output folder and from a small state file beside them, so a watch goes on
+after a restart where it stopped. A cluster is started only when something is new and ends with that work.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import Literal
+
+from distributed import Client
+
+from s2cd import outputs
+from s2cd.catalog.filters import parse_interval
+from s2cd.catalog.scene import Scene
+from s2cd.config import RunConfig
+from s2cd.errors import CatalogError, ConfigError, NoScenesError
+from s2cd.outputs.layout import tile_of, times_of
+from s2cd.outputs.store import open_store
+from s2cd.pairs import fields_of_view, select_scenes
+from s2cd.runner import Progress, Report, run, search_scenes, view_name, view_path
+
+STATE = "watch.json"
+LATE = timedelta(days=30)  # an acquisition that is published later than this after newer ones is not seen
+LOG = logging.getLogger(__name__)
+
+Seen = dict[str, dict[str, str]]
+"""By field of view: id and sensing time (RFC 3339) of every scene that was dealt with."""
+
+
+def watch(
+    config: RunConfig,
+    interval: float = 900.0,
+    once: bool = False,
+    client: Client | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Report]:
+    """Look for new acquisitions every `interval` seconds, map what they change, and yield a report a look.
+
+    once    look once and stop
+    client  a Dask client to work on; without one, `config.cluster` is started for each look that finds something
+
+    A look that finds nothing new yields an empty report. A catalogue that does not answer ends the watch at the
+    first look, and is tried again at later ones. Raises S2cdError otherwise as `s2cd.run` does.
+    """
+    if interval <= 0:
+        raise ConfigError(f"interval: found {interval:g} s, expected more than 0")
+    first = True
+    while True:
+        started = time.monotonic()
+        try:
+            yield _look(config, client, progress)
+        except CatalogError as error:
+            if first or once:
+                raise
+            LOG.warning("%s; trying again in %.0f s", error, interval)
+        if once:
+            return
+        first = False
+        time.sleep(max(0.0, started + interval - time.monotonic()))
+
+
+def _look(config: RunConfig, client: Client | None, progress: Progress | None) -> Report:
+    """Search, run what is new, and remember it."""
+    seen = _load(config.out)
+    finished = outputs.finished(config.out)
+    try:
+        found = search_scenes(_since(config, seen, finished))
+    except NoScenesError:
+        return Report(config.out)
+    kept, _ = select_scenes(found, max_cloud=config.max_cloud)
+    orbit: Literal["same", "any"] = "any" if config.orbit == "any" else "same"
+    views = {view_name(series, config): series for series in fields_of_view(kept, orbit)}
+    todo = {
+        name: window
+        for name, series in views.items()
+        if (window := _window(series, seen.get(name, {}), _times(finished, series, config)))
+    }
+    report = Report(config.out)
+    if any(len(window) > 1 for window in todo.values()):
+        before = {name: _pairs_on_record(config.out, name) for name in todo}
+        scenes = [scene for window in todo.values() for scene in window]
+        report = run(config, client, scenes=scenes, progress=progress)
+        for name, pairs in before.items():
+            _record_pairs(config.out, name, pairs)
+    failed = {(tile_of(r.name), t) for r in report.maps if r.status == "failed" for t in times_of(r.name)}
+    for name, series in views.items():
+        done = {s.id: _stamp(s) for s in series if (s.tile, _stamp(s)) not in failed}
+        seen[name] = seen.get(name, {}) | done
+    if todo:
+        open_store(config.out).put(STATE, json.dumps({"seen": seen}, indent=1).encode())
+    return report
+
+
+def _window(series: list[Scene], seen: dict[str, str], mapped: set[str]) -> list[Scene]:
+    """What of a field of view takes part in pairs with its new scenes; nothing if there are none.
+
+    Pairs join consecutive valid dates. A date that has a map is known to be valid, so no pair of a new scene
+    reaches beyond the nearest such dates before and after it.
+    """
+    new = [scene for scene in series if scene.id not in seen]
+    if not new:
+        return []
+    before = [s.time for s in series if s.time < new[0].time and _stamp(s) in mapped]
+    after = [s.time for s in series if s.time > new[-1].time and _stamp(s) in mapped]
+    first = before[-1] if before else series[0].time
+    last = after[0] if after else series[-1].time
+    return [scene for scene in series if first <= scene.time <= last]
+
+
+def _since(config: RunConfig, seen: Seen, finished: set[str]) -> RunConfig:
+    """Search only as far back as a new scene's partner or a late scene can lie."""
+    if not any(seen.values()):
+        return config
+    mapped = {(tile_of(name), times_of(name)[1]) for name in finished}
+    newest = max(stamp for scenes in seen.values() for stamp in scenes.values())
+    partners = [
+        max((stamp for stamp in scenes.values() if (view.split()[0], stamp) in mapped), default=min(scenes.values()))
+        for view, scenes in seen.items()
+        if scenes
+    ]
+    since = min(datetime.fromisoformat(min(partners)), datetime.fromisoformat(newest) - LATE)
+    start, end = parse_interval(config.datetime)
+    since = max(since, start) if start else since
+    return config.model_copy(update={"datetime": f"{since.isoformat()}/{end.isoformat() if end else '..'}"})
+
+
+def _times(finished: set[str], series: list[Scene], config: RunConfig) -> set[str]:
+    """Sensing times of this field of view's finished maps."""
+    scene = series[0]
+    orbit = "_R" if config.orbit == "any" else f"_R{scene.orbit or 0:03d}_"
+    return {t for name in finished if tile_of(name) == scene.tile and orbit in name for t in times_of(name)}
+
+
+def _load(out: str) -> Seen:
+    outputs.check_writable(out)
+    store = open_store(out)
+    return json.loads(store.get(STATE))["seen"] if store.exists(STATE) else {}
+
+
+def _stamp(scene: Scene) -> str:
+    """Sensing time as the names of maps give it: RFC 3339, to the second."""
+    return f"{scene.time:%Y-%m-%dT%H:%M:%SZ}"
+
+
+def _pairs_on_record(out: str, view: str) -> list[str]:
+    store = open_store(out)
+    return json.loads(store.get(view_path(view)))["pairs"] if store.exists(view_path(view)) else []
+
+
+def _record_pairs(out: str, view: str, earlier: list[str]) -> None:
+    """Put the pairs of earlier looks back: a run of some dates keeps only the pairs of these."""
+    pairs = sorted({*earlier, *_pairs_on_record(out, view)}, key=times_of)
+    open_store(out).put(view_path(view), json.dumps({"name": view, "pairs": pairs}).encode())

@@ -1,0 +1,128 @@
+"""Following a catalogue: nothing is computed twice, nothing is missed, restarts lose nothing."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from distributed import Client
+
+import s2cd
+from s2cd.catalog import freeze
+from s2cd.errors import CatalogError, ConfigError
+from s2cd.runner import run, run_status
+from s2cd.watch import watch
+
+
+@pytest.fixture(scope="module")
+def client():
+    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None) as client:
+        yield client
+
+
+@pytest.fixture
+def config(tmp_path):
+    return s2cd.RunConfig(
+        catalog=str(tmp_path / "scenes.parquet"), out=str(tmp_path / "out"), device="cpu", min_valid=0.0
+    )
+
+
+def look(config, scenes, client=None):
+    """Publish `scenes` and take one look at them; return the map names by status."""
+    freeze(scenes, config.catalog)
+    (report,) = watch(config, once=True, client=client)
+    return {
+        status: sorted(r.name.split("_", 3)[3] for r in report.maps if r.status == status)
+        for status in {r.status for r in report.maps}
+    }
+
+
+def pair(*numbers):
+    return "_".join(f"202305{1 + 5 * n:02d}T105000" for n in numbers)
+
+
+def maps(config):
+    return {p: p.stat().st_mtime_ns for p in sorted(Path(config.out).rglob("S2CD_*"))}
+
+
+def test_items_that_appear_one_by_one_become_maps_and_none_is_made_twice(make_series, config, client):
+    scenes = make_series(shape=(101, 133), dates=5)
+    assert look(config, scenes[:1], client) == {}
+    assert look(config, scenes[:2], client) == {"written": [pair(0, 1)]}
+    before = maps(config)
+    assert look(config, scenes[:2], client) == {}
+    assert look(config, scenes[:3], client) == {"written": [pair(1, 2)]}
+    assert look(config, scenes, client) == {"written": [pair(2, 3), pair(3, 4)]}
+    assert before.items() <= maps(config).items()
+    assert run_status(config.out) == [{"field_of_view": "31UDS R051", "pairs": 4, "finished": 4}]
+
+
+def test_a_watched_folder_equals_a_run_to_the_bit(make_series, config, client, tmp_path):
+    scenes = make_series(shape=(101, 133), dates=4)
+    for count in range(1, 5):
+        look(config, scenes[:count], client)
+    whole = config.model_copy(update={"out": str(tmp_path / "whole")})
+    run(whole, client, scenes=scenes)
+    watched = {p.name: p.read_bytes() for p in (tmp_path / "out").rglob("*.tif")}
+    assert watched == {p.name: p.read_bytes() for p in (tmp_path / "whole").rglob("*.tif")}
+    assert len(watched) == 3
+
+
+def test_a_late_acquisition_is_paired_with_its_neighbours_in_time(make_series, config, client):
+    scenes = make_series(shape=(101, 133), dates=5)
+    look(config, [*scenes[:2], *scenes[3:]], client)
+    assert look(config, scenes, client) == {"written": [pair(1, 2), pair(2, 3)]}
+
+
+def test_a_date_whose_map_failed_is_tried_again(make_series, config, client):
+    scenes = make_series(shape=(101, 133), dates=3)
+    href = scenes[2].assets["red"].href
+    os.rename(href, href + ".hidden")
+    assert look(config, scenes, client) == {"written": [pair(0, 1)], "failed": [pair(1, 2)]}
+    assert look(config, scenes, client) == {"kept": [pair(0, 1)], "failed": [pair(1, 2)]}
+    os.rename(href + ".hidden", href)
+    assert look(config, scenes, client)["written"] == [pair(1, 2)]
+    assert look(config, scenes, client) == {}
+
+
+def test_maps_that_were_finished_before_the_state_was_saved_are_kept(make_series, config, client):
+    scenes = make_series(shape=(101, 133), dates=3)
+    look(config, scenes, client)
+    (Path(config.out) / "watch.json").unlink()
+    before = maps(config)
+    assert look(config, scenes, client) == {"kept": [pair(0, 1), pair(1, 2)]}
+    assert maps(config) == before
+
+
+def test_cloudy_dates_start_nothing(make_series, config):
+    scenes = make_series(shape=(101, 133), dates=2)
+    cloudy = [scenes[0], replace(scenes[1], cloud_cover=99.0)]
+    assert look(config.model_copy(update={"cluster": "nowhere.yaml"}), cloudy) == {}
+
+
+def test_the_watch_goes_on_when_a_catalogue_is_away_for_a_while(make_series, config, client):
+    freeze(make_series(shape=(101, 133), dates=2), config.catalog)
+    reports = watch(config, interval=0.2, client=client)
+    assert [record.status for record in next(reports).maps] == ["written"]
+    os.rename(config.catalog, config.catalog + ".away")
+    threading.Timer(1.0, os.rename, (config.catalog + ".away", config.catalog)).start()
+    assert next(reports).maps == []
+    os.rename(config.catalog, config.catalog + ".away")
+    with pytest.raises(CatalogError):
+        next(watch(config, interval=0.2, client=client))
+
+
+def test_workers_come_for_the_work_and_go_after_it(make_series, config):
+    scenes = make_series(shape=(101, 133), dates=2)
+    local = config.model_copy(update={"cluster": "local"})
+    assert look(local, scenes) == {"written": [pair(0, 1)]}
+    # nothing is new: no cluster is started, so a profile that does not exist is not even read
+    assert look(config.model_copy(update={"cluster": "nowhere.yaml"}), scenes) == {}
+
+
+def test_an_interval_must_be_positive(config):
+    with pytest.raises(ConfigError, match="interval: found 0 s"):
+        next(watch(config, interval=0))
