@@ -81,4 +81,4 @@ def _small(pyramid: list[np.ndarray]) -> np.ndarray:
 
 def _labels(pair: Pair, info: MapInfo) -> tuple[str, str, str]:
     before, after = (f"{scene.time:%Y-%m-%d}" for scene in (pair.before, pair.after))
-    return f"before {before}", f"after {after}", f"change, {info.model}"
+    return f"before {before}", f"after {after}", f"probability of change ({info.model})"
