@@ -88,7 +88,9 @@ def observed(pixels: np.ndarray, scl: np.ndarray | None, scene: SceneInput, mask
 
     `pixels` uint16 (band, y, x) and `scl` uint8 (y, x) are decimated by `factor` against the 10 m grid.
     """
-    seen = np.logical_and.reduce([p != s.nodata for p, s in zip(pixels, scene.sources, strict=True)])
+    seen: np.ndarray = np.ones(pixels.shape[1:], bool)
+    for plane, source in zip(pixels, scene.sources, strict=True):
+        seen &= plane != source.nodata
     if scl is not None and factor == 1:  # replicated from 20 m: a quarter of the work at its own size
         native = mask.from_scl(scl[::2, ::2], 2)
         return seen & native.repeat(2, axis=0).repeat(2, axis=1)[: seen.shape[0], : seen.shape[1]]

@@ -20,6 +20,7 @@ import numpy.typing as npt
 LOW, HIGH = 10.0, 90.0
 SIGMAS = 2.5631  # between the 10th and 90th percentile of a normal distribution
 LEAST_SPREAD = 0.01  # reflectance; open sea would otherwise be stretched to noise
+ROWS = 32  # of the 20 m grid, prepared at a time
 LIMIT = 6.0  # normalised values are clipped at +- LIMIT
 
 Array = npt.NDArray[np.float32]
@@ -64,30 +65,37 @@ def network_input(pixels: np.ndarray, gains: Array, valid: npt.NDArray[np.bool_]
     `pixels` is (band, y, x) of any real type, the first `fine` bands at 10 m, the others replicated from 20 m. Right
     and bottom are filled up to a multiple of `stride`: as not observed, after an odd edge was repeated once.
     """
-    bands, height, width = pixels.shape
-    rows, cols = (-(-n // stride) * stride // 2 for n in (height, width))
-    out = np.zeros((rows, cols, 4 * fine + bands - fine + 1), np.float32)
-    h, w = (height + 1) // 2, (width + 1) // 2
-    mask = valid.astype(np.float32)
+    if pixels.shape[1] % 2 or pixels.shape[2] % 2:
+        edge = tuple((0, n % 2) for n in pixels.shape[1:])
+        pixels, valid = np.pad(pixels, ((0, 0), *edge), mode="edge"), np.pad(valid, edge, mode="edge")
+    rows, cols = (-(-n // stride) * stride // 2 for n in valid.shape)
+    out = np.zeros((rows, cols, 4 * fine + len(pixels) - fine + 1), np.float32)
+    height, width = valid.shape[0] // 2, valid.shape[1] // 2
+    for top in range(0, height, ROWS):  # a few rows at a time stay in the cache while the channels are interleaved
+        bottom = min(top + ROWS, height)
+        span = slice(2 * top, 2 * bottom)
+        _interleave(out[top:bottom, :width], pixels[:, span], gains, valid[span], fine)
+    return out
+
+
+def _interleave(out: Array, pixels: np.ndarray, gains: Array, valid: npt.NDArray[np.bool_], fine: int) -> None:
+    """Fill `out` (h, w, channels) from an even number of rows and columns of `pixels` (band, 2h, 2w)."""
+    hidden = None if valid.all() else ~valid
     for band, (gain, bias) in enumerate(gains):
-        plane = pixels[band] if band < fine else pixels[band, ::2, ::2]
-        plane = np.multiply(plane, np.float32(gain), dtype=np.float32)
+        step = 1 if band < fine else 2
+        plane = np.multiply(pixels[band, ::step, ::step], np.float32(gain), dtype=np.float32)
         plane += np.float32(bias)
         np.clip(plane, -LIMIT, LIMIT, out=plane)
-        seen = mask if band < fine else mask[::2, ::2]
-        plane = np.where(seen > 0, plane, np.float32(0))
+        if hidden is not None:
+            plane[hidden[::step, ::step]] = 0
         if band < fine:
             for k, part in enumerate(_quarters(plane)):
-                out[:h, :w, 4 * band + k] = part
+                out[..., 4 * band + k] = part
         else:
-            out[:h, :w, 4 * fine + band - fine] = plane
-    out[:h, :w, -1] = sum(_quarters(mask)) / np.float32(4)
-    return out
+            out[..., 3 * fine + band] = plane
+    out[..., -1] = 1 if hidden is None else sum(_quarters(valid.astype(np.float32))) / np.float32(4)
 
 
 def _quarters(plane: Array) -> tuple[Array, Array, Array, Array]:
     """Return the four 10 m pixels of each 20 m pixel, in the order of `torch.pixel_unshuffle`."""
-    odd_y, odd_x = plane.shape[0] % 2, plane.shape[1] % 2
-    if odd_y or odd_x:
-        plane = np.pad(plane, ((0, odd_y), (0, odd_x)), mode="edge")
     return plane[::2, ::2], plane[::2, 1::2], plane[1::2, ::2], plane[1::2, 1::2]
