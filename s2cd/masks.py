@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import importlib
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from scipy import ndimage
+
+from s2cd.errors import ConfigError
 
 # Classes of the Sen2Cor scene classification (Sentinel-2 L2A ATBD, S2-PDGS-MPC-ATBD-L2A).
 SCL_CLASSES = {
@@ -35,11 +39,20 @@ class Mask:
     invalid    classes of the scene classification that are no observation of the ground
     dilation   pixels of 10 m by which clouds and shadows are widened, since their thin edges are missed
     spectral   whether scenes without scene classification get the spectral cloud test
+    function   "package.module:name" of a function that takes the place of both: called with float32 reflectance
+               (band, y, x) and the names of its bands, it returns bool (y, x), True where there is cloud; it must
+               look at each pixel by itself, and be importable on the workers
     """
 
     invalid: tuple[int, ...] = INVALID_CLASSES
     dilation: int = DILATION
     spectral: bool = True
+    function: str | None = None
+
+    @property
+    def uses_scl(self) -> bool:
+        """Whether the scene classification is looked at where there is one."""
+        return self.function is None
 
     @property
     def reach(self) -> int:
@@ -56,9 +69,23 @@ class Mask:
         `reflectance` is float32 (band, y, x) of `bands`, NaN where there is no observation, decimated by
         `factor`.
         """
-        if not self.spectral:
+        if self.function is not None:
+            cloud = np.asarray(_load(self.function)(reflectance, tuple(bands)), dtype=bool)
+        elif self.spectral:
+            cloud = cloud_test(reflectance, bands, factor)
+        else:
             return np.ones(reflectance.shape[1:], dtype=bool)
-        return ~dilate(cloud_test(reflectance, bands, factor), self.dilation / factor)
+        return ~dilate(cloud, self.dilation / factor)
+
+
+@cache
+def _load(name: str) -> Callable[[np.ndarray, tuple[str, ...]], np.ndarray]:
+    """Import a mask function. Raises ConfigError if there is none of that name."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f'mask function {name!r}: {error}, expected "package.module:name"') from error
 
 
 def valid_mask(
@@ -95,6 +122,7 @@ def _isin(scl: np.ndarray, classes: Collection[int]) -> np.ndarray:
     return table[scl.astype(np.uint8, copy=False)]
 
 
+# Thresholds of the spectral test, in reflectance, and the half-width in 10 m pixels of what a roof can be.
 BRIGHT_BLUE = 0.22
 WHITENESS = 0.25
 HAZE = 0.08
@@ -105,9 +133,9 @@ ROOF_RADIUS = 8
 def cloud_test(reflectance: np.ndarray, bands: Sequence[str], factor: int = 1) -> np.ndarray:
     """Find thick clouds by their spectrum where no scene classification exists (L1C).
 
-    A simple test that misses thin cloud and every cloud shadow: a pixel is cloud if it is bright in blue,
-    white over the visible bands, hazy (blue well above half of red: the haze optimised transform of Zhang et
-    al. 2002, with the threshold of Fmask, Zhu and Woodcock 2012), and part of something wider than a roof.
+    A simple test: it misses thin cloud and every cloud shadow, and takes bright snow for cloud. A pixel is cloud if it
+    is bright in blue, white over the visible bands, hazy (blue well above half of red: the haze optimised transform of
+    Zhang et al. 2002, with the threshold of Fmask, Zhu and Woodcock 2012), and part of something wider than a roof.
     Bright in the cirrus band is cloud as well.
 
     Args:
@@ -122,8 +150,8 @@ def cloud_test(reflectance: np.ndarray, bands: Sequence[str], factor: int = 1) -
     if {"blue", "green", "red"} <= band.keys():
         blue, green, red = band["blue"], band["green"], band["red"]
         mean = (blue + green + red) / 3
-        spread = (abs(blue - mean) + abs(green - mean) + abs(red - mean)) / mean
-        cloud = (blue > BRIGHT_BLUE) & (spread < WHITENESS) & (blue - 0.5 * red > HAZE)
+        spread = abs(blue - mean) + abs(green - mean) + abs(red - mean)
+        cloud = (blue > BRIGHT_BLUE) & (spread < WHITENESS * mean) & (blue - 0.5 * red > HAZE)
         cloud = _open(cloud, ROOF_RADIUS / factor)
     if "cirrus" in band:
         cloud |= band["cirrus"] > CIRRUS

@@ -91,6 +91,8 @@ def observed(pixels: np.ndarray, scl: np.ndarray | None, scene: SceneInput, mask
     seen: np.ndarray = np.ones(pixels.shape[1:], bool)
     for plane, source in zip(pixels, scene.sources, strict=True):
         seen &= plane != source.nodata
+    if not mask.uses_scl:
+        scl = None
     if scl is not None and factor == 1:  # replicated from 20 m: a quarter of the work at its own size
         native = mask.from_scl(scl[::2, ::2], 2)
         return seen & native.repeat(2, axis=0).repeat(2, axis=1)[: seen.shape[0], : seen.shape[1]]

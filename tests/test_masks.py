@@ -1,0 +1,137 @@
+"""Valid observations: by class, by spectrum, by a function of one's own; alike in chunks and on the whole image."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from s2cd.catalog import search
+from s2cd.catalog.scene import Scene
+from s2cd.errors import ConfigError
+from s2cd.masks import GROWN_CLASSES, INVALID_CLASSES, Mask, cloud_test, dilate, valid_mask
+from s2cd.radiometry import reflectance
+
+VISIBLE = ("blue", "green", "red")
+
+
+def test_default_classes() -> None:
+    scl = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    assert valid_mask(scl).ravel().tolist() == [n not in INVALID_CLASSES for n in range(12)]
+
+
+def test_only_clouds_and_shadows_grow() -> None:
+    scl = np.full((21, 21), 4, dtype=np.uint8)
+    for value in range(12):
+        scl[10, 10] = value
+        bad = ~valid_mask(scl, dilation=3)
+        expected = 29 if value in GROWN_CLASSES else int(value in INVALID_CLASSES)
+        assert bad.sum() == expected, value
+    scl[10, 10] = 8
+    assert valid_mask(scl, invalid=(0,), dilation=3).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(17, 19), (64, 65), (33, 1)]), st.integers(0, 6))
+def test_dilation_is_that_of_a_disc(seed: int, shape: tuple[int, int], radius: int) -> None:
+    mask = np.random.default_rng(seed).random(shape) < 0.02
+    y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
+    disc = y * y + x * x <= radius * radius
+    assert np.array_equal(dilate(mask, radius), ndimage.binary_dilation(mask, disc))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_chunks_with_a_halo_of_reach_equal_the_whole(seed: int, spectral: bool) -> None:
+    """What lies further away than `reach` does not matter."""
+    rng = np.random.default_rng(seed)
+    mask = Mask(dilation=5)
+    size, halo = 150, mask.reach
+    if spectral:
+        cloud = ndimage.gaussian_filter(rng.random((size, size)), 7)
+        image = np.repeat((0.1 + 0.4 * (cloud > np.quantile(cloud, 0.7)))[None], 3, axis=0).astype(np.float32)
+        whole = mask.from_reflectance(image, VISIBLE)
+    else:
+        image = rng.choice(np.array([4, 5, 8, 3], np.uint8), (size, size), p=[0.6, 0.38, 0.01, 0.01])
+        whole = mask.from_scl(image)
+    core = slice(60, 90)
+    read = slice(60 - halo, 90 + halo)
+    part = image[..., read, read]
+    found = mask.from_reflectance(part, VISIBLE) if spectral else mask.from_scl(part)
+    assert np.array_equal(found[halo : halo + 30, halo : halo + 30], whole[core, core])
+
+
+def test_decimated_masks_grow_by_the_same_distance() -> None:
+    scl = np.full((200, 200), 4, dtype=np.uint8)
+    scl[80:120, 80:120] = 9
+    mask = Mask(dilation=20)
+    full = (~mask.from_scl(scl)).sum()
+    coarse = (~mask.from_scl(scl[::4, ::4], 4)).sum() * 16
+    assert coarse == pytest.approx(full, rel=0.1)
+
+
+def image_of(scene: Scene, bands: tuple[str, ...]) -> np.ndarray:
+    planes = []
+    for band in bands:
+        asset = scene.assets[band]
+        with rasterio.open(asset.href) as dataset:
+            planes.append(reflectance(dataset.read(1), asset.scale, asset.offset))
+    return np.stack(planes)
+
+
+def test_spectral_test_leaves_cities_and_deserts_alone(shared_data: Path) -> None:
+    """OSCD's scenes were chosen to be clear: bright roofs, sand and salt must pass."""
+    for scene in search(shared_data / "oscd"):
+        valid = Mask().from_reflectance(image_of(scene, VISIBLE), VISIBLE)
+        assert valid.mean() > 0.995, scene.id
+
+
+def test_spectral_test_finds_most_of_what_sen2cor_calls_cloud(shared_data: Path) -> None:
+    found = clouds = taken = clear = 0
+    for scene in search(shared_data / "flanders"):
+        cloud = cloud_test(image_of(scene, VISIBLE), VISIBLE)
+        with rasterio.open(scene.assets["scl"].href) as dataset:
+            scl = dataset.read(1).repeat(2, axis=0).repeat(2, axis=1)
+        is_cloud, is_clear = np.isin(scl, (8, 9)), np.isin(scl, (2, 4, 5, 6, 7))
+        found, clouds = found + (cloud & is_cloud).sum(), clouds + is_cloud.sum()
+        taken, clear = taken + (cloud & is_clear).sum(), clear + is_clear.sum()
+    assert found / clouds > 0.7
+    assert taken / clear < 0.005
+
+
+def test_cirrus_band_counts() -> None:
+    image = np.full((2, 9, 9), 0.05, dtype=np.float32)
+    image[1, 4, 4] = 0.05
+    image[1, :4] = 0.001
+    assert cloud_test(image, ("red", "cirrus"))[4, 4]
+    assert not cloud_test(image, ("red", "cirrus"))[0, 0]
+
+
+def bright(reflectance: np.ndarray, bands: tuple[str, ...]) -> np.ndarray:
+    """A mask function of a user's own."""
+    return reflectance[bands.index("red")] > 0.5
+
+
+def test_a_function_takes_the_place_of_both() -> None:
+    mask = Mask(dilation=1, function=f"{__name__}:bright")
+    image = np.zeros((3, 9, 9), dtype=np.float32)
+    image[2, 4, 4] = 0.6
+    assert not mask.uses_scl
+    assert (~mask.from_reflectance(image, VISIBLE)).sum() == 5
+    assert pickle.loads(pickle.dumps(mask)) == mask
+
+
+@pytest.mark.parametrize("name", ["nowhere.at.all:x", "s2cd.masks:nothing", "s2cd.masks", ""])
+def test_a_function_that_is_none_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match="mask function"):
+        Mask(function=name).from_reflectance(np.zeros((1, 3, 3), np.float32), ("red",))
+
+
+def test_no_mask_at_all() -> None:
+    assert Mask(spectral=False).from_reflectance(np.ones((3, 9, 9), np.float32), VISIBLE).all()
