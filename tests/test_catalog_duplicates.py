@@ -29,15 +29,16 @@ def page(shared_data: Path) -> list[dict[str, Any]]:
     return [item for name in names for item in read_document(str(folder / name))["features"]]
 
 
-def halves(item: dict[str, Any], at: float = 0.4, gap: int = 14) -> list[dict[str, Any]]:
-    """Split an item's product as two ground stations do: two datastrips of one datatake, north and south."""
+def halves(item: dict[str, Any], at: float = 0.4, gap: int = 14, overlap: float = 0.1) -> list[dict[str, Any]]:
+    """Split an item's product as two ground stations do: two datastrips of one datatake, which overlap."""
     west, south, east, north = item["bbox"]
     middle = north - at * (north - south)
+    both = overlap * (north - south)
     strip = item["properties"]["s2:datastrip_id"]
     start = strip.split("_S")[-1].split("_N")[0]
     later = f"{start[:-2]}{int(start[-2:]) + gap:02d}"
     pieces = []
-    for number, (bottom, top, begins) in enumerate(((middle, north, start), (south, middle, later))):
+    for number, (bottom, top, begins) in enumerate(((middle, north, start), (south, middle + both, later))):
         piece = deepcopy(item)
         ring = [[west, bottom], [east, bottom], [east, top], [west, top], [west, bottom]]
         piece["id"] = f"{item['id']}-{number}"
@@ -104,6 +105,13 @@ def test_halves_of_a_split_datatake_become_one_scene(page: list[dict[str, Any]],
         pieces[1]["assets"]["red"]["href"],
         pieces[0]["assets"]["red"]["href"],
     )
+
+
+def test_a_small_half_that_lies_almost_within_the_other(page: list[dict[str, Any]]) -> None:
+    """As in tile 16SGD on 10 October 2025: 1,609 and 11,868 km2, of which 1,439 are in both."""
+    pieces = [without(p, "s2:datastrip_id") for p in halves(page[0], at=0.134, overlap=0.12)]
+    kept, left_out = reduce_duplicates(scenes(*pieces))
+    assert (len(kept), len(kept[0].parts), left_out) == (1, 1, [])
 
 
 def test_halves_each_with_a_reprocessing(page: list[dict[str, Any]]) -> None:

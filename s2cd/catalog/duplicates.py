@@ -16,8 +16,8 @@ SAME_STRIP = timedelta(seconds=4)
 # A satellite is back over a tile after a whole orbit of 100 minutes at the earliest; sensing times of one
 # acquisition differ by less than the 15 minutes of a datatake.
 SAME_PASS = timedelta(minutes=20)
-# Footprints of two products of one datastrip overlap nearly wholly, those of two halves in little more than a
-# line.
+# Least share of their union that footprints of two products of one datastrip have in common. Two halves overlap as
+# well, the smaller one by nine tenths in a real case (16SGD, 10 October 2025), but never are the same.
 SAME_FOOTPRINT = 0.5
 
 LeftOut = tuple[Scene, str]
@@ -93,13 +93,13 @@ def _same_strip(a: Scene, b: Scene) -> bool:
 
 
 def _overlap(a: Scene, b: Scene) -> float:
-    """Share of the smaller footprint's area that lies in the other one."""
+    """Area that two footprints share, over the area that either covers."""
     polygons = [[_flat(ring) for ring in rings(s.footprint)] for s in (a, b)]
     areas = [sum(abs(_area(p)) for p in piece) for piece in polygons]
     if min(areas) == 0:
         return 1.0
     shared = sum(abs(_area(_clip(p, q))) for p in polygons[0] for q in polygons[1])
-    return shared / min(areas)
+    return shared / (sum(areas) - shared)
 
 
 Ring = list[tuple[float, float]]

@@ -32,7 +32,7 @@ _BASELINE = re.compile(r"^\d{2}\.\d{2}$")
 _KEY_SUFFIX = re.compile(r"(_\d{2}m|-\d{2}m)$")
 _GSD = {band.common_name: band.gsd for band in BANDS} | {SCL: 20}
 # (absolute orbit + shift) mod 143 + 1 is the relative orbit; shifts from products that state both.
-_ORBIT_SHIFT = {"S2A": 2, "S2B": -27}
+_ORBIT_SHIFT = {"S2A": 2, "S2B": -27, "S2C": 29}
 
 
 def scene_from_item(item: Item, provider: str | None = None, base: str | None = None) -> Scene:
@@ -162,7 +162,7 @@ class _Reader:
         return f"sentinel-{short[1:].lower()}" if short else None
 
     def _time(self) -> datetime:
-        text = self._first("datetime", "start_datetime")
+        text = self._first("s2cd:datetime", "datetime", "start_datetime")
         if not text:
             raise CatalogError(f"item {self.id}: no datetime")
         return parse_time(text)
@@ -343,6 +343,8 @@ def scene_to_item(scene: Scene) -> dict[str, Any]:
         "s2:generation_time": format_time(scene.processed) if scene.processed else None,
         "s2:datastrip_id": f"_S{scene.strip_start:%Y%m%dT%H%M%S}_N" if scene.strip_start else None,
         "s2cd:provider": scene.provider,
+        # stac-geoparquet keeps milliseconds of the datetime.
+        "s2cd:datetime": format_time(scene.time),
     }
     return {
         "type": "Feature",
