@@ -13,17 +13,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from s2cd.catalog.search import search
     from s2cd.catalog.scene import Scene
+    from s2cd.catalog.search import search
     from s2cd.clusters import cluster
     from s2cd.config import RunConfig
     from s2cd.cube import open_cube
     from s2cd.errors import S2cdError
     from s2cd.inference import detect_changes
+    from s2cd.maps import write_change_maps
     from s2cd.masks import Mask
     from s2cd.model import list_models, load_model
     from s2cd.pairs import Pair, consecutive_pairs
-    from s2cd.runner import Report, make_plan, run, write_change_maps
+    from s2cd.plan import make_plan
+    from s2cd.runner import Report, run
 
 __version__ = "0.1.0"
 
@@ -40,11 +42,11 @@ _HOMES = {
     "detect_changes": "inference",
     "list_models": "model",
     "load_model": "model",
-    "make_plan": "runner",
+    "make_plan": "plan",
     "open_cube": "cube",
     "run": "runner",
     "search": "catalog",
-    "write_change_maps": "runner",
+    "write_change_maps": "maps",
 }
 __all__ = [
     "Mask",

@@ -127,7 +127,7 @@ def search(as_json: bool, save: str | None, **options: Any) -> None:
     """
     from s2cd import catalog
     from s2cd.pairs import select_scenes
-    from s2cd.runner import search_scenes
+    from s2cd.plan import search_scenes
 
     max_cloud = options.pop("max_cloud")
     scenes, left_out = select_scenes(search_scenes(RunConfig(out=".", **options)), max_cloud=max_cloud)
@@ -146,7 +146,7 @@ def search(as_json: bool, save: str | None, **options: Any) -> None:
 @_run_options
 def plan(quiet: bool, **options: Any) -> None:
     """Say what a run would compare with what, read and write, without reading a pixel."""
-    from s2cd.runner import describe_plan, make_plan
+    from s2cd.plan import describe_plan, make_plan
 
     described = describe_plan(make_plan(RunConfig(**options)))
     _print_rows(f"{described.pairs} pairs in {len(described.rows)} fields of view", described.rows)

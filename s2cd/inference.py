@@ -96,11 +96,14 @@ def change_codes(
     ref: ModelRef,
     mask: Mask,
     chunk: int,
+    *,
+    reasons: bool = False,
 ) -> da.Array:
     """Probability codes of several pairs of one field of view, lazily, each source block read once.
 
     Returns uint16 (pair, y, x) as `s2cd.outputs.codes` defines them; a chunk holds all pairs and `chunk` pixels
-    along y and x. Tasks fail with ReadError or GridError where a source does.
+    along y and x. With `reasons` the codes tell which date does not show a pixel. Tasks fail with ReadError or
+    GridError where a source does.
     """
     network = ref.load()
     scenes = {s.id: s for pair in pairs for s in (pair.before, pair.after)}
@@ -115,7 +118,7 @@ def change_codes(
     tiling = Tiling(grid.shape, chunk, _halo(network, mask, series.dates))
     rows, cols = tiling.blocks
     return da.map_blocks(
-        partial(_infer_block, series=series, tiling=tiling, mask=mask, ref=ref),
+        partial(_infer_block, series=series, tiling=tiling, mask=mask, ref=ref, reasons=reasons),
         chunks=((len(pairs),), _sizes(tiling, 0, rows), _sizes(tiling, 1, cols)),
         dtype=np.uint16,
         meta=np.empty((0, 0, 0), np.uint16),
@@ -133,8 +136,10 @@ def infer_series(
     model: Model,
     images: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
     pairs: Sequence[tuple[int, int]],
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (position in `pairs`, probability (y, x) float32 with NaN) as the dates come in.
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield (position in `pairs`, probability (y, x) float32 with NaN, unseen) as the dates come in.
+
+    `unseen` is uint8 (y, x): 0 where both dates are valid, 1 where the earlier is not, 2 the later, 3 neither.
 
     images   (pixels (band, y, x), affine (band, 2), valid (y, x)) of each date, in order
     pairs    positions (before, after) of the dates, before < after
@@ -149,13 +154,20 @@ def infer_series(
             if after == date:
                 (a, valid_a), (b, valid_b) = kept[before], kept[after]
                 probability = model.decode(a, b)
-                probability[~(valid_a & valid_b)] = np.nan
-                yield position, probability
+                unseen = ~valid_a + 2 * (~valid_b).view(np.uint8)
+                probability[unseen > 0] = np.nan
+                yield position, probability, unseen
         kept = {d: features for d, features in kept.items() if last_use[d] > date}
 
 
 def _infer_block(
-    *, series: Series, tiling: Tiling, mask: Mask, ref: ModelRef, block_id: tuple[int, int, int] | None = None
+    *,
+    series: Series,
+    tiling: Tiling,
+    mask: Mask,
+    ref: ModelRef,
+    reasons: bool,
+    block_id: tuple[int, int, int] | None = None,
 ) -> np.ndarray:
     if block_id is None:  # Dask asks for the meta
         return np.empty((0, 0, 0), np.uint16)
@@ -168,8 +180,10 @@ def _infer_block(
     )
     shape = (len(series.pairs), *(c.stop - c.start for c in core))
     codes = np.empty(shape, np.uint16)
-    for position, probability in infer_series(model, images, series.pairs):
+    for position, probability, unseen in infer_series(model, images, series.pairs):
         codes[position] = encode_codes(probability[inner])
+        if reasons:
+            codes[position] -= (np.uint16(3) - unseen[inner]) * (unseen[inner] > 0)
     return codes
 
 
@@ -213,7 +227,7 @@ def _infer_pair(
         pixels = block[0][[bands.index(b) for b in model.bands]]
         scl = block[0][bands.index(SCL)] if SCL in bands else None
         images.append(_image(model, inputs[scene_id], surveys[scene_id].statistics, mask, pixels, scl))
-    ((_, probability),) = infer_series(model, images, [(0, 1)])
+    ((_, probability, _),) = infer_series(model, images, [(0, 1)])
     location, counts = block_info[0]["chunk-location"][2:], block_info[0]["num-chunks"][2:]
     inner = tuple(
         slice(halo if i else 0, size - halo if i < n - 1 else size)

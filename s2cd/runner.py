@@ -9,36 +9,32 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import dask
-import numpy as np
-import xarray as xr
 from distributed import Client, Future, wait
 
-from s2cd import catalog, outputs
-from s2cd.catalog.bands import SCL
-from s2cd.catalog.scene import Grid, Scene
+from s2cd import outputs
+from s2cd.catalog.scene import Scene
 from s2cd.config import RunConfig
-from s2cd.cube import common_grid, cube_grid
-from s2cd.errors import ConfigError, NoScenesError, OutputError, S2cdError, S2cdWarning
-from s2cd.inference import auto_chunk, change_codes
+from s2cd.cube import common_grid
+from s2cd.errors import OutputError, S2cdError, S2cdWarning, ShiftWarning
+from s2cd.inference import change_codes
+from s2cd.maps import LARGEST_SHIFT, write_pair
 from s2cd.masks import INVALID_CLASSES, Mask
 from s2cd.model import Model, ModelRef, load_model
-from s2cd.outputs.codes import encode_codes
 from s2cd.outputs.store import open_store
-from s2cd.pairs import LeftOut, Pair, PairList, consecutive_pairs, fields_of_view, select_scenes
+from s2cd.pairs import LeftOut, Pair
+from s2cd.plan import FieldOfView, Plan, chunk_edge, make_plan, pairs_of, require_model_bands
 from s2cd.radiometry import check_offsets
-from s2cd.reader import Tiling, require_asset
 from s2cd.survey import Survey, scene_input, survey_scene
-from s2cd.thumbnails import thumbnail
 
 Progress = Callable[[str, int, int], None]
 VIEWS = "views"
@@ -46,36 +42,17 @@ LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class FieldOfView:
-    """All scenes of one tile and relative orbit that metadata let pass, in order of time."""
-
-    name: str
-    scenes: tuple[Scene, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will do, as far as metadata tell: pixels may still rule out scenes (see `min_valid`)."""
-
-    config: RunConfig
-    fields: tuple[FieldOfView, ...]
-    left_out: tuple[LeftOut, ...]
-    finished: frozenset[str]
-
-    @property
-    def scenes(self) -> list[Scene]:
-        """Every scene that takes part."""
-        return [scene for view in self.fields for scene in view.scenes]
-
-
-@dataclass(frozen=True)
 class MapRecord:
-    """What became of one pair: "written", "kept" (finished by an earlier run) or "failed" (`error` says why)."""
+    """What became of one pair: "written", "kept" (finished by an earlier run) or "failed" (`error` says why).
+
+    `shift` is how far the second image is displaced against the first, (y, x) in pixels, where that could be measured.
+    """
 
     name: str
     status: str
     valid_fraction: float | None = None
     changed_fraction: float | None = None
+    shift: tuple[float, float] | None = None
     error: str | None = None
 
 
@@ -117,90 +94,6 @@ class _Unit:
     surveys: dict[str, Survey]
 
 
-def make_plan(config: RunConfig, scenes: Iterable[Scene] | None = None) -> Plan:
-    """Search the catalogue (or take `scenes`) and decide which dates are compared, by metadata alone.
-
-    Raises CatalogError, NoScenesError if no two dates can be compared, and GridError if the scenes of one tile
-    lie on different grids.
-    """
-    found = list(scenes) if scenes is not None else search_scenes(config)
-    kept, left_out = select_scenes(found, max_cloud=config.max_cloud)
-    fields = []
-    for series in fields_of_view(kept, "any" if config.orbit == "any" else "same"):
-        if len(series) > 1:
-            fields.append(FieldOfView(view_name(series, config), tuple(series)))
-        else:
-            left_out.append(LeftOut(series[0].id, "the only date left of its tile and orbit"))
-    if not fields:
-        reasons = "; ".join(f"{item.what}: {item.reason}" for item in left_out[:3])
-        raise NoScenesError(
-            f"{config.catalog}: {len(found)} scenes found, but no two dates of one tile and orbit ({reasons})"
-        )
-    return Plan(config, tuple(fields), tuple(left_out), frozenset(outputs.finished(config.out)))
-
-
-@dataclass(frozen=True)
-class PlanTable:
-    """A plan in words and figures, for a person."""
-
-    pairs: int
-    rows: list[dict[str, Any]]
-    notes: list[str]
-    left_out: list[LeftOut]
-
-
-def describe_plan(plan: Plan) -> PlanTable:
-    """Say what a plan compares, reads and writes, from metadata alone.
-
-    Raises ConfigError for a band of the model that a scene does not offer, ModelError for an unknown model.
-    """
-    model = load_model(plan.config.model, device="cpu")
-    _require_model_bands(plan, model)
-    rows, tasks, total, decoded = [], 0, 0, 0
-    left_out = list(plan.left_out)
-    for view in plan.fields:
-        pairs = _pairs_of(view, plan.config)
-        left_out += pairs.left_out
-        grid = common_grid(view.scenes[:1], model.bands)
-        chunk = _chunk(plan.config, grid, model)
-        tiling = Tiling(grid.shape, chunk, model.halo)
-        units = -(-len(pairs) // (plan.config.dates_per_task - 1))
-        tasks += units * tiling.blocks[0] * tiling.blocks[1] + len(pairs) + len(view.scenes)
-        total += len(pairs)
-        decoded += sum(_decoded_bytes(scene, model.bands) for scene in view.scenes)
-        rows.append(
-            {
-                "field of view": view.name,
-                "dates": len(view.scenes),
-                "first": f"{view.scenes[0].time:%Y-%m-%d}",
-                "last": f"{view.scenes[-1].time:%Y-%m-%d}",
-                "pairs": len(pairs),
-                "finished": sum(pair.name in plan.finished for pair in pairs),
-                "pixels": f"{grid.shape[0]} x {grid.shape[1]}",
-                "chunks": f"{tiling.blocks[0]} x {tiling.blocks[1]} of {chunk}",
-            }
-        )
-    notes = [
-        f"model {model.name} ({model.hash[:12]}): bands {', '.join(model.bands)}, halo {model.halo} px",
-        f"{tasks / max(total, 1):.1f} tasks a pair, {decoded / 1e9:.2f} GB to decode, each block once a unit",
-        "pixels may still rule out dates with less than "
-        f"{plan.config.min_valid:.0%} valid: their neighbours are then paired",
-    ]
-    return PlanTable(total, rows, notes, left_out)
-
-
-def search_scenes(config: RunConfig) -> list[Scene]:
-    """Search the catalogue that `config` names, once. Raises CatalogError and NoScenesError."""
-    return catalog.search(
-        config.catalog,
-        bbox=config.bbox,
-        datetime=config.datetime,
-        tiles=config.tiles,
-        collection=config.collection,
-        orbit=config.orbit if isinstance(config.orbit, int) else None,
-    )
-
-
 def run(
     config: RunConfig,
     client: Client | None = None,
@@ -223,7 +116,7 @@ def run(
     with _strictness(config.strict), ExitStack() as stack:
         plan = make_plan(config, scenes)
         context = _Context(config, ModelRef(config.model, model.hash, config.device), model, _mask(config))
-        _require_model_bands(plan, model)
+        require_model_bands(plan, model)
         outputs.save_run(config.out, config.dump(), plan.scenes)
         if client is None:
             from s2cd.clusters import cluster
@@ -231,7 +124,8 @@ def run(
             client = stack.enter_context(cluster(config.cluster))
             LOG.info("dashboard: %s", client.dashboard_link)
         report = Report(config.out, left_out=list(plan.left_out))
-        _Submission(client, context, plan, report, progress or (lambda *_: None)).run()
+        with client.as_current():
+            _Submission(client, context, plan, report, progress or (lambda *_: None)).run()
     report.seconds = time.monotonic() - started
     outputs.write_catalog(config.out)
     outputs.save_report(config.out, asdict(report))
@@ -320,7 +214,7 @@ class _Submission:
     def _pairs(self, view: FieldOfView, surveys: dict[str, Survey], unread: Sequence[tuple[Scene, Any]]) -> list[Pair]:
         """Pair the dates of a field of view; a date that cannot be read fails its pairs, not the others."""
         config = self.context.config
-        pairs = _pairs_of(view, config, {i: s.valid_fraction for i, s in surveys.items()})
+        pairs = pairs_of(view, config, {i: s.valid_fraction for i, s in surveys.items()})
         self.report.left_out += pairs.left_out
         document = {"name": view.name, "pairs": [pair.name for pair in pairs]}
         store = open_store(config.out)
@@ -350,7 +244,7 @@ class _Submission:
         for future in done:
             unit, pair = self.pending.pop(future)
             if future.status == "finished":
-                self.report.maps.append(MapRecord(pair.name, "written", **future.result()))
+                self._written(pair, future.result())
                 continue
             error = future.exception()
             href = getattr(error, "href", None)
@@ -361,6 +255,13 @@ class _Submission:
         for unit, pairs in again.values():
             self._submit(_Unit(unit.view, tuple(sorted(pairs, key=lambda p: p.after.time)), unit.surveys))
         self.progress("maps", self.total - len(self.pending), self.total)
+
+    def _written(self, pair: Pair, figures: dict[str, Any]) -> None:
+        record = MapRecord(pair.name, "written", **figures)
+        self.report.maps.append(record)
+        if record.shift and math.hypot(*record.shift) > LARGEST_SHIFT:
+            message = f"{pair.name}: the images are displaced by {math.hypot(*record.shift):.2f} pixels, expected 0"
+            warnings.warn(message, ShiftWarning, stacklevel=2)
 
     def _failed(self, pair: Pair, error: str) -> None:
         self.report.maps.append(MapRecord(pair.name, "failed", error=error))
@@ -378,21 +279,11 @@ def _unit_graph(unit: _Unit, context: _Context) -> list[Any]:
     config = context.config
     bands = context.model.bands
     grid = common_grid([unit.pairs[0].before], bands)
-    chunk = _chunk(config, grid, context.model)
-    codes = change_codes(unit.pairs, unit.surveys, context.ref, context.mask, chunk)
+    chunk = chunk_edge(config, grid, context.model)
+    codes = change_codes(unit.pairs, unit.surveys, context.ref, context.mask, chunk, reasons=config.validity)
     blocks = codes.to_delayed()[0].tolist()
     write = dask.delayed(write_pair, pure=False)
     return [write(blocks, position, pair, grid, context.ref, config) for position, pair in enumerate(unit.pairs)]
-
-
-def _pairs_of(view: FieldOfView, config: RunConfig, valid_fractions: dict[str, float] | None = None) -> PairList:
-    return consecutive_pairs(
-        view.scenes,
-        min_valid=config.min_valid,
-        max_gap_days=config.max_gap_days,
-        valid_fractions=valid_fractions,
-        orbit="any" if config.orbit == "any" else "same",
-    )
 
 
 def _checked(pair: Pair, surveys: dict[str, Survey], strict: bool) -> Pair:
@@ -404,71 +295,9 @@ def _checked(pair: Pair, surveys: dict[str, Survey], strict: bool) -> Pair:
     return replace(pair, notes=(*pair.notes, note))
 
 
-def _chunk(config: RunConfig, grid: Grid, model: Model) -> int:
-    """Edge of a chunk; one that is asked for is rounded up to the stride of the network."""
-    if config.chunk == "auto":
-        return auto_chunk(grid.shape, model.stride)
-    return -(-config.chunk // model.stride) * model.stride
-
-
-def _decoded_bytes(scene: Scene, bands: Sequence[str]) -> int:
-    shapes = [scene.assets[band].grid.shape for band in bands]
-    classes = scene.assets[SCL].grid.shape if SCL in scene.assets else (0, 0)
-    return sum(2 * rows * cols for rows, cols in shapes) + classes[0] * classes[1]
-
-
 def _mask(config: RunConfig) -> Mask:
     invalid = INVALID_CLASSES if config.mask_classes is None else config.mask_classes
     return Mask(invalid=invalid, dilation=round(config.mask_dilation / 10))
-
-
-def write_change_maps(
-    change: xr.DataArray, out: str | Path, *, cog_profile: str = "default", quicklook: bool = True
-) -> list[dict[str, Any]]:
-    """Compute what `detect_changes` returned, or some of its pairs, and write COG, STAC item and quicklook of each.
-
-    Runs on the Dask client that is active, else on threads. Returns the STAC items.
-
-    Raises ConfigError for an array that does not know its pairs, OutputError, and what computing it raises.
-    """
-    if not {"pairs", "model"} <= change.attrs.keys():
-        raise ConfigError(f"array {change.name!r} has no pairs and model, expected what detect_changes returns")
-    outputs.check_writable(str(out))
-    grid, ref = cube_grid(change), change.attrs["model"]
-    config = RunConfig(catalog="", out=str(out), model=ref.name, cog_profile=cog_profile, quicklook=quicklook)
-    write = dask.delayed(_write_array, pure=False)
-    items = dask.compute(
-        *(write(one.data, change.attrs["pairs"][str(one.pair.values)], grid, ref, config) for one in change)
-    )
-    outputs.write_catalog(str(out))
-    return list(items)
-
-
-def write_pair(
-    blocks: list[list[Any]],
-    position: int,
-    pair: Pair,
-    grid: Grid,
-    ref: ModelRef,
-    config: RunConfig,
-) -> dict[str, float]:
-    """Put the chunks of one pair together and write its map; return the figures for the report."""
-    codes = np.block([[block[position] for block in row] for row in blocks])
-    properties = _write_codes(codes, pair, grid, ref, config)["properties"]
-    return {
-        "valid_fraction": properties["s2cd:valid_fraction"],
-        "changed_fraction": properties["s2cd:changed_fraction"],
-    }
-
-
-def _write_array(probability: np.ndarray, pair: Pair, grid: Grid, ref: ModelRef, config: RunConfig) -> dict[str, Any]:
-    return _write_codes(encode_codes(probability), pair, grid, ref, config)
-
-
-def _write_codes(codes: np.ndarray, pair: Pair, grid: Grid, ref: ModelRef, config: RunConfig) -> dict[str, Any]:
-    info = outputs.MapInfo(model=ref.name, model_hash=ref.hash, bands=ref.load().bands)
-    rgb = (thumbnail(pair.before), thumbnail(pair.after)) if config.quicklook else None
-    return outputs.write_map(codes, pair, grid, info, config.out, quicklook_rgb=rgb, profile=config.cog_profile)
 
 
 @contextmanager
@@ -481,13 +310,6 @@ def _strictness(strict: bool) -> Iterator[None]:
             yield
         except S2cdWarning as warning:
             raise S2cdError(f"strict: {warning}") from None
-
-
-def _require_model_bands(plan: Plan, model: Model) -> None:
-    """Raise ConfigError before anything is computed if a scene lacks a band that the model needs."""
-    for scene in plan.scenes:
-        for band in model.bands:
-            require_asset(scene, band)
 
 
 def _reads(pair: Pair, href: str) -> bool:
@@ -503,8 +325,3 @@ def _message(error: BaseException | None) -> str:
 def view_path(name: str) -> str:
     """Return where the output folder keeps the pairs of a field of view."""
     return f"{VIEWS}/{name.replace(' ', '_')}.json"
-
-
-def view_name(series: Sequence[Scene], config: RunConfig) -> str:
-    """Return the name of the field of view that these scenes share: "31UDS R051"."""
-    return f"{series[0].tile} {'any orbit' if config.orbit == 'any' else f'R{series[0].orbit or 0:03d}'}"

@@ -23,7 +23,8 @@ from s2cd.errors import CatalogError, ConfigError, NoScenesError
 from s2cd.outputs.layout import tile_of, times_of
 from s2cd.outputs.store import open_store
 from s2cd.pairs import fields_of_view, select_scenes
-from s2cd.runner import Progress, Report, run, search_scenes, view_name, view_path
+from s2cd.plan import search_scenes, view_name
+from s2cd.runner import Progress, Report, run, view_path
 
 STATE = "watch.json"
 LATE = timedelta(days=30)  # an acquisition that is published later than this after newer ones is not seen

@@ -14,7 +14,9 @@ from distributed import Client
 import s2cd
 from s2cd.catalog import freeze
 from s2cd.errors import ConfigError, NoScenesError, OutputError, S2cdError
-from s2cd.runner import describe_plan, make_plan, run
+from s2cd.outputs import validate
+from s2cd.plan import describe_plan, make_plan
+from s2cd.runner import run
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,28 @@ def test_dates_with_too_little_to_see_are_left_out_by_pixels(make_series, config
         "20230511T105000_20230516T105000",
     ]
     assert any(item.reason == "valid fraction 0.000 below 0.3" for item in report.left_out)
+
+
+def test_a_validity_layer_tells_why_a_pixel_has_no_value(make_series, config, client, tmp_path):
+    scenes = make_series(dates=2, shape=(300, 333))
+    for scene, rows in zip(scenes, (slice(0, 50), slice(40, 90)), strict=True):
+        with rasterio.open(scene.assets["scl"].href, "r+") as dataset:
+            classes = dataset.read(1)
+            classes[rows] = 9
+            dataset.write(classes, 1)
+    plain = run(config, client, scenes=scenes).maps[0].name
+    change = read(next((tmp_path / "out").rglob(f"{plain}.tif")))
+    told = config.model_copy(update={"validity": True, "out": str(tmp_path / "told"), "mask_dilation": 0.0})
+    run(told, client, scenes=scenes)
+    (path,) = (tmp_path / "told").rglob("*_validity.tif")
+    why, again = read(path), read(next((tmp_path / "told").rglob(f"{plain}.tif")))
+    expected = np.zeros((300, 333), np.uint8)
+    expected[:100] += 1
+    expected[80:180] += 2
+    np.testing.assert_array_equal(why, expected)
+    np.testing.assert_array_equal(np.isnan(again), expected > 0)
+    assert np.isnan(change).sum() > np.isnan(again).sum()
+    assert validate(str(tmp_path / "told")) == []
 
 
 def test_many_short_units_give_the_same_bytes_as_one_long_one(make_series, config, client, tmp_path):

@@ -9,6 +9,8 @@ QUANTUM = 1 / 1024
 CODE_SCALE = 1024
 CODE_NODATA = 65535
 """Code of a pixel without a valid observation on both dates."""
+UNSEEN_BEFORE, UNSEEN_AFTER = 65533, 65534
+"""Where reasons are kept: codes of a pixel that only the earlier or only the later date does not show."""
 
 
 def encode_codes(probability: np.ndarray) -> np.ndarray:
@@ -38,3 +40,14 @@ def _lookup() -> np.ndarray:
 
 
 _LOOKUP = _lookup()
+
+
+def split_reasons(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Split codes that keep reasons into plain codes and validity.
+
+    Validity is uint8 (y, x): 0 = seen on both dates, 1 = not on the earlier, 2 = not on the later, 3 = on neither.
+    """
+    validity = np.zeros(codes.shape, np.uint8)
+    missing = codes > CODE_SCALE
+    validity[missing] = codes[missing] - (UNSEEN_BEFORE - 1)
+    return np.where(missing, np.uint16(CODE_NODATA), codes), validity

@@ -15,6 +15,7 @@ import numpy as np
 import rasterio
 from rasterio.io import MemoryFile
 from rasterio.shutil import copy
+from rasterio.transform import Affine
 
 from s2cd.catalog.scene import Grid
 from s2cd.errors import ConfigError, GridError
@@ -97,6 +98,19 @@ def map_cog(
         )
         del levels
         yield target.getbuffer()
+
+
+def validity_cog(validity: np.ndarray, grid: Grid) -> bytes:
+    """Return a COG of classes, uint8 (y, x) on `grid`, without nodata; its overviews are the nearest pixels."""
+    profile = {
+        "driver": "COG", "height": grid.shape[0], "width": grid.shape[1], "count": 1, "dtype": "uint8",
+        "crs": f"EPSG:{grid.epsg}", "transform": Affine(*grid.transform), "compress": "DEFLATE", "level": 1,
+        "blocksize": BLOCK, "overview_resampling": "NEAREST",
+    }  # fmt: skip
+    with MemoryFile() as file:
+        with file.open(**profile) as dataset:
+            dataset.write(validity, 1)
+        return file.read()
 
 
 def code_pyramid(codes: np.ndarray) -> list[np.ndarray]:

@@ -29,10 +29,18 @@ EXTENSIONS = (
     "https://stac-extensions.github.io/file/v2.1.0/schema.json",
 )
 SAT_EXTENSION = "https://stac-extensions.github.io/sat/v1.0.0/schema.json"
+CLASSIFICATION_EXTENSION = "https://stac-extensions.github.io/classification/v2.0.0/schema.json"
 GRID_EXTENSION = "https://stac-extensions.github.io/grid/v1.1.0/schema.json"
 COG_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"
 LINEAGE = "Probability of change between two Sentinel-2 acquisitions of the same field of view, by a siamese network"
 EDGE_POINTS = 4
+VALIDITY = "_validity.tif"
+VALIDITY_CLASSES = (
+    (0, "seen", "a valid observation on both dates"),
+    (1, "unseen_before", "none on the earlier date"),
+    (2, "unseen_after", "none on the later date"),
+    (3, "unseen", "none on either date"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,20 @@ def build_item(
             "roles": ["thumbnail"],
             "file:size": sizes[".png"],
         }
+    if VALIDITY in sizes:
+        assets["validity"] = {
+            "href": f"./{pair.name}{VALIDITY}",
+            "type": COG_TYPE,
+            "title": "Why a pixel has no value",
+            "roles": ["metadata"],
+            "classification:classes": [
+                {"value": value, "name": name, "description": text} for value, name, text in VALIDITY_CLASSES
+            ],
+            "file:size": sizes[VALIDITY],
+        }
     properties = _properties(pair, grid, info) | _fractions(codes, info.threshold) | dict(info.extra)
     extensions = list(EXTENSIONS)
+    extensions += [CLASSIFICATION_EXTENSION] if VALIDITY in sizes else []
     extensions += [SAT_EXTENSION] if "sat:relative_orbit" in properties else []
     extensions += [GRID_EXTENSION] if "grid:code" in properties else []
     return {

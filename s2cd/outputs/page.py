@@ -55,7 +55,8 @@ def _figure(item: dict[str, Any]) -> str:
         f'<img loading="lazy" src="{html.escape(f"{folder}/{name}.png")}" alt="{html.escape(name)}">' if picture else ""
     )
     tile = html.escape(name.split("_")[1])
-    return f"<figure>{image}<figcaption><b>{tile}: {start} to {end}</b><br>{figures} · {files}{notes}</figcaption></figure>"
+    caption = f"<b>{tile}: {start} to {end}</b><br>{figures} · {files}{notes}"
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _percent(fraction: float | None) -> str:

@@ -10,8 +10,8 @@ import numpy as np
 from s2cd.catalog.scene import Grid
 from s2cd.errors import GridError
 from s2cd.outputs.codes import decode_codes, encode_codes
-from s2cd.outputs.cog import code_pyramid, map_cog
-from s2cd.outputs.item import MapInfo, build_item
+from s2cd.outputs.cog import code_pyramid, map_cog, validity_cog
+from s2cd.outputs.item import VALIDITY, MapInfo, build_item
 from s2cd.outputs.layout import path_of
 from s2cd.outputs.quicklook import quicklook
 from s2cd.outputs.store import open_store
@@ -30,6 +30,7 @@ def write_map(
     quicklook_rgb: Pictures | None = None,
     profile: str = "default",
     threads: int = 1,
+    validity: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Write the COG, the quicklook and the STAC item of one pair below `out`; return the item.
 
@@ -39,6 +40,7 @@ def write_map(
     quicklook_rgb  uint8 (y, x, 3) before and after, each may be None; without the tuple no quicklook is written
     profile        key of `s2cd.outputs.cog.PROFILES`
     threads        how many threads compress
+    validity       uint8 (y, x) as `s2cd.outputs.codes.split_reasons` gives it, stored beside the map
 
     The item is written last: its presence means that the map is finished. Every file appears whole or not at all.
     Raises OutputError naming the file, GridError if the shape is not the grid's, ConfigError for the profile.
@@ -54,6 +56,10 @@ def write_map(
     with map_cog(pyramid, grid, profile=profile, threads=threads, tags=_tags(pair, info)) as data:
         sizes[".tif"] = len(data)
         store.put(path_of(pair.name, ".tif"), data)
+    if validity is not None:
+        layer = validity_cog(validity, grid)
+        sizes[VALIDITY] = len(layer)
+        store.put(path_of(pair.name, VALIDITY), layer)
     if quicklook_rgb is not None:
         png = quicklook(_small(pyramid), *quicklook_rgb, labels=_labels(pair, info))
         sizes[".png"] = len(png)

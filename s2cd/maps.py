@@ -1,0 +1,123 @@
+"""From the codes of a pair to its finished map: the last task of a pair, and the last step of the public ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import dask
+import numpy as np
+import xarray as xr
+
+from s2cd import outputs
+from s2cd.catalog.scene import Grid
+from s2cd.config import RunConfig
+from s2cd.cube import cube_grid
+from s2cd.errors import ConfigError
+from s2cd.model import ModelRef
+from s2cd.outputs.codes import encode_codes, split_reasons
+from s2cd.pairs import Pair
+from s2cd.reader import band_source, read_window
+from s2cd.registration import Shift, phase_shift
+from s2cd.thumbnails import thumbnail
+
+SHIFT_PIXELS = 1024
+LEAST_QUALITY = 0.3
+LARGEST_SHIFT = 0.5  # pixels: Sentinel-2's multi-temporal registration is specified to be better
+
+
+def write_change_maps(
+    change: xr.DataArray, out: str | Path, *, cog_profile: str = "default", quicklook: bool = True
+) -> list[dict[str, Any]]:
+    """Compute what `detect_changes` returned, or some of its pairs, and write COG, STAC item and quicklook of each.
+
+    Runs on the Dask client that is active, else on threads. Returns the STAC items.
+
+    Raises ConfigError for an array that does not know its pairs, OutputError, and what computing it raises.
+    """
+    if not {"pairs", "model"} <= change.attrs.keys():
+        raise ConfigError(f"array {change.name!r} has no pairs and model, expected what detect_changes returns")
+    outputs.check_writable(str(out))
+    grid, ref = cube_grid(change), change.attrs["model"]
+    config = RunConfig(catalog="", out=str(out), model=ref.name, cog_profile=cog_profile, quicklook=quicklook)
+    write = dask.delayed(_write_array, pure=False)
+    items = dask.compute(
+        *(write(one.data, change.attrs["pairs"][str(one.pair.values)], grid, ref, config) for one in change)
+    )
+    outputs.write_catalog(str(out))
+    return list(items)
+
+
+def write_pair(
+    blocks: list[list[Any]],
+    position: int,
+    pair: Pair,
+    grid: Grid,
+    ref: ModelRef,
+    config: RunConfig,
+) -> dict[str, Any]:
+    """Put the chunks of one pair together and write its map; return the figures for the report."""
+    codes = np.block([[block[position] for block in row] for row in blocks])
+    codes, validity = split_reasons(codes) if config.validity else (codes, None)
+    properties = _write_codes(codes, pair, grid, ref, config, validity)["properties"]
+    return {
+        "valid_fraction": properties["s2cd:valid_fraction"],
+        "changed_fraction": properties["s2cd:changed_fraction"],
+        "shift": properties["s2cd:shift"],
+    }
+
+
+def _write_array(probability: np.ndarray, pair: Pair, grid: Grid, ref: ModelRef, config: RunConfig) -> dict[str, Any]:
+    return _write_codes(encode_codes(probability), pair, grid, ref, config)
+
+
+def _write_codes(
+    codes: np.ndarray, pair: Pair, grid: Grid, ref: ModelRef, config: RunConfig, validity: np.ndarray | None = None
+) -> dict[str, Any]:
+    bands = ref.load().bands
+    shift = measure_shift(pair, bands)
+    if shifted(shift):
+        pair = replace(pair, notes=(*pair.notes, f"the images are displaced by {_length(shift):.2f} pixels of 10 m"))
+    known = shift.quality >= LEAST_QUALITY
+    extra = {
+        "s2cd:shift": [round(shift.dy, 2), round(shift.dx, 2)] if known else None,
+        "s2cd:shift_quality": round(shift.quality, 2),
+    }
+    info = outputs.MapInfo(model=ref.name, model_hash=ref.hash, bands=bands, extra=extra)
+    rgb = (thumbnail(pair.before), thumbnail(pair.after)) if config.quicklook else None
+    return outputs.write_map(
+        codes, pair, grid, info, config.out, quicklook_rgb=rgb, profile=config.cog_profile, validity=validity
+    )
+
+
+def measure_shift(pair: Pair, bands: Sequence[str]) -> Shift:
+    """Measure how far the two images are displaced, in pixels of the finest grid, in the middle of the tile.
+
+    Looks at one square of at most 1024 pixels of the red band (else the first), on the sources' own blocks.
+    Raises ReadError and GridError as reading does.
+    """
+    band = "red" if "red" in bands else bands[0]
+    grid = pair.before.assets[band].grid
+    window = _middle(grid.shape[0]), _middle(grid.shape[1])
+    before, after = (
+        read_window(band_source(scene, band), grid, window).astype(np.float32) for scene in (pair.before, pair.after)
+    )
+    return phase_shift(before, after, (before > 0) & (after > 0))
+
+
+def shifted(shift: Shift) -> bool:
+    """Tell whether a shift is large enough to be read as change, and certain enough to be spoken of."""
+    return shift.quality >= LEAST_QUALITY and _length(shift) > LARGEST_SHIFT
+
+
+def _length(shift: Shift) -> float:
+    return math.hypot(shift.dy, shift.dx)
+
+
+def _middle(size: int) -> slice:
+    """A span of SHIFT_PIXELS near the middle that starts where a block of the sources does."""
+    start = max(0, min(size // 2 // SHIFT_PIXELS * SHIFT_PIXELS, size - SHIFT_PIXELS))
+    return slice(start, min(start + SHIFT_PIXELS, size))

@@ -1,0 +1,161 @@
+"""What a run will do, decided from metadata alone: which dates are compared, in which pieces, and why not others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from s2cd import catalog, outputs
+from s2cd.catalog.bands import SCL
+from s2cd.catalog.scene import Grid, Scene
+from s2cd.config import RunConfig
+from s2cd.cube import common_grid
+from s2cd.errors import NoScenesError
+from s2cd.inference import auto_chunk
+from s2cd.model import Model, load_model
+from s2cd.pairs import LeftOut, PairList, consecutive_pairs, fields_of_view, select_scenes
+from s2cd.reader import Tiling, require_asset
+
+
+@dataclass(frozen=True)
+class FieldOfView:
+    """All scenes of one tile and relative orbit that metadata let pass, in order of time."""
+
+    name: str
+    scenes: tuple[Scene, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, as far as metadata tell: pixels may still rule out scenes (see `min_valid`)."""
+
+    config: RunConfig
+    fields: tuple[FieldOfView, ...]
+    left_out: tuple[LeftOut, ...]
+    finished: frozenset[str]
+
+    @property
+    def scenes(self) -> list[Scene]:
+        """Every scene that takes part."""
+        return [scene for view in self.fields for scene in view.scenes]
+
+
+def make_plan(config: RunConfig, scenes: Iterable[Scene] | None = None) -> Plan:
+    """Search the catalogue (or take `scenes`) and decide which dates are compared, by metadata alone.
+
+    Raises CatalogError, NoScenesError if no two dates can be compared, and GridError if the scenes of one tile
+    lie on different grids.
+    """
+    found = list(scenes) if scenes is not None else search_scenes(config)
+    kept, left_out = select_scenes(found, max_cloud=config.max_cloud)
+    fields = []
+    for series in fields_of_view(kept, "any" if config.orbit == "any" else "same"):
+        if len(series) > 1:
+            fields.append(FieldOfView(view_name(series, config), tuple(series)))
+        else:
+            left_out.append(LeftOut(series[0].id, "the only date left of its tile and orbit"))
+    if not fields:
+        reasons = "; ".join(f"{item.what}: {item.reason}" for item in left_out[:3])
+        raise NoScenesError(
+            f"{config.catalog}: {len(found)} scenes found, but no two dates of one tile and orbit ({reasons})"
+        )
+    return Plan(config, tuple(fields), tuple(left_out), frozenset(outputs.finished(config.out)))
+
+
+@dataclass(frozen=True)
+class PlanTable:
+    """A plan in words and figures, for a person."""
+
+    pairs: int
+    rows: list[dict[str, Any]]
+    notes: list[str]
+    left_out: list[LeftOut]
+
+
+def describe_plan(plan: Plan) -> PlanTable:
+    """Say what a plan compares, reads and writes, from metadata alone.
+
+    Raises ConfigError for a band of the model that a scene does not offer, ModelError for an unknown model.
+    """
+    model = load_model(plan.config.model, device="cpu")
+    require_model_bands(plan, model)
+    rows, tasks, total, decoded = [], 0, 0, 0
+    left_out = list(plan.left_out)
+    for view in plan.fields:
+        pairs = pairs_of(view, plan.config)
+        left_out += pairs.left_out
+        grid = common_grid(view.scenes[:1], model.bands)
+        chunk = chunk_edge(plan.config, grid, model)
+        tiling = Tiling(grid.shape, chunk, model.halo)
+        units = -(-len(pairs) // (plan.config.dates_per_task - 1))
+        tasks += units * tiling.blocks[0] * tiling.blocks[1] + len(pairs) + len(view.scenes)
+        total += len(pairs)
+        decoded += sum(_decoded_bytes(scene, model.bands) for scene in view.scenes)
+        rows.append(
+            {
+                "field of view": view.name,
+                "dates": len(view.scenes),
+                "first": f"{view.scenes[0].time:%Y-%m-%d}",
+                "last": f"{view.scenes[-1].time:%Y-%m-%d}",
+                "pairs": len(pairs),
+                "finished": sum(pair.name in plan.finished for pair in pairs),
+                "pixels": f"{grid.shape[0]} x {grid.shape[1]}",
+                "chunks": f"{tiling.blocks[0]} x {tiling.blocks[1]} of {chunk}",
+            }
+        )
+    notes = [
+        f"model {model.name} ({model.hash[:12]}): bands {', '.join(model.bands)}, halo {model.halo} px",
+        f"{tasks / max(total, 1):.1f} tasks a pair, {decoded / 1e9:.2f} GB to decode, each block once a unit",
+        "pixels may still rule out dates with less than "
+        f"{plan.config.min_valid:.0%} valid: their neighbours are then paired",
+    ]
+    return PlanTable(total, rows, notes, left_out)
+
+
+def search_scenes(config: RunConfig) -> list[Scene]:
+    """Search the catalogue that `config` names, once. Raises CatalogError and NoScenesError."""
+    return catalog.search(
+        config.catalog,
+        bbox=config.bbox,
+        datetime=config.datetime,
+        tiles=config.tiles,
+        collection=config.collection,
+        orbit=config.orbit if isinstance(config.orbit, int) else None,
+    )
+
+
+def pairs_of(view: FieldOfView, config: RunConfig, valid_fractions: dict[str, float] | None = None) -> PairList:
+    """Pair the scenes of a field of view as `config` asks; `valid_fractions` by scene id, if pixels were looked at."""
+    return consecutive_pairs(
+        view.scenes,
+        min_valid=config.min_valid,
+        max_gap_days=config.max_gap_days,
+        valid_fractions=valid_fractions,
+        orbit="any" if config.orbit == "any" else "same",
+    )
+
+
+def chunk_edge(config: RunConfig, grid: Grid, model: Model) -> int:
+    """Edge of a chunk; one that is asked for is rounded up to the stride of the network."""
+    if config.chunk == "auto":
+        return auto_chunk(grid.shape, model.stride)
+    return -(-config.chunk // model.stride) * model.stride
+
+
+def _decoded_bytes(scene: Scene, bands: Sequence[str]) -> int:
+    shapes = [scene.assets[band].grid.shape for band in bands]
+    classes = scene.assets[SCL].grid.shape if SCL in scene.assets else (0, 0)
+    return sum(2 * rows * cols for rows, cols in shapes) + classes[0] * classes[1]
+
+
+def require_model_bands(plan: Plan, model: Model) -> None:
+    """Raise ConfigError before anything is computed if a scene lacks a band that the model needs."""
+    for scene in plan.scenes:
+        for band in model.bands:
+            require_asset(scene, band)
+
+
+def view_name(series: Sequence[Scene], config: RunConfig) -> str:
+    """Return the name of the field of view that these scenes share: "31UDS R051"."""
+    return f"{series[0].tile} {'any orbit' if config.orbit == 'any' else f'R{series[0].orbit or 0:03d}'}"
