@@ -30,6 +30,7 @@ SCL_CLASSES = {
 INVALID_CLASSES = (0, 1, 3, 8, 9, 10)
 GROWN_CLASSES = (3, 8, 9, 10)
 DILATION = 6
+SMALL_RADIUS = 8  # up to here shifted copies of a mask are faster than a distance transform
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,21 @@ def dilate(mask: np.ndarray, radius: float) -> np.ndarray:
     """Widen a bool mask (y, x) by a disc of `radius` pixels; exact, and local to `radius` pixels."""
     if radius < 1 or not mask.any():
         return mask
-    return ndimage.distance_transform_edt(~mask) <= radius
+    if radius > SMALL_RADIUS:
+        return ndimage.distance_transform_edt(~mask) <= radius
+    reach = int(radius)
+    runs = [mask]  # runs[k]: widened by k pixels to the left and right
+    for k in range(1, reach + 1):
+        run = runs[-1].copy()
+        run[:, k:] |= mask[:, :-k]
+        run[:, :-k] |= mask[:, k:]
+        runs.append(run)
+    out = runs[reach].copy()
+    for k in range(1, reach + 1):
+        run = runs[int((radius**2 - k**2) ** 0.5)]
+        out[k:] |= run[:-k]
+        out[:-k] |= run[k:]
+    return out
 
 
 def _isin(scl: np.ndarray, classes: Collection[int]) -> np.ndarray:
