@@ -11,7 +11,9 @@ import torch
 
 from s2cd.errors import S2cdError
 from s2cd.model import list_models, load_model
+from s2cd.model.registry import WEIGHTS
 from s2cd.training.baselines import BASELINES
+from s2cd.training.cards import publish
 from s2cd.training.data import City, load_cities
 from s2cd.training.fitting import Plan
 from s2cd.training.runs import Run, cross_validate, fold_cities, train
@@ -36,6 +38,8 @@ def main() -> None:
 @click.option("--folds", type=click.IntRange(1), default=1, help="Folds of the cross-validation; 1 = all cities.")
 @click.option("--fold", type=click.IntRange(0), default=0, help="The fold to hold out, from 0.")
 @click.option("--start", type=click.Path(exists=True, path_type=Path), help="Run whose weights to start from.")
+@click.option("--simulated", type=click.FloatRange(0, 1), default=0.0, help="Share of simulated samples beside labels.")
+@click.option("--guesses", type=click.Path(exists=True, path_type=Path), help="Run to learn from where it is sure.")
 @click.option("--steps", type=click.IntRange(1), default=Plan.steps, help="Optimisation steps.")
 @click.option("--batch-size", type=click.IntRange(1), default=Plan.batch_size, help="Crops in a step.")
 @click.option("--size", type=click.IntRange(32), default=128, help="Edge of a crop [px], a multiple of 64.")
@@ -44,7 +48,8 @@ def main() -> None:
 @click.option("--threads", type=click.IntRange(1), default=2, help="Threads of the arithmetic.")
 def fit(
     data: Path, out: Path, labels: bool, series: tuple[Path, ...], folds: int, fold: int, start: Path | None,
-    steps: int, batch_size: int, size: int, rate: float, seed: int, threads: int,
+    simulated: float, guesses: Path | None, steps: int, batch_size: int, size: int, rate: float, seed: int,
+    threads: int,
 ) -> None:  # fmt: skip
     """Train one network; interrupted, the same command goes on where it was."""
     torch.set_num_threads(threads)
@@ -52,7 +57,18 @@ def fit(
         raise click.BadParameter(f"{fold}, expected less than --folds {folds}", param_hint="--fold")
     held_out = fold_cities([c.name for c in load_cities(data)], folds, fold) if folds > 1 else ()
     plan = Plan(steps=steps, batch_size=batch_size, rate=rate, seed=seed)
-    train(data, out, plan, labels=labels, held_out=held_out, series=series, start=start, size=size)
+    train(
+        data,
+        out,
+        plan,
+        labels=labels,
+        held_out=held_out,
+        series=series,
+        start=start,
+        guesses=guesses,
+        simulated=simulated,
+        size=size,
+    )
 
 
 @main.command(name="score")
@@ -84,6 +100,20 @@ def _reports(
     if model:
         return {model: score(predictor(load_model(model)), cities, pictures)}
     raise click.UsageError(f"expected --model ({', '.join(list_models())}), --baseline or --runs")
+
+
+@main.command()
+@DATA
+@click.argument("name")
+@click.option("--run", type=click.Path(exists=True, path_type=Path), required=True, help="The run to ship.")
+@click.option("--runs", multiple=True, type=click.Path(exists=True, path_type=Path), help="Runs of the folds.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=WEIGHTS, help="Folder of the weights.", show_default=False
+)
+def card(data: Path, name: str, run: Path, runs: tuple[Path, ...], out: Path) -> None:
+    """Calibrate a run, and write it with its card as model NAME."""
+    document = publish(name, Run.open(run), [Run.open(p) for p in runs], load_cities(data), out)
+    click.echo(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from s2cd.model.device import Engine
 from s2cd.model.network import HALO, STRIDE, ChangeNet
 from s2cd.model.registry import Model
-from s2cd.training.data import City, load_cities, load_series
+from s2cd.training.data import City, Image, load_cities, load_series
 from s2cd.training.fitting import Plan, fit
 from s2cd.training.metrics import Histogram
-from s2cd.training.sampling import LabelledSampler, Sampler
+from s2cd.training.sampling import LabelledSampler, Mixture, Sampler
 from s2cd.training.scoring import Map, Report, predictor, score
-from s2cd.training.simulated import SimulatedSampler
+from s2cd.training.simulated import URBAN_KINDS, Place, SimulatedSampler
 
 FOLD_SEED = 4
 
@@ -69,6 +69,8 @@ def train(
     held_out: tuple[str, ...] = (),
     series: tuple[Path, ...] = (),
     start: Path | None = None,
+    guesses: Path | None = None,
+    simulated: float = 0.0,
     size: int = 128,
 ) -> Run:
     """Fit one network and write it to `out`, going on from a checkpoint there.
@@ -76,9 +78,12 @@ def train(
     labels    train on the labels of `data`, or on simulated changes in its pixels and those of `series`
     held_out  places of `data` that are not used
     start     run whose weights to start from
+    simulated with labels: share of samples with simulated changes beside the labelled ones
+    guesses   without labels: run whose sure guesses on the pairs of `data` stand in for labels (self-training)
     """
     cities = [city for city in load_cities(data) if city.name not in held_out]
-    sampler = _sampler(cities, series, size, labels=labels)
+    quiet = [images for root in series for images in load_series(root).values() if len(images) > 1]
+    sampler = _labelled(cities, quiet, size, simulated) if labels else _simulated(cities, quiet, size, guesses)
     torch.manual_seed(plan.seed)
     net = ChangeNet(norm=True)
     if start is not None:
@@ -86,15 +91,24 @@ def train(
     net = fit(net, sampler, plan, out)
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, out / "network.safetensors")
     description = {"held_out": list(held_out), "labels": labels, "plan": asdict(plan), "size": size}
-    (out / "run.json").write_text(json.dumps(description | {"start": start.name if start else None}, indent=1))
+    description |= {"start": start.name if start else None, "guesses": guesses.name if guesses else None}
+    description |= {"simulated": simulated if labels else 1.0}
+    (out / "run.json").write_text(json.dumps(description, indent=1))
     return Run(out, held_out)
 
 
-def _sampler(cities: list[City], series: tuple[Path, ...], size: int, *, labels: bool) -> Sampler:
-    if labels:
-        return LabelledSampler(cities, size)
-    quiet = [images for root in series for images in load_series(root).values() if len(images) > 1]
-    return SimulatedSampler([[c.before, c.after] for c in cities], quiet, size)
+def _labelled(cities: list[City], quiet: list[list[Image]], size: int, simulated: float) -> Sampler:
+    labelled = LabelledSampler(cities, size)
+    if not simulated:
+        return labelled
+    places = [Place.of([c.before, c.after], c.label.astype(np.float32)) for c in cities]
+    return Mixture(labelled, SimulatedSampler(places, quiet, size, kinds=URBAN_KINDS), simulated)
+
+
+def _simulated(cities: list[City], quiet: list[list[Image]], size: int, guesses: Path | None) -> Sampler:
+    guess = predictor(Run.open(guesses).model()) if guesses else None
+    places = [Place.of([c.before, c.after], guess(c) if guess else None) for c in cities]
+    return SimulatedSampler(places, quiet, size)
 
 
 def cross_validate(

@@ -28,8 +28,8 @@ class Sample:
 
 
 def normalised(image: Image, rows: slice, cols: slice) -> Array:
-    """Return a crop of `image` as (reflectance - centre) / spread, NaN = no observation."""
-    return image.normalised[:, rows, cols]
+    """Return a crop of `image` as (reflectance - centre) / spread, NaN = no observation; a copy."""
+    return image.normalised[:, rows, cols].copy()
 
 
 def to_tensor(crops: list[Array]) -> Tensor:
@@ -87,6 +87,17 @@ class LabelledSampler:
         truth = city.label[rows, cols].astype(np.float32)
         images = [normalised(image, rows, cols) for image in (city.before, city.after)]
         return Sample(images[0], images[1], truth, np.ones_like(truth))
+
+
+class Mixture:
+    """Draws from `first`, with chance `share` from `second`."""
+
+    def __init__(self, first: Sampler, second: Sampler, share: float):
+        self._samplers, self._share = (first, second), share
+
+    def sample(self, rng: Rng) -> Sample:
+        """Draw one."""
+        return self._samplers[int(rng.random() < self._share)].sample(rng)
 
 
 def mixed(a: Sample, b: Sample, rng: Rng) -> Sample:

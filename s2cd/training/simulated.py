@@ -8,6 +8,7 @@ labelled as no change: most users, and OSCD's truth, do not count them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,20 +38,30 @@ ROOFS = np.array(
     np.float32,
 )
 KINDS = {"construction": 0.45, "buildings": 0.2, "clear": 0.08, "burn": 0.05, "flood": 0.07, "field": 0.15}
+KINDS = {"construction": 0.45, "buildings": 0.2, "clear": 0.08, "burn": 0.05, "flood": 0.07, "field": 0.15}
+URBAN_KINDS = {"construction": 0.55, "buildings": 0.2, "field": 0.25}
 STRONG = Nuisances(gain=0.12, bias=0.15, field=0.25, noise=0.08, shift=1.2, shift_chance=0.5)
+KINDS = {"construction": 0.45, "buildings": 0.2, "clear": 0.08, "burn": 0.05, "flood": 0.07, "field": 0.15}
+URBAN_KINDS = {"construction": 0.55, "buildings": 0.2, "field": 0.25}
+STRONG = Nuisances(gain=0.12, bias=0.15, field=0.25, noise=0.08, shift=1.2, shift_chance=0.5)
+SURE = (0.02, 0.45)  # a guess is taken for unchanged below, for changed above
 
 
 @dataclass
 class Place:
-    """The dates of one place and, for each, where it looks built up: float32 (y, x) in [0, 1]."""
+    """The dates of one place and, for each, where it looks built up: float32 (y, x) in [0, 1].
+
+    `guess` is what an earlier network says of its first two dates, a probability (y, x), to train on its sure parts.
+    """
 
     images: list[Image]
     built: list[Array]
+    guess: Array | None = None
 
     @classmethod
-    def of(cls, images: list[Image]) -> Place:
+    def of(cls, images: list[Image], guess: Array | None = None) -> Place:
         """Compute the built-up scores."""
-        return cls(images, [built_up(image.reflectance) for image in images])
+        return cls(images, [built_up(image.reflectance) for image in images], guess)
 
 
 def vegetation(reflectance: Array) -> Array:
@@ -70,16 +81,18 @@ def built_up(reflectance: Array) -> Array:
 
 
 class SimulatedSampler:
-    """Crops of `cities` (two dates each) and of `series` (many close dates, small images), with simulated changes."""
+    """Crops of `places` (two dates each) and of `series` (many close dates, small images), with simulated changes."""
 
     def __init__(
-        self, cities: list[list[Image]], series: list[list[Image]], size: int, nuisances: Nuisances | None = None
+        self,
+        places: list[Place],
+        series: list[list[Image]],
+        size: int,
+        nuisances: Nuisances = STRONG,
+        kinds: Mapping[str, float] = KINDS,
     ):
-        self._cities = [Place.of(images) for images in cities]
-        self._series, self._size = series, size
-        self._nuisances = nuisances or Nuisances(
-            gain=0.12, bias=0.15, field=0.25, noise=0.08, shift=1.2, shift_chance=0.5
-        )
+        self._cities, self._series, self._size = places, series, size
+        self._nuisances, self._kinds = nuisances, kinds
 
     def sample(self, rng: Rng) -> Sample:
         """Draw one augmented crop."""
@@ -91,9 +104,17 @@ class SimulatedSampler:
         first = int(rng.integers(len(place.images)))
         second = first if kind < 0.6 else (first + 1) % len(place.images)
         before, after = (normalised(place.images[i], rows, cols) for i in (first, second))
-        weight = quiet_weight(before, after) if first != second else np.ones(before.shape[1:], np.float32)
-        sample = Sample(before, after.copy(), np.zeros_like(weight), weight)
-        if rng.random() < 0.85:
+        truth, weight = np.zeros(before.shape[1:], np.float32), np.ones(before.shape[1:], np.float32)
+        if first != second and place.guess is not None:
+            guess = place.guess[rows, cols]
+            truth, weight = (
+                (guess > SURE[1]).astype(np.float32),
+                ((guess < SURE[0]) | (guess > SURE[1])).astype(np.float32),
+            )
+        elif first != second:
+            weight = quiet_weight(before, after)
+        sample = Sample(before, after, truth, weight)
+        if rng.random() < (0.85 if place.guess is None or first == second else 0.5):
             for _ in range(int(rng.integers(1, 6))):
                 self._change(sample, place.images[second], rng)
         return augmented(sample, rng, self._nuisances)
@@ -101,9 +122,7 @@ class SimulatedSampler:
     def _change(self, sample: Sample, image: Image, rng: Rng) -> None:
         """Put one change into the later date of `sample` and mark it."""
         ndvi = vegetation(sample.after * image.stats[:, 1, None, None] + image.stats[:, 0, None, None])
-        kind = rng.choice(
-            ["construction", "buildings", "clear", "burn", "flood", "field"], p=(0.45, 0.2, 0.08, 0.05, 0.07, 0.15)
-        )
+        kind = str(rng.choice(list(self._kinds), p=list(self._kinds.values())))
         outline = random_outline(sample.truth.shape, rng, small=kind == "buildings")
         if kind in {"clear", "burn", "field"}:
             outline &= ndvi > 0.35

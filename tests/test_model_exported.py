@@ -1,0 +1,89 @@
+"""Networks that users bring, exported here as a user would."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from s2cd.errors import ModelError
+from s2cd.model import load_model
+
+DESCRIPTION = {"bands": ["B04", "nir"], "scale": 10000.0, "stride": 4, "halo": 4, "output": "probability"}
+
+
+class Distance(nn.Module):
+    """Probability from the smoothed difference of two dates of digital numbers."""
+
+    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        difference = (before - after).abs().mean(dim=1, keepdim=True) / 10000
+        return 1 - torch.exp(-10 * nn.functional.avg_pool2d(difference, 3, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows, cols = torch.export.Dim("rows", min=2, max=2048), torch.export.Dim("cols", min=2, max=2048)
+    shape = {2: 4 * rows, 3: 4 * cols}
+    example = (torch.zeros(1, 2, 16, 24), torch.ones(1, 2, 16, 24))
+    exported = torch.export.export(Distance(), example, dynamic_shapes=(shape, shape))
+    path = tmp_path_factory.mktemp("export") / "distance.pt2"
+    torch.export.save(exported, path)
+    return path
+
+
+def described(program: Path, folder: Path, **fields: object) -> str:
+    """Copy the program to `folder` with a description that differs in `fields`; None leaves a field out."""
+    copy = folder / "mine.pt2"
+    copy.write_bytes(program.read_bytes())
+    description = {k: v for k, v in {**DESCRIPTION, **fields}.items() if v is not None}
+    (folder / "mine.json").write_text(json.dumps(description))
+    return str(copy)
+
+
+def test_an_exported_program_is_a_model(program, tmp_path):
+    model = load_model(described(program, tmp_path), device="cpu")
+    assert (model.bands, model.stride, model.halo) == (("red", "nir"), 4, 4)
+    rng = np.random.default_rng(0)
+    before, after = rng.uniform(0, 0.4, (2, 2, 17, 19)).astype(np.float32)
+    after[:, 3, 5] = np.nan
+    result = model.predict(before, after)
+    difference = np.abs(np.nan_to_num(before) - np.where(np.isnan(after), 0, after)).mean(axis=0)
+    assert np.isnan(result[3, 5])
+    expected = 1 - np.exp(-10 * difference[10:13, 10:13].mean())
+    assert result[11, 11] == pytest.approx(expected, abs=1e-5)
+    numbers = [np.nan_to_num(d * 10000 + 1000).astype(np.float32) for d in (before, after)]
+    affine = model.affine(model.statistics(before), 1e-4, -0.1)
+    a, b = (model.encode(n, affine, np.isfinite(after).all(axis=0)) for n in numbers)
+    np.testing.assert_allclose(model.decode(a, b)[8:, 8:], result[8:, 8:], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"halo": None}, "lacks 'halo'"),
+        ({"halo": 6}, "a halo that is a multiple of it"),
+        ({"stride": 3}, "even stride"),
+        ({"bands": ["red", "ultraviolet"]}, "unknown band 'ultraviolet'"),
+        ({"bands": ["red", "nir", "blue"]}, "fails on two dates"),
+        ({"output": "maybe"}, "output is 'maybe'"),
+        ({"scale": "much"}, "could not convert"),
+    ],
+)
+def test_a_wrong_description_is_named(program, tmp_path, fields, message):
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(described(program, tmp_path, **fields), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_or_damaged_files_are_named(program, tmp_path):
+    path = described(program, tmp_path)
+    Path(path).write_bytes(program.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=r"cannot load mine\.pt2"):
+        load_model(path, device="cpu")
+    (tmp_path / "mine.json").unlink()
+    with pytest.raises(ModelError, match=r"cannot read mine\.json"):
+        load_model(path, device="cpu")
