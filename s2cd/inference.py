@@ -238,8 +238,8 @@ def _infer_pair(
 
 def _halo(model: Model, mask: Mask, dates: Iterable[SceneInput]) -> int:
     """Pixels around a chunk that its result depends on: of the network, and of the mask that its input depends on."""
-    reach = mask.dilation if all(date.scl is not None for date in dates) else mask.reach
-    return model.halo + -(-reach // model.stride) * model.stride
+    reach = model.reach + (mask.dilation if all(date.scl is not None for date in dates) else mask.reach)
+    return -(-reach // model.stride) * model.stride
 
 
 def _with_halo(cube: xr.DataArray, model: Model, halo: int) -> tuple[da.Array, tuple[tuple[int, ...], tuple[int, ...]]]:

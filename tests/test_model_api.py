@@ -7,12 +7,13 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2cd.errors import ModelError
 from s2cd.model import BANDS, list_models, load_model, registry
-from s2cd.model.network import HALO, STRIDE, ChangeNet, cost
+from s2cd.model.network import HALO, INPUTS, REACH, STRIDE, ChangeNet, cost
 
 
 def ground(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
@@ -178,3 +179,21 @@ def test_cuda_equals_cpu_to_bfloat16(model):
     images = ground((785, 799)), ground((785, 799), 1)
     found = load_model(model.name, device="cuda").predict(*images)
     assert np.abs(found - model.predict(*images)).mean() < 0.01
+
+
+def test_reach_is_as_far_as_a_pixel_beyond_an_aligned_edge_matters():
+    """With positive weights every path counts: what is REACH away matters, what is further does not."""
+    net = ChangeNet().double().eval()
+    for parameter in net.parameters():
+        torch.nn.init.uniform_(parameter, 0.01, 0.3)
+    edge, size, reach = 64, 128, REACH // 2  # on the 20 m grid; a multiple of the network's stride there
+    generator = torch.Generator().manual_seed(0)
+    before, after = torch.rand(2, 1, INPUTS, size, size, dtype=torch.float64, generator=generator)
+    with torch.no_grad():
+        base = net.decode(net.encode(before), net.encode(after))
+        for distance, matters in ((reach, True), (reach + 1, False)):
+            for column, kept in ((edge - distance, slice(2 * edge, None)), (edge + distance - 1, slice(2 * edge))):
+                moved = before.clone()
+                moved[..., column] += 100
+                result = net.decode(net.encode(moved), net.encode(after))
+                assert torch.equal(result[..., kept], base[..., kept]) != matters

@@ -88,7 +88,7 @@ def load_exported(path: Path, device: torch.device) -> ExportedModel:
     _try(network, path, len(bands), stride, device)
     digest = hashlib.sha256(path.read_bytes() + path.with_suffix(".json").read_bytes()).hexdigest()
     engine = Engine(network, device, stride=stride, halo=halo, bfloat16=False)
-    model = ExportedModel(str(path), digest, engine, card, bands=bands, stride=stride, halo=halo)
+    model = ExportedModel(str(path), digest, engine, card, bands=bands, stride=stride, halo=halo, reach=halo)
     model.scale = scale
     return model
 

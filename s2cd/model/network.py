@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 STRIDE = 16  # 10 m pixels that one pixel of the coarsest level covers
+REACH = 52  # 10 m pixels beyond a multiple of STRIDE that what lies before it depends on
 HALO = 64  # 10 m pixels; at least the radius of the receptive field, a multiple of STRIDE
 FINE_BANDS = 4  # the first bands, at 10 m
 COARSE_BANDS = 3  # the others, at 20 m

@@ -18,7 +18,7 @@ from torch import Tensor
 from s2cd.errors import ModelError
 from s2cd.model import normalise
 from s2cd.model.device import Engine, choose_device
-from s2cd.model.network import FINE_BANDS, HALO, STRIDE, ChangeNet, Features
+from s2cd.model.network import FINE_BANDS, HALO, REACH, STRIDE, ChangeNet, Features
 
 BANDS = ("blue", "green", "red", "nir", "nir08", "swir16", "swir22")
 WEIGHTS = Path(__file__).parent / "weights"
@@ -43,7 +43,8 @@ class Model:
     hash    sha256 (hex) of the weights file
     bands   common names of the bands, in order; the first four at 10 m, the others at 20 m
     stride  chunk edges are multiples of it [10 m pixels]
-    halo    pixels around a chunk that its result depends on [10 m pixels]
+    halo    pixels around a chunk to be read with it, a multiple of `stride` [10 m pixels]
+    reach   how many of them, from the chunk's edge, its result depends on [10 m pixels]
     card    the model card: data, licence, scores and cost
 
     Threads may call `encode` and `decode` at the same time; on a GPU one call runs at a time.
@@ -59,9 +60,10 @@ class Model:
         bands: tuple[str, ...] = BANDS,
         stride: int = STRIDE,
         halo: int = HALO,
+        reach: int = REACH,
     ):
         self.name, self.hash, self.card = name, digest, card
-        self.bands, self.stride, self.halo = bands, stride, halo
+        self.bands, self.stride, self.halo, self.reach = bands, stride, halo, reach
         self._engine = engine
 
     def __reduce__(self) -> tuple[Any, tuple[str, str]]:
