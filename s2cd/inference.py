@@ -29,7 +29,7 @@ from s2cd.pairs import Pair
 from s2cd.reader import Tiling, read_window
 from s2cd.survey import SceneInput, Survey, observed, scene_input, survey_scene
 
-DEFAULT_CHUNK = 2048
+DEFAULT_CHUNK = 1376  # an eighth of a tile: half the memory of 2048 for a few percent more halo
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ def change_codes(
 
 
 def auto_chunk(shape: tuple[int, int], stride: int) -> int:
-    """Return the edge of a chunk: about 2048 pixels, equal parts, at least two along a side of 512 or more."""
+    """Return the edge of a chunk: about DEFAULT_CHUNK pixels, equal parts, two or more along a side of 512 or more."""
     longest = max(shape)
     parts = max(2 if longest >= 512 else 1, round(longest / DEFAULT_CHUNK))
     return -(-longest // (parts * stride)) * stride
