@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 import threading
 import time
 from collections import Counter
@@ -106,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "html":
             self._send(200, b"<html>the portal is down for maintenance</html>")
         elif fault == "reset":
-            self.connection.close()
+            self._hang_up()
         else:
             if fault == "slow":
                 time.sleep(self.server.stall / 20)
@@ -137,9 +138,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.wfile.write(sent)
         if fault in {"truncated", "reset-midway"}:
-            self.close_connection = True
-            if fault == "reset-midway":
-                self.connection.close()
+            self.wfile.flush()
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     def _send(self, status: int, body: bytes) -> None:
         self.send_response(status)

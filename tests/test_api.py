@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import socket
 import subprocess
 import threading
 import urllib.error
@@ -124,7 +125,7 @@ class _ProxyHandler(BaseHTTPRequestHandler):
         fault = self.server.plan.get(len(self.server.requests))
         if fault == "drop":
             self.close_connection = True
-            self.connection.close()
+            self.connection.shutdown(socket.SHUT_RDWR)
         elif fault is not None:
             self._answer(int(fault), b"fault", {"Retry-After": "0"} if fault in {429, 503} else {})
         else:

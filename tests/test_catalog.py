@@ -10,7 +10,7 @@ import pytest
 
 from s2cd.catalog import freeze, load_scenes, scene_from_item, scene_rows, scene_to_item, search
 from s2cd.catalog.filters import check_bbox, intersects, parse_interval
-from s2cd.errors import CatalogError, ConfigError, NoScenesError, S2cdWarning
+from s2cd.errors import CatalogError, ConfigError, NoScenesError, OutputError, S2cdWarning
 
 
 def test_oscd_catalogue(shared_data: Path) -> None:
@@ -190,3 +190,20 @@ def _box(west: float, south: float, east: float, north: float) -> dict[str, obje
 )
 def test_footprints_meet_boxes(footprint: dict, bbox: tuple, meets: bool) -> None:
     assert intersects(footprint, bbox) is meets
+
+
+def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "no.parquet").write_text("no")
+    with pytest.raises(CatalogError, match=r"no\.parquet: cannot be read as stac-geoparquet"):
+        search(tmp_path / "no.parquet")
+    with pytest.raises(CatalogError, match=r"none\.parquet: does not exist"):
+        search(tmp_path / "none.parquet")
+
+
+def test_freezing_nothing_and_nowhere(shared_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(NoScenesError, match="no scenes to freeze"):
+        freeze([], tmp_path / "x.parquet")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"x\.parquet: cannot be written"):
+        freeze(search(shared_data / "oscd"), tmp_path / "file" / "x.parquet")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import rustac
+import urllib3
 
 from s2cd.catalog.items import scene_from_item, scene_to_item
 from s2cd.catalog.scene import Scene
+from s2cd.catalog.static import fetch, is_url
 from s2cd.errors import CatalogError, NoScenesError, OutputError
 
 PART_OF = "s2cd:part_of"
@@ -31,19 +35,20 @@ def freeze(scenes: Iterable[Scene], path: str | PathLike[str]) -> None:
         rustac.write_sync(str(partial), items)
         partial.replace(target)
     except (OSError, rustac.RustacError) as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise OutputError(f"{target}: cannot be written: {error}") from error
 
 
 def read_frozen(path: str | PathLike[str]) -> list[Scene]:
     """Read every scene of a stac-geoparquet file. Raises CatalogError if it is none."""
     source = fspath(path)
-    if "://" not in source and not Path(source).is_file():
+    if not is_url(source) and not Path(source).is_file():
         raise CatalogError(f"{source}: does not exist")
     try:
-        found: Any = rustac.read_sync(source)
-    except (OSError, ValueError, rustac.RustacError) as error:
-        raise CatalogError(f"{source}: is not stac-geoparquet: {error}") from error
+        found = _read(source)
+    except (OSError, ValueError, rustac.RustacError, urllib3.exceptions.HTTPError) as error:
+        raise CatalogError(f"{source}: cannot be read as stac-geoparquet: {error}") from error
     base = source if "://" in source else str(Path(source).absolute())
     items = [_without_nulls(item) for item in found["features"]]
     parts: dict[str, list[Scene]] = {}
@@ -56,6 +61,16 @@ def read_frozen(path: str | PathLike[str]) -> list[Scene]:
         else:
             parts.setdefault(owner, []).append(scene)
     return [replace(s, parts=tuple(parts[s.id])) if s.id in parts else s for s in wholes]
+
+
+def _read(source: str) -> dict[str, Any]:
+    """The file's items as an ItemCollection; rustac itself reads no plain http."""
+    if not is_url(source):
+        return rustac.read_sync(source)
+    with TemporaryDirectory() as folder:
+        copy = Path(folder) / "items.parquet"
+        copy.write_bytes(fetch(source))
+        return rustac.read_sync(str(copy))
 
 
 def _items(scene: Scene) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ ENTRY_FILES = ("catalog.json", "collection.json")
 RETRIED_STATUS = (429, 500, 502, 503, 504)
 PARALLEL_REQUESTS = 16
 LONGEST_WAIT = 60.0
+BACKOFF = 0.3
 Document = tuple[Mapping[str, Any], str]
 
 
@@ -35,7 +36,7 @@ def retry_policy() -> Retry:
     return Retry(
         total=6,
         connect=3,
-        backoff_factor=0.3,
+        backoff_factor=BACKOFF,
         backoff_max=20,
         backoff_jitter=0.2,
         status_forcelist=RETRIED_STATUS,
@@ -46,7 +47,13 @@ def retry_policy() -> Retry:
 
 
 TIMEOUT = urllib3.Timeout(connect=10, read=60)
-_HTTP = urllib3.PoolManager(maxsize=PARALLEL_REQUESTS, retries=retry_policy(), timeout=TIMEOUT)
+_pools: dict[str, urllib3.PoolManager] = {}
+
+
+def _http() -> urllib3.PoolManager:
+    if "pool" not in _pools:
+        _pools["pool"] = urllib3.PoolManager(maxsize=PARALLEL_REQUESTS, retries=retry_policy(), timeout=TIMEOUT)
+    return _pools["pool"]
 
 
 def is_url(source: str) -> bool:
@@ -57,7 +64,7 @@ def is_url(source: str) -> bool:
 def read_document(source: str) -> Mapping[str, Any]:
     """Read one JSON object from a path or URL. Raises CatalogError if there is none."""
     try:
-        text = _fetch(source) if is_url(source) else Path(source).read_bytes()
+        text = fetch(source) if is_url(source) else Path(source).read_bytes()
         document = json.loads(text)
     except FileNotFoundError:
         raise CatalogError(f"{source}: does not exist") from None
@@ -70,8 +77,9 @@ def read_document(source: str) -> Mapping[str, Any]:
     return document
 
 
-def _fetch(url: str) -> bytes:
-    response = _HTTP.request("GET", url)
+def fetch(url: str) -> bytes:
+    """Fetch what stands at `url`. Raises CatalogError for any answer but 200, HTTPError where there is none."""
+    response = _http().request("GET", url)
     if response.status != 200:
         raise CatalogError(f"{url}: server answered {response.status} {response.reason}")
     return response.data

@@ -1,0 +1,79 @@
+"""Static catalogues by URL, from a server that misbehaves and from nginx."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from fault_server import FaultServer
+from service_addresses import service
+
+from s2cd.catalog import freeze, search, static
+from s2cd.errors import CatalogError
+from s2cd.reader import band_source, read_window
+
+
+@pytest.fixture
+def server(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultServer]:
+    monkeypatch.setattr(static, "BACKOFF", 0.01)
+    monkeypatch.setattr(static, "_pools", {})
+    with FaultServer(shared_data, seed=3, stall=0.2) as running:
+        yield running
+
+
+def test_a_catalogue_by_url_is_that_of_the_folder(server: FaultServer, shared_data: Path) -> None:
+    local = search(shared_data / "oscd")
+    found = search(f"{server.url}/oscd/catalog.json")
+    assert [s.id for s in found] == [s.id for s in local]
+    assert found[0].assets["red"].href == f"{server.url}/oscd/" + local[0].assets["red"].href.split("/oscd/")[1]
+    grid = found[0].assets["red"].grid
+    window = (slice(100, 300), slice(7, 300))
+    near, far = (read_window(band_source(s[0], "red"), grid, window) for s in (local, found))
+    assert np.array_equal(near, far)
+
+
+def test_a_catalogue_by_url_survives_faults(server: FaultServer, shared_data: Path) -> None:
+    server.rate, server.faults = 0.2, ("503", "429", "reset", "reset-midway", "truncated", "slow")
+    found = search(f"{server.url}/flanders/catalog.json", tiles="31UES")
+    assert [s.id for s in found] == [s.id for s in search(shared_data / "flanders", tiles="31UES")]
+    assert sum(server.counts.values()) > 20
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("gone/catalog.json", "server answered 404"),
+        ("oscd/labels/bercy.tif", "is not JSON, so not STAC"),
+        ("stac/eodag/cop_dataspace_search.json", "is JSON but not STAC"),
+    ],
+)
+def test_a_url_that_is_no_catalogue(server: FaultServer, path: str, message: str) -> None:
+    with pytest.raises(CatalogError, match=message):
+        search(f"{server.url}/{path}")
+
+
+def test_a_frozen_search_by_url(server: FaultServer, shared_data: Path, tmp_path: Path) -> None:
+    scenes = search(shared_data / "oscd")
+    freeze(scenes, tmp_path / "scenes.parquet")
+    server.root = tmp_path
+    assert search(f"{server.url}/scenes.parquet") == scenes
+
+
+@pytest.mark.services
+def test_pixels_from_nginx(shared_data: Path) -> None:
+    url, folder = service("S2CD_TEST_ASSETS_URL"), Path(service("S2CD_TEST_ASSETS_DIR"))
+    source = shared_data / "oscd" / "assets" / "paris" / "20161130"
+    shutil.copytree(source, folder / "paris", dirs_exist_ok=True)
+    scene = next(s for s in search(shared_data / "oscd") if s.id == "oscd_paris_20161130")
+    for band, name in (("red", "B04"), ("swir16", "B11")):
+        asset = scene.assets[band]
+        with rasterio.open(asset.href) as dataset:
+            truth = dataset.read(1)
+        far = band_source(scene, band)
+        moved = type(far)(band, (f"{url}/paris/{name}.tif",), "static")
+        whole = (slice(0, asset.grid.shape[0]), slice(0, asset.grid.shape[1]))
+        assert np.array_equal(read_window(moved, asset.grid, whole), truth)
