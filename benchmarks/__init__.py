@@ -1,0 +1,1 @@
+"""How fast s2cd is, beside the peers, and why: `python -m benchmarks prepare|run|compare|report|europe`."""

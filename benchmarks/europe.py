@@ -1,0 +1,260 @@
+"""Europe for a year: its plan, and its whole task stream through a real scheduler.
+
+Real are the plan, the runner, its graphs, the client, the scheduler and the messages between them. Simulated are the
+catalogue (drawn from the orbits, the revisit and the clouds of Europe) and what tasks do: they sleep (see
+`benchmarks.nodes`) for the time that reading and encoding were measured to take, and the network is assumed to take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import psutil
+from distributed import Client
+
+from benchmarks import nodes
+from benchmarks.measure import ROOT, BenchmarkError, memory
+from s2cd import inference, runner
+from s2cd.catalog.bands import BANDS, SCL
+from s2cd.catalog.scene import Asset, Grid, Scene
+from s2cd.config import RunConfig
+
+TILES = 1300
+YEAR = datetime(2023, 1, 1, tzinfo=UTC)
+REVISIT = 5  # days, of two satellites over one orbit
+ORBITS_OF_A_TILE = (0.28, 0.55, 0.17)  # shares of tiles that one, two or three relative orbits see
+CLOUD_WINTER, CLOUD_SUMMER = 0.58, 0.38  # mean cover over Europe; single dates are mostly clear or mostly covered
+USED = ("blue", "green", "red", "nir", "nir08", "swir16", "swir22")
+GSD = {band.common_name: band.gsd for band in BANDS} | {SCL: 20}
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one node is taken to be, and its times for a full tile in seconds.
+
+    read     of one date, by one core: measured ("decode alone")
+    encode   of one map, by one core: measured ("encode alone")
+    survey   of one date, by one core: measured
+    network  of one pair, by the device: assumed; there was no GPU to measure it on
+    """
+
+    cores: int = 16
+    read: float = 10.0
+    encode: float = 4.0
+    survey: float = 0.5
+    network: float = 0.25
+
+    def pairs_per_hour(self) -> tuple[float, str]:
+        """What the node could do if it never waited, and what bounds it."""
+        host = (self.read + self.encode + self.survey) / self.cores
+        return 3600 / max(host, self.network), "decode and encode" if host > self.network else "network"
+
+
+def catalogue(tiles: int, seed: int = 0) -> Iterator[Scene]:
+    """Draw the scenes of `tiles` tiles, tile by tile: 1 to 3 orbits, every fifth day, clouds by season."""
+    rng = np.random.default_rng(seed)
+    for number in range(tiles):
+        tile = f"{28 + number % 12}{'STUVW'[number % 5]}{chr(65 + number // 26 % 26)}{chr(65 + number % 26)}"
+        tile = f"{tile}{number:04d}"
+        grids = {10: _grid(number, 10), 20: _grid(number, 20)}
+        for orbit in rng.choice(np.arange(1, 144), size=1 + rng.choice(3, p=ORBITS_OF_A_TILE), replace=False):
+            first = int(rng.integers(REVISIT))
+            for day in range(first, 365, REVISIT):
+                yield _scene(tile, int(orbit), YEAR + timedelta(days=day, hours=10.5), _cloud(rng, day), grids)
+
+
+def _cloud(rng: np.random.Generator, day: int) -> float:
+    summer = 0.5 - 0.5 * np.cos(2 * np.pi * (day - 15) / 365)
+    mean = CLOUD_WINTER + (CLOUD_SUMMER - CLOUD_WINTER) * summer
+    return round(float(100 * rng.beta(0.7 * mean, 0.7 * (1 - mean))), 2)
+
+
+def _grid(number: int, gsd: int) -> Grid:
+    edge = 109800 // gsd
+    west, north = 300000.0 + 99960 * (number % 40), 4000000.0 + 99960 * (number // 40)
+    return Grid(32628 + number % 12, (float(gsd), 0.0, west, 0.0, -float(gsd), north), (edge, edge))
+
+
+def _scene(tile: str, orbit: int, time: datetime, cloud: float, grids: dict[int, Grid]) -> Scene:
+    name = f"S2A_{tile}_{orbit:03d}_{time:%Y%m%d}_0_L2A"
+    folder = f"https://sentinel-cogs.s3.us-west-2.amazonaws.com/sentinel-s2-l2a-cogs/{tile[:2]}/{time:%Y/%m}/{name}"
+    assets = {
+        band: Asset(band, f"{folder}/{band}.tif", grids[GSD[band]], *((1.0, 0.0) if band == SCL else (1e-4, 0.0)), "")
+        for band in (*USED, SCL)
+    }
+    ring = [[0.0, 0.0], [1.4, 0.0], [1.4, 1.0], [0.0, 1.0], [0.0, 0.0]]
+    return Scene(
+        id=name,
+        provider="earth-search",
+        collection="sentinel-2-l2a",
+        level="L2A",
+        tile=tile,
+        orbit=orbit,
+        time=time,
+        platform="sentinel-2a",
+        baseline="05.09",
+        cloud_cover=cloud,
+        datatake=None,
+        footprint={"type": "Polygon", "coordinates": [ring]},
+        assets=assets,
+    )
+
+
+def simulate(tiles: int, count: int, node: Node, *, motion: float, chunk: int | str = "auto") -> dict[str, Any]:
+    """Run the task stream of `tiles` tiles on `count` simulated nodes; return times, loads and memory.
+
+    `motion` stretches every sleep: 1 is real time. The scheduler runs in a process of its own, the driver in this
+    one, the nodes in two more.
+    """
+    environment = {f"S2CD_BENCH_{what.upper()}": str(getattr(node, what) * motion) for what in nodes.TIMES}
+    rows: list[dict[str, float]] = []
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(tempfile.TemporaryDirectory())
+        scheduler, address = stack.enter_context(_scheduler())
+        for part in _split(count, 2):
+            stack.enter_context(_started("benchmarks.nodes", address, str(part), str(node.cores), extra=environment))
+        client = stack.enter_context(Client(address))
+        client.wait_for_workers(count)
+        stack.enter_context(_simulated_tasks())
+        driver = psutil.Process()
+        begin = [_cpu(driver), _cpu(scheduler), time.perf_counter()]
+
+        def look(phase: str, done: int, total: int) -> None:
+            if phase == "survey" and done % max(1, total // 40) == 0:
+                figures = memory(os.getpid()), memory(scheduler.pid)
+                seconds = time.perf_counter() - begin[2]
+                rows.append(
+                    {"fields": done, "driver_mb": figures[0] / 1e6, "scheduler_mb": figures[1] / 1e6, "s": seconds}
+                )
+
+        config = RunConfig(catalog="synthetic", out=out, device="cpu", chunk=chunk, quicklook=False)
+        report = runner.run(config, client, scenes=catalogue(tiles), progress=look)
+        spent = [_cpu(driver) - begin[0], _cpu(scheduler) - begin[1], time.perf_counter() - begin[2]]
+    pairs = report.count("written")
+    if pairs < len(report.maps):
+        failed = next(m for m in report.maps if m.status != "written")
+        raise BenchmarkError(f"{len(report.maps) - pairs} simulated maps were not written, the first: {failed.error}")
+    working = rows[-1]["s"] - rows[0]["s"]
+    rate, bound = node.pairs_per_hour()
+    return {
+        "tiles": tiles,
+        "nodes": count,
+        "motion": motion,
+        "pairs": pairs,
+        "wall_s": spent[2],
+        "before_first_task_s": rows[0]["s"],
+        "driver_cpu_ms_per_pair": 1000 * spent[0] / pairs,
+        "scheduler_cpu_ms_per_pair": 1000 * spent[1] / pairs,
+        "busy": pairs * motion / (count * rate / 3600) / working,
+        "bound_of_a_node": bound,
+        "node": asdict(node),
+        "memory": rows,
+    }
+
+
+def measured_node(results: Path, *, network: float, read: float | None = None, encode: float | None = None) -> Node:
+    """Return a node with the recorded times of a full tile, or the given ones."""
+    recorded = Node()
+    for path in sorted(results.glob("*-run-10980px.json")):
+        document = json.loads(path.read_text())
+        stages, dates = document["parts"].get("stages"), document["settings"]["dates"]
+        if stages:
+            recorded = replace(recorded, read=stages["decode"] / dates, encode=stages["encode"] / (dates - 1))
+    return replace(recorded, network=network, read=read or recorded.read, encode=encode or recorded.encode)
+
+
+def describe(runs: list[dict[str, Any]]) -> str:
+    """Say what runs of the simulation mean, in Markdown."""
+    node = Node(**runs[0]["node"])
+    rate, bound = node.pairs_per_hour()
+    worst = max(runs, key=lambda r: r["pairs"])
+    central = 3.6e6 / max(worst["scheduler_cpu_ms_per_pair"], worst["driver_cpu_ms_per_pair"])
+    name = "scheduler" if worst["scheduler_cpu_ms_per_pair"] >= worst["driver_cpu_ms_per_pair"] else "driver"
+    lines = [
+        f"A node: {node.cores} cores; a full tile takes {node.read:.1f} core-s to read and decode a date and "
+        f"{node.encode:.1f} core-s to encode a map (measured), {node.network:g} s of the device a pair (assumed): "
+        f"{rate:,.0f} pairs an hour, bound by {bound}.",
+        "",
+        "| nodes | pairs an hour, at most | bound by |",
+        "|---|---|---|",
+    ]
+    for count in (1, 8, 64):
+        lines.append(f"| {count} | {min(count * rate, central):,.0f} | {bound if count * rate < central else name} |")
+    lines += [
+        "",
+        "| simulated | tiles | pairs | tasks slept x | wall s | plan s | driver ms a pair | scheduler ms a pair |",
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for r in runs:
+        lines.append(
+            f"| {r['nodes']} nodes | {r['tiles']} | {r['pairs']} | {r['motion']:g} | {r['wall_s']:.0f} | "
+            f"{r['before_first_task_s']:.0f} | {r['driver_cpu_ms_per_pair']:.1f} | "
+            f"{r['scheduler_cpu_ms_per_pair']:.1f} |"
+        )
+    lines += ["", "Memory while it runs, MB:", "", "| fields of view | driver | scheduler |", "|---|---|---|"]
+    rows = worst["memory"]
+    for row in rows[:: max(1, len(rows) // 8)]:
+        lines.append(f"| {row['fields']:.0f} | {row['driver_mb']:.0f} | {row['scheduler_mb']:.0f} |")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _simulated_tasks() -> Iterator[None]:
+    """The runner as it is, but for the three functions that its tasks call."""
+    with (
+        mock.patch.object(runner, "survey_scene", nodes.survey_scene),
+        mock.patch.object(runner, "write_pair", nodes.write_pair),
+        mock.patch.object(inference, "_infer_block", nodes.infer_block),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _scheduler() -> Iterator[tuple[psutil.Process, str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = ("scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard", "--no-jupyter")
+    with _started("dask", *arguments) as process:
+        yield psutil.Process(process.pid), f"tcp://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def _started(module: str, *arguments: str, extra: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **(extra or {})},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        process.kill()
+
+
+def _split(count: int, parts: int) -> list[int]:
+    return [n for n in (len(range(i, count, parts)) for i in range(parts)) if n]
+
+
+def _cpu(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system

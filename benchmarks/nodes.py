@@ -1,0 +1,63 @@
+"""Simulated nodes: Dask workers that sleep as long as reading, the network and encoding would take.
+
+Each process holds many workers, each with the threads of one node and one device that takes one call at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+from distributed import Worker, get_worker
+
+from s2cd.survey import Survey
+
+TIMES = ("survey", "read", "network", "encode")
+_devices: dict[str, threading.Lock] = defaultdict(threading.Lock)
+
+
+def _sleep(what: str, amount: float) -> None:
+    time.sleep(float(os.environ[f"S2CD_BENCH_{what.upper()}"]) * amount)
+
+
+def survey_scene(scene: Any, mask: Any, model: Any) -> Survey:
+    """Take the place of `s2cd.survey.survey_scene`."""
+    _sleep("survey", 1)
+    bands = len(scene.sources)
+    return Survey(scene.id, 0.9, np.ones((bands, 2), np.float32), np.zeros(bands, np.float32))
+
+
+def infer_block(*, series: Any, tiling: Any, block_id: Any = None, **_: Any) -> np.ndarray:
+    """Take the place of `s2cd.inference._infer_block`: dates are read one after another, then compared."""
+    if block_id is None:
+        return np.empty((0, 0, 0), np.uint16)
+    share = 1 / (tiling.blocks[0] * tiling.blocks[1])
+    _sleep("read", len(series.dates) * share)
+    with _devices[get_worker().address]:
+        _sleep("network", len(series.pairs) * share)
+    return np.zeros((len(series.pairs), 1, 1), np.uint16)
+
+
+def write_pair(blocks: Any, position: int, pair: Any, grid: Any, ref: Any, config: Any) -> dict[str, float]:
+    """Take the place of `s2cd.runner.write_pair`."""
+    _sleep("encode", 1)
+    return {"valid_fraction": 0.9, "changed_fraction": 0.01, "shift": None}
+
+
+async def serve(address: str, nodes: int, threads: int) -> None:
+    """Run `nodes` workers of `threads` threads each until the scheduler goes."""
+    workers = [
+        await Worker(address, nthreads=threads, memory_limit=0, heartbeat_interval="5s", dashboard=False)
+        for _ in range(nodes)
+    ]
+    await asyncio.gather(*(worker.finished() for worker in workers))
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

@@ -1,0 +1,100 @@
+"""A plain loop: rasterio reads windows with overlap, torch compares them, rasterio writes the map.
+
+One process; torch uses every core, GDAL compresses on every core.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from rasterio.windows import Window
+
+import s2cd
+from s2cd.catalog.scene import Scene
+from s2cd.masks import Mask, valid_mask
+from s2cd.model import Model, ModelRef
+from s2cd.survey import scene_input, survey_scene
+
+WINDOW = 2048  # px; smaller ones spend more on the overlap, larger ones gain little
+OVERLAP = 128  # px: what the network sees around a pixel, and the rim of a mask
+
+
+def change_maps(scenes: list[Scene], out: Path) -> int:
+    """Write a COG for each two consecutive dates; return how many."""
+    model = s2cd.load_model("generic")
+    ref, mask = ModelRef.of("generic"), Mask()
+    grid = scenes[0].assets["red"].grid
+    statistics = [survey_scene(scene_input(s, model.bands, grid), mask, ref).statistics for s in scenes]
+    pairs = s2cd.consecutive_pairs(scenes)
+    number = {scene.id: index for index, scene in enumerate(scenes)}
+    for pair in pairs:
+        stats = statistics[number[pair.before.id]], statistics[number[pair.after.id]]
+        write(out / f"{pair.name}.tif", compare(pair.before, pair.after, stats, model), pair.before)
+    return len(pairs)
+
+
+def compare(before: Scene, after: Scene, stats: tuple[np.ndarray, np.ndarray], model: Model) -> np.ndarray:
+    """Return the probability of change of the whole tile, window by window."""
+    height, width = before.assets["red"].grid.shape
+    result = np.empty((height, width), np.float32)
+    with ExitStack() as stack:
+        dates = [
+            {b: stack.enter_context(rasterio.open(s.assets[b].href)) for b in (*model.bands, "scl")}
+            for s in (before, after)
+        ]
+        for top in range(0, height, WINDOW):
+            for left in range(0, width, WINDOW):
+                bottom, right = min(top + WINDOW, height), min(left + WINDOW, width)
+                y0, x0 = max(0, top - OVERLAP), max(0, left - OVERLAP)
+                y1, x1 = min(height, bottom + OVERLAP), min(width, right + OVERLAP)
+                images = [
+                    read(d, s, model.bands, Window(x0, y0, x1 - x0, y1 - y0))
+                    for d, s in zip(dates, (before, after), strict=True)
+                ]
+                probability = model.predict(images[0], images[1], stats)
+                result[top:bottom, left:right] = probability[top - y0 : bottom - y0, left - x0 : right - x0]
+    return result
+
+
+def read(
+    datasets: dict[str, rasterio.DatasetReader], scene: Scene, bands: tuple[str, ...], window: Window
+) -> np.ndarray:
+    """Return reflectance (band, y, x), all bands at 10 m, NaN where there is no valid observation."""
+    height, width = int(window.height), int(window.width)
+    image = np.empty((len(bands), height, width), np.float32)
+    coarse = Window(window.col_off // 2, window.row_off // 2, -(-width // 2), -(-height // 2))
+    for index, band in enumerate(bands):
+        asset, dataset = scene.assets[band], datasets[band]
+        if dataset.res[0] == 10:
+            numbers = dataset.read(1, window=window)
+        else:
+            numbers = dataset.read(1, window=coarse).repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
+        image[index] = numbers * np.float32(asset.scale) + np.float32(asset.offset)
+        image[index][numbers == 0] = np.nan
+    classes = datasets["scl"].read(1, window=coarse)
+    valid = valid_mask(classes, dilation=Mask().dilation / 2).repeat(2, axis=0).repeat(2, axis=1)
+    image[:, ~valid[:height, :width]] = np.nan
+    return image
+
+
+def write(path: Path, probability: np.ndarray, scene: Scene) -> None:
+    """Write the map as COG."""
+    grid = scene.assets["red"].grid
+    with rasterio.open(
+        path,
+        "w",
+        driver="COG",
+        height=probability.shape[0],
+        width=probability.shape[1],
+        count=1,
+        dtype="float32",
+        crs=f"EPSG:{grid.epsg}",
+        transform=rasterio.Affine(*grid.transform),
+        nodata=np.nan,
+        compress="DEFLATE",
+        num_threads="ALL_CPUS",
+    ) as dataset:
+        dataset.write(probability, 1)

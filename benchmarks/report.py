@@ -1,0 +1,273 @@
+"""Recorded results -> one table of targets, one page, one plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NOT_MEASURED = "not measured: no GPU at hand"
+Parts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row of the table: how its value follows from the parts, and when it is met."""
+
+    what: str
+    target: str
+    value: Callable[[Parts], float]
+    shown: str
+    met: Callable[[float], bool]
+
+
+def _limit(parts: Parts) -> float:
+    stages = parts["stages"]
+    return sum(stages[s] for s in ("decode", "network", "encode")) / stages["cores"] / parts["engine"]["wall_s"]
+
+
+def _spread(part: str) -> Callable[[Parts], float]:
+    def value(parts: Parts) -> float:
+        peaks = [row["peak_gb"] for row in parts[part]["rows"]]
+        return max(peaks) / peaks[0]
+
+    return value
+
+
+def _speedup(name: str) -> Callable[[Parts], float]:
+    return lambda parts: parts["scaling"]["1 thread"] / parts["scaling"][name]
+
+
+TARGETS = (
+    Target(
+        "end to end on these cores, a map",
+        "<= 25 s",
+        lambda p: p["engine"]["seconds_per_map"],
+        "{:.1f} s",
+        lambda v: v <= 25,
+    ),
+    Target(
+        "peak memory of the whole cluster", "<= 6 GB", lambda p: p["engine"]["peak_gb"], "{:.2f} GB", lambda v: v <= 6
+    ),
+    Target(
+        "against the stackstac script",
+        ">= 4x",
+        lambda p: p["compare"]["ratio"]["stackstac script"],
+        "{:.1f}x",
+        lambda v: v >= 4,
+    ),
+    Target(
+        "against the rasterio loop",
+        ">= 2.5x",
+        lambda p: p["compare"]["ratio"]["rasterio loop"],
+        "{:.1f}x",
+        lambda v: v >= 2.5,
+    ),
+    Target(
+        "largest difference to the peers' maps",
+        "<= 0.01",
+        lambda p: max(p["compare"]["largest_difference"].values()),
+        "{:.4f}",
+        lambda v: v <= 0.01,
+    ),
+    Target("distance to the limit", ">= 0.85", _limit, "{:.2f}", lambda v: v >= 0.85),
+    Target(
+        "bytes decoded over bytes needed",
+        "1.00",
+        lambda p: p["engine"]["decoded_over_needed"],
+        "{:.3f}",
+        lambda v: abs(v - 1) < 0.005,
+    ),
+    Target("tasks a pair", "<= 40", lambda p: p["engine"]["tasks_per_pair"], "{:.1f}", lambda v: v <= 40),
+    Target("scaling, 1 -> 2 threads of a worker", ">= 1.8x", _speedup("2 threads"), "{:.2f}x", lambda v: v >= 1.8),
+    Target("scaling, 1 -> 2 worker processes", ">= 1.8x", _speedup("2 processes"), "{:.2f}x", lambda v: v >= 1.8),
+    Target("memory, 72 dates over 6", "<= 1.10", _spread("dates"), "{:.2f}", lambda v: v <= 1.1),
+    Target("memory, 16 tiles over 1", "<= 1.10", _spread("tiles"), "{:.2f}", lambda v: v <= 1.1),
+)
+GPU_ROWS = (("end to end on one H200-class GPU, a map", "<= 1.0 s"), ("GPU busy", ">= 60 %"))
+
+
+def table(parts: Parts, *, all_rows: bool = False) -> str:
+    """Return the targets as a Markdown table: those that `parts` can tell, or all of them."""
+    lines = ["| what | target | measured | |", "|---|---|---|---|"]
+    for row in TARGETS:
+        try:
+            value = row.value(parts)
+        except KeyError:
+            if all_rows:
+                lines.append(f"| {row.what} | {row.target} | not measured | |")
+            continue
+        lines.append(
+            f"| {row.what} | {row.target} | {row.shown.format(value)} | {'met' if row.met(value) else 'missed'} |"
+        )
+    lines += [f"| {what} | {target} | {NOT_MEASURED} | |" for what, target in GPU_ROWS if all_rows]
+    return "\n".join(lines)
+
+
+def latest(results: Path) -> tuple[Parts, dict[str, dict[str, Any]]]:
+    """Return the newest recording of each part at full size, and the document that each came from."""
+    parts, origins = {}, {}
+    for path in sorted(results.glob("*.json")):
+        document = json.loads(path.read_text())
+        for name, part in document["parts"].items():
+            parts[name], origins[name] = part, {**document, "file": path.name}
+    return parts, origins
+
+
+def write_report(results: Path) -> list[Path]:
+    """Write report.md and benchmark.png beside the recorded results; return their paths."""
+    parts, origins = latest(results)
+    page, picture = results / "report.md", results / "benchmark.png"
+    page.write_text("\n\n".join(_page(parts, origins)) + "\n")
+    draw(parts, picture)
+    return [page, picture]
+
+
+def _page(parts: Parts, origins: dict[str, dict[str, Any]]) -> list[str]:
+    newest = max(origins.values(), key=lambda d: d["date"])
+    machine, versions = newest["machine"], newest["versions"]
+    blocks = [
+        "# Benchmark",
+        f"Made by `python -m benchmarks report` from the recorded results in this folder. {newest['date']}.",
+        f"Machine: {machine['processor']}, {machine['cores']} cores ({machine['threads_per_core']} hardware threads a "
+        f"core), {machine['memory_gb']} GB; GPU: {machine['device'] or 'none'}. Versions: "
+        + ", ".join(f"{name} {number}" for name, number in versions.items())
+        + ".",
+        table(parts, all_rows=True),
+        "![time by stage, timeline, memory](benchmark.png)",
+        "Where each row comes from:",
+        "\n".join(
+            f"- {name}: {d['file']}, {d['date']}, {d['settings']['size']} px, {d['settings']['dates']} dates, "
+            f"source {d['settings']['source']}, load {d['load']['before']} before"
+            for name, d in origins.items()
+            if "size" in d["settings"]
+        ),
+    ]
+    blocks += [block(parts) for name, block in _SECTIONS.items() if name in parts]
+    return blocks
+
+
+def _stages_block(parts: Parts) -> str:
+    alone, within = parts["stages"], parts.get("engine", {}).get("stages_cpu_s", {})
+    names = ("decode", "network", "encode", "mask", "survey")
+    rows = [
+        f"| {name} | {_number(alone.get(name))} | {_number(within.get(name))} |"
+        for name in names
+        if name in alone or name in within
+    ]
+    return "\n".join(
+        ["## Stages, core-seconds of the whole series", "", "| stage | alone | within a run |", "|---|---|---|", *rows]
+    )
+
+
+def _compare_block(parts: Parts) -> str:
+    c = parts["compare"]
+    rows = [
+        f"| {name} | {c['seconds_per_map'][name]:.1f} | {c['ratio'][name]:.2f} | {c['peak_gb'][name]:.2f} | "
+        f"{', '.join(f'{s:.1f}' for s in c['rounds'][name])} |"
+        for name in c["wall_s"]
+    ]
+    return "\n".join(
+        ["## Beside the peers", "", "| | s a map | ratio | peak GB | runs, s |", "|---|---|---|---|---|", *rows]
+    )
+
+
+def _scaling_block(parts: Parts) -> str:
+    s = parts["scaling"]
+    rows = [f"| {name} | {s[name]:.1f} | {s['1 thread'] / s[name]:.2f} |" for name in s if name != "size"]
+    return "\n".join([f"## Scaling on {s['size']} px", "", "| worker | s | speed-up |", "|---|---|---|", *rows])
+
+
+def _memory_block(axis: str) -> Callable[[Parts], str]:
+    def block(parts: Parts) -> str:
+        rows = [
+            f"| {r[axis]} | {r['maps']} | {r['peak_gb']:.3f} | {r['wall_s'] / r['maps']:.2f} |"
+            f" {r['decoded_over_needed']:.3f} |"
+            for r in parts[axis]["rows"]
+        ]
+        head = [f"## Memory against {axis}, {parts[axis]['size']} px", ""]
+        return "\n".join(
+            [*head, f"| {axis} | maps | peak GB | s a map | decoded / needed |", "|---|---|---|---|---|", *rows]
+        )
+
+    return block
+
+
+def _europe_block(parts: Parts) -> str:
+    from benchmarks.europe import describe
+
+    return "## Europe for a year, simulated\n\n" + describe(parts["europe"]["runs"])
+
+
+_SECTIONS: dict[str, Callable[[Parts], str]] = {
+    "stages": _stages_block,
+    "compare": _compare_block,
+    "scaling": _scaling_block,
+    "dates": _memory_block("dates"),
+    "tiles": _memory_block("tiles"),
+    "europe": _europe_block,
+}
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+COLOURS = {"survey": "#bbbbbb", "decode": "#4477aa", "mask": "#66ccee", "network": "#ee6677", "encode": "#ccbb44"}
+
+
+def draw(parts: Parts, path: Path) -> None:
+    """Draw time by stage, the timeline of one run, the peers, and memory against dates and tiles."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 6.2), layout="constrained")
+    _draw_timeline(axes[0, 0], parts)
+    _draw_stages(axes[0, 1], parts)
+    _draw_peers(axes[1, 0], parts)
+    _draw_memory(axes[1, 1], parts)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def _draw_timeline(axes: Any, parts: Parts) -> None:
+    axes.set_title("one run: what each thread did")
+    for row, stage, start, stop in parts.get("engine", {}).get("gantt", []):
+        axes.barh(row, stop - start, left=start, height=0.8, color=COLOURS[stage])
+    rows = {e[0] for e in parts.get("engine", {}).get("gantt", [])}
+    axes.set(yticks=sorted(rows), xlabel="s", ylabel="thread")
+
+
+def _draw_stages(axes: Any, parts: Parts) -> None:
+    axes.set_title("core-seconds of the series")
+    rows = {"alone": parts.get("stages", {}), "in a run": parts.get("engine", {}).get("stages_cpu_s", {})}
+    for row, figures in rows.items():
+        left = 0.0
+        for stage, colour in COLOURS.items():
+            width = figures.get(stage, 0.0)
+            axes.barh(row, width, left=left, color=colour, label=stage if row == "in a run" else None)
+            left += width
+    axes.set_xlabel("core-s")
+    axes.legend(fontsize=7, ncols=3)
+
+
+def _draw_peers(axes: Any, parts: Parts) -> None:
+    axes.set_title("seconds a map")
+    figures = parts.get("compare", {}).get("seconds_per_map", {})
+    bars = axes.barh(list(figures)[::-1], list(figures.values())[::-1], color="#4477aa")
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.margins(x=0.12)
+
+
+def _draw_memory(axes: Any, parts: Parts) -> None:
+    axes.set_title("peak memory of the whole cluster, GB")
+    for axis, marker in (("dates", "o-"), ("tiles", "s--")):
+        rows = parts.get(axis, {}).get("rows", [])
+        if rows:
+            axes.plot([r[axis] for r in rows], [r["peak_gb"] for r in rows], marker, label=f"against {axis}")
+            axes.legend(fontsize=8)
+    axes.set(xscale="log", xlabel="number", ylim=(0, None))

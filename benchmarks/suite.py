@@ -1,0 +1,170 @@
+"""The measurements of `run` and `compare`: what is run, in which order, and what follows from the figures."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+
+from benchmarks.machine import describe, load
+from benchmarks.measure import BenchmarkError, measure
+from benchmarks.workloads import CORES
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+TOLERANCE = 0.01  # of a probability, between this project's maps and the peers'
+PARTS = ("engine", "stages", "scaling", "dates", "tiles")
+WORKLOADS = {"s2cd": "engine", "stackstac script": "stackstac_script", "rasterio loop": "rasterio_loop"}
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a benchmark works on; `small` is the size for series of many dates or tiles."""
+
+    folder: str
+    work: str
+    size: int = 10980
+    dates: int = 6
+    source: str = "auto"
+    small: int = 1830
+    scaling_size: int = 5490
+
+    def series(self, **changes: Any) -> dict[str, Any]:
+        """Arguments of a workload."""
+        base = {"folder": self.folder, "size": self.size, "dates": self.dates, "source": self.source}
+        return {**base, **changes}
+
+    def out(self, name: str) -> str:
+        """Folder for the maps of `name`."""
+        return str(Path(self.work) / name.replace(" ", "-"))
+
+
+def run_parts(settings: Settings, parts: tuple[str, ...], say: Say) -> dict[str, Any]:
+    """Measure some of PARTS; return what they gave, under their names."""
+    functions = {"engine": engine, "stages": stages, "scaling": scaling, "dates": by_dates, "tiles": by_tiles}
+    results = {}
+    for part in parts:
+        say(f"{part} ...")
+        results[part] = functions[part](settings, say)
+    return results
+
+
+def engine(settings: Settings, say: Say) -> dict[str, Any]:
+    """This project, end to end, default settings."""
+    result = measure("engine", settings.series(out=settings.out("s2cd")))
+    say(f"  {result['seconds_per_map']:.1f} s a map, {result['peak_gb']:.2f} GB")
+    return result
+
+
+def stages(settings: Settings, say: Say) -> dict[str, Any]:
+    """Each stage alone, on the maps that `engine` left."""
+    maps = settings.out("s2cd")
+    if not Path(maps, "collection.json").exists():
+        measure("engine", settings.series(out=maps))
+    result = measure("stages", settings.series(maps=maps, out=settings.out("stages")))
+    say("  " + ", ".join(f"{name} {result[name]:.1f} core-s" for name in ("decode", "network", "encode")))
+    return result
+
+
+def scaling(settings: Settings, say: Say) -> dict[str, Any]:
+    """One worker against two: as threads of one process (the default), and as processes."""
+    size = min(settings.size, settings.scaling_size)
+    result = {"size": size}
+    for name, processes, threads in (("1 thread", 1, 1), ("2 threads", 1, 2), ("2 processes", 2, 1)):
+        series = settings.series(size=size, out=settings.out("scaling"), processes=processes, threads=threads)
+        result[name] = measure("engine", series)["wall_s"]
+        say(f"  {name}: {result[name]:.1f} s")
+    return result
+
+
+def by_dates(settings: Settings, say: Say) -> dict[str, Any]:
+    """Peak memory against the number of dates."""
+    return _memory(settings, say, "dates", [{"dates": n} for n in (6, 24, 72)])
+
+
+def by_tiles(settings: Settings, say: Say) -> dict[str, Any]:
+    """Peak memory against the number of tiles."""
+    return _memory(settings, say, "tiles", [{"tiles": n} for n in (1, 4, 16)])
+
+
+def _memory(settings: Settings, say: Say, axis: str, cases: list[dict[str, int]]) -> dict[str, Any]:
+    size = min(settings.size, settings.small)
+    rows = []
+    for case in cases:
+        result = measure("engine", settings.series(size=size, out=settings.out(axis), traced=False, **case))
+        kept = {k: result[k] for k in ("peak_gb", "wall_s", "maps", "decoded_over_needed")}
+        rows.append({axis: case[axis], **kept})
+        say(f"  {case[axis]} {axis}: {result['peak_gb']:.3f} GB, {result['seconds_per_map']:.2f} s a map")
+    return {"size": size, "rows": rows}
+
+
+def compare(settings: Settings, rounds: int, say: Say) -> dict[str, Any]:
+    """This project and the peers in alternation on the same data; their maps must agree.
+
+    Raises BenchmarkError if they do not.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in WORKLOADS}
+    for number in range(rounds):
+        for name, workload in WORKLOADS.items():
+            result = measure(workload, settings.series(out=settings.out(name)))
+            result.pop("gantt", None)
+            runs[name].append(result)
+            say(f"  round {number + 1}, {name}: {result['wall_s']:.1f} s, {result['peak_gb']:.2f} GB")
+    agreement = {name: _agreement(settings.out("s2cd"), settings.out(name)) for name in list(WORKLOADS)[1:]}
+    wall = {name: statistics.median(r["wall_s"] for r in results) for name, results in runs.items()}
+    return {
+        "wall_s": wall,
+        "seconds_per_map": {name: wall[name] / results[0]["maps"] for name, results in runs.items()},
+        "peak_gb": {name: max(r["peak_gb"] for r in results) for name, results in runs.items()},
+        "ratio": {name: wall[name] / wall["s2cd"] for name in wall},
+        "largest_difference": agreement,
+        "rounds": {name: [r["wall_s"] for r in results] for name, results in runs.items()},
+    }
+
+
+def _agreement(ours: str, theirs: str) -> float:
+    """Largest difference between two folders of maps. Raises BenchmarkError if it is more than TOLERANCE."""
+    found = [{path.name: path for path in Path(out).rglob("S2CD_*.tif")} for out in (ours, theirs)]
+    if not found[0] or found[0].keys() != found[1].keys():
+        raise BenchmarkError(f"{theirs} holds {len(found[1])} maps, expected the {len(found[0])} of {ours}")
+    worst = max(_difference(found[0][name], found[1][name]) for name in found[0])
+    if not worst <= TOLERANCE:
+        raise BenchmarkError(f"maps in {theirs} differ by {worst:g} from those in {ours}, expected {TOLERANCE}")
+    return worst
+
+
+def _difference(a: Path, b: Path) -> float:
+    """Largest difference of two maps, infinite where only one has a value; read in strips."""
+    worst = 0.0
+    with rasterio.open(a) as first, rasterio.open(b) as second:
+        for top in range(0, first.height, 1024):
+            window = rasterio.windows.Window(0, top, first.width, min(1024, first.height - top))
+            one, two = first.read(1, window=window), second.read(1, window=window)
+            if (np.isnan(one) != np.isnan(two)).any():
+                return float("inf")
+            worst = max(worst, float(np.nanmax(np.abs(one - two), initial=0)))
+    return worst
+
+
+def save(kind: str, settings: Settings, parts: dict[str, Any], load_before: float) -> Path:
+    """Record what was measured; return the file."""
+    shown = {k: v for k, v in asdict(settings).items() if k not in {"folder", "work"}}
+    document = {
+        "kind": kind,
+        **describe(),
+        "load": {"before": load_before, "after": load()},
+        "settings": {**shown, "cores": CORES},
+        "parts": parts,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{datetime.now(UTC):%Y%m%dT%H%M}-{kind}-{settings.size}px.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path

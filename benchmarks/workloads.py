@@ -1,0 +1,254 @@
+"""What is measured, each in a process of its own: this project, its peers, its stages alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+
+import s2cd
+from benchmarks import data as prepared
+from benchmarks import trace
+from s2cd.catalog.scene import Scene
+
+CORES = len(os.sched_getaffinity(0))
+
+
+def _scenes(folder: str, size: int, dates: int, source: str, tiles: int = 1) -> prepared.Data:
+    data = prepared.prepare(Path(folder), size=size, source=source, dates=min(dates, 6))
+    if dates == len(data.scenes) and tiles == 1:
+        return data
+    return prepared.repeated(data, Path(folder), dates=dates, tiles=tiles)
+
+
+def local_profile(processes: int, threads: int) -> dict[str, Any]:
+    """The cluster that this project and the peers get."""
+    return {"kind": "local", "processes": processes, "threads": threads, "dashboard": 0}
+
+
+def engine(
+    *,
+    folder: str,
+    out: str,
+    size: int,
+    dates: int,
+    source: str = "auto",
+    tiles: int = 1,
+    processes: int = 1,
+    threads: int = CORES,
+    options: dict[str, Any] | None = None,
+    traced: bool = True,
+) -> dict[str, Any]:
+    """`s2cd.run` on a local cluster, started before the clock."""
+    from distributed import get_task_stream
+
+    data = _scenes(folder, size, dates, source, tiles)
+    shutil.rmtree(out, ignore_errors=True)
+    config = s2cd.RunConfig(catalog="given", out=out, quicklook=True, **(options or {}))
+    with s2cd.cluster(local_profile(processes, threads)) as client:
+        found = client.run(trace.install) if traced else {}
+        cpu = sum(client.run(time.process_time).values())
+        with get_task_stream(client) as stream:
+            started, origin = time.perf_counter(), time.time()
+            report = s2cd.run(config, client, scenes=data.scenes)
+            wall = time.perf_counter() - started
+        cpu = sum(client.run(time.process_time).values()) - cpu
+        events = [e for part in client.run(trace.collect).values() for e in part] if traced else []
+        decoded = sum(client.run(trace.decoded_bytes).values())
+        tasks = [t for t in stream.data if t["status"] == "OK"]
+    failed = [m for m in report.maps if m.status != "written"]
+    if failed:
+        raise RuntimeError(f"{len(failed)} maps were not written, the first: {failed[0]}")
+    maps = len(report.maps)
+    return {
+        "wall_s": wall,
+        "maps": maps,
+        "seconds_per_map": wall / maps,
+        "worker_cpu_s": cpu,
+        "decoded_over_needed": decoded / data.unique_bytes,
+        "tasks_per_pair": len(tasks) / maps,
+        "stages_cpu_s": _cpu_by_stage(events),
+        "traced": sorted({name for names in found.values() for name in names}),
+        "gantt": _gantt(events, origin),
+    }
+
+
+def _cpu_by_stage(events: list[tuple[int, int, str, float, float, float]]) -> dict[str, float]:
+    return {stage: sum(e[5] for e in events if e[2] == stage) for stage in sorted({e[2] for e in events})}
+
+
+def _gantt(
+    events: list[tuple[int, int, str, float, float, float]], origin: float
+) -> list[tuple[int, str, float, float]]:
+    """(row, stage, start, stop) in seconds, a row for each thread of each worker."""
+    rows = {key: row for row, key in enumerate(sorted({e[:2] for e in events}))}
+    return [(rows[e[:2]], e[2], round(e[3] - origin, 3), round(e[4] - origin, 3)) for e in events]
+
+
+def stackstac_script(
+    *, folder: str, out: str, size: int, dates: int, source: str = "auto", threads: int = CORES
+) -> dict[str, Any]:
+    """The script of `benchmarks.peers.stackstac_script` on the same cluster."""
+    from benchmarks.peers.stackstac_script import change_maps
+
+    data = _scenes(folder, size, dates, source)
+    _fresh(out)
+    with s2cd.cluster(local_profile(1, threads)) as client:
+        started = time.perf_counter()
+        maps = change_maps(data.scenes, Path(out), client)
+        wall = time.perf_counter() - started
+    return {"wall_s": wall, "maps": maps, "seconds_per_map": wall / maps}
+
+
+def rasterio_loop(*, folder: str, out: str, size: int, dates: int, source: str = "auto") -> dict[str, Any]:
+    """The loop of `benchmarks.peers.rasterio_loop`, in this process, torch with a thread for each core."""
+    from benchmarks.peers.rasterio_loop import change_maps
+
+    data = _scenes(folder, size, dates, source)
+    _fresh(out)
+    s2cd.load_model("generic")
+    started = time.perf_counter()
+    maps = change_maps(data.scenes, Path(out))
+    wall = time.perf_counter() - started
+    return {"wall_s": wall, "maps": maps, "seconds_per_map": wall / maps}
+
+
+def _fresh(out: str) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    Path(out).mkdir(parents=True)
+
+
+def stages(
+    *,
+    folder: str,
+    maps: str,
+    out: str,
+    size: int,
+    dates: int,
+    source: str = "auto",
+    window: int = 2048,
+) -> dict[str, Any]:
+    """Each stage alone on every core, in core-seconds of the whole series: the least that the work can cost.
+
+    decode   every block of the bands and of SCL, by rasterio, once
+    network  every pixel without any halo: each date encoded once, each pair decoded once
+    encode   the maps in `maps`, by this project's own writer
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    data = _scenes(folder, size, dates, source)
+    _fresh(out)
+    return {
+        "decode": _decode_alone(data.scenes),
+        "network": _network_alone(data.scenes, min(window, size), size),
+        "encode": _encode_alone(data.scenes, Path(maps), out),
+        "cores": CORES,
+    }
+
+
+def _on_every_core(jobs: list[Callable[[], Any]]) -> float:
+    """Run jobs on a thread for each core; return cores x wall time, in core-seconds."""
+    waiting, lock = list(jobs), threading.Lock()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        while True:
+            with lock:
+                if not waiting:
+                    return
+                job = waiting.pop(0)
+            try:
+                job()
+            except BaseException as error:
+                errors.append(error)
+                raise
+
+    threads = [threading.Thread(target=work) for _ in range(CORES)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return (time.perf_counter() - started) * CORES
+
+
+def _decode_alone(scenes: list[Scene]) -> float:
+    bands = (*s2cd.load_model("generic").bands, "scl")
+
+    def job(href: str) -> Callable[[], Any]:
+        def read() -> None:
+            with rasterio.open(href) as dataset:
+                height, width = dataset.shape
+                for top in range(0, height, 2048):
+                    rows = min(2048, height - top)
+                    dataset.read(1, window=rasterio.windows.Window(0, top, width, rows))
+
+        return read
+
+    return _on_every_core([job(s.assets[b].href) for s in scenes[:2] for b in bands]) * len(scenes) / 2
+
+
+def _network_alone(scenes: list[Scene], window: int, size: int) -> float:
+    model = s2cd.load_model("generic")
+    part = (slice(0, window), slice(0, window))
+    pixels = [np.stack([_read(s, b, part) for b in model.bands]) for s in scenes[:2]]
+    affine = model.affine(model.statistics(pixels[0][:, ::8, ::8].astype(np.float32) * np.float32(1e-4)), 1e-4, 0.0)
+    valid = np.ones((window, window), bool)
+
+    def encode() -> None:
+        model.encode(pixels[0], affine, valid)
+
+    def decode() -> None:
+        model.decode(*features)
+
+    encode()  # the first call sets torch up
+    features = [model.encode(p, affine, valid) for p in pixels]
+    decode()
+    repeats = 2 * CORES
+    share = (size / window) ** 2 / repeats
+    per_date, per_pair = (_on_every_core([job] * repeats) * share for job in (encode, decode))
+    return per_date * len(scenes) + per_pair * (len(scenes) - 1)
+
+
+def _read(scene: Scene, band: str, part: tuple[slice, slice]) -> np.ndarray:
+    from s2cd.reader import band_source, read_window
+
+    return read_window(band_source(scene, band), scene.assets["red"].grid, part)
+
+
+def _encode_alone(scenes: list[Scene], maps: Path, out: str) -> float:
+    from s2cd import outputs
+    from s2cd.outputs.codes import encode_codes
+    from s2cd.thumbnails import thumbnail
+
+    model = s2cd.load_model("generic")
+    pairs = s2cd.consecutive_pairs(scenes)
+    paths = {path.stem: path for path in maps.rglob("S2CD_*.tif")}
+    info = outputs.MapInfo(model=model.name, model_hash=model.hash, bands=model.bands)
+    some = pairs[:CORES] if len(pairs) >= CORES else (list(pairs) * CORES)[:CORES]
+    codes = []
+    for pair in some:
+        with rasterio.open(paths[pair.name]) as dataset:
+            codes.append(encode_codes(dataset.read(1)))
+
+    def job(number: int) -> Callable[[], Any]:
+        pair = some[number]
+
+        def write() -> None:
+            rgb = (thumbnail(pair.before), thumbnail(pair.after))
+            grid = pair.before.assets["red"].grid
+            outputs.write_map(codes[number], pair, grid, info, f"{out}/{number}", quicklook_rgb=rgb)
+
+        return write
+
+    return _on_every_core([job(n) for n in range(len(some))]) * len(pairs) / len(some)

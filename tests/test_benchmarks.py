@@ -1,0 +1,118 @@
+"""The benchmark runs from end to end on a tiny tile; nothing is timed here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from click.testing import CliRunner
+
+from benchmarks import europe, suite
+from benchmarks.__main__ import main
+from benchmarks.data import prepare, repeated
+from benchmarks.report import NOT_MEASURED, table
+from s2cd.pairs import consecutive_pairs
+
+TINY = {"size": 512, "dates": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("benchmark")
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    return prepare(folder / "data", source="simulated", **TINY)
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(main, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_prepared_scenes_make_pairs_and_are_prepared_once(data, folder):
+    assert len(consecutive_pairs(data.scenes)) == 2
+    assert data.unique_bytes == 3 * (4 * 512 * 512 * 2 + 3 * 256 * 256 * 2 + 256 * 256)
+    path = Path(data.scenes[0].assets["red"].href)
+    before = path.stat().st_mtime_ns
+    assert prepare(folder / "data", source="simulated", **TINY).scenes == data.scenes
+    assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.usefixtures("shared_data")
+def test_the_mosaic_of_real_images_shows_the_same_ground_in_every_band(tmp_path):
+    scenes = prepare(tmp_path, source="shared", size=733, dates=3).scenes
+    for band, edge in (("red", 733), ("swir16", 367), ("scl", 367)):
+        with rasterio.open(scenes[0].assets[band].href) as dataset:
+            assert dataset.shape == (edge, edge)
+    with rasterio.open(scenes[0].assets["nir"].href) as fine, rasterio.open(scenes[0].assets["nir08"].href) as coarse:
+        a = fine.read(1, out_shape=coarse.shape, resampling=rasterio.enums.Resampling.average)
+        assert np.corrcoef(a.ravel(), coarse.read(1).ravel())[0, 1] > 0.9
+
+
+def test_repeated_series_have_files_of_their_own(data, folder):
+    longer = repeated(data, folder / "data", dates=5, tiles=2)
+    hrefs = [a.href for s in longer.scenes for a in s.assets.values()]
+    assert len(hrefs) == len(set(hrefs)) == 2 * 5 * 8
+    assert len({s.id for s in longer.scenes}) == 10
+    assert len(consecutive_pairs(longer.scenes)) == 8
+
+
+def test_run_and_compare_record_results_that_the_report_shows(data, folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(suite, "RESULTS", tmp_path)
+    assert data.source == "simulated"
+    options = ("--data", str(folder / "data"), "--work", str(folder / "work"), "--size", "512", "--dates", "3")
+    options += ("--source", "simulated")
+    printed = invoke("run", *options, "--part", "engine", "--part", "stages")
+    assert "tasks a pair" in printed
+    assert "distance to the limit" in printed
+    printed = invoke("compare", *options, "--rounds", "1")
+    assert "against the stackstac script" in printed
+    documents = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
+    run = next(d for d in documents if d["kind"] == "run")
+    assert 1 <= run["parts"]["engine"]["decoded_over_needed"] < 1.5  # the shift of a pair is measured on its own
+    assert run["parts"]["engine"]["maps"] == 2
+    assert {e[1] for e in run["parts"]["engine"]["gantt"]} >= {"decode", "network", "encode"}
+    compare = next(d for d in documents if d["kind"] == "compare")
+    assert max(compare["parts"]["compare"]["largest_difference"].values()) <= suite.TOLERANCE
+    assert not any(str(folder) in path.read_text() for path in tmp_path.glob("*.json"))
+    invoke("report")
+    page = (tmp_path / "report.md").read_text()
+    assert NOT_MEASURED in page
+    assert (tmp_path / "benchmark.png").stat().st_size > 5000
+
+
+def test_maps_that_differ_are_refused(tmp_path):
+    for name, value in (("a", 0.5), ("b", 0.52)):
+        (tmp_path / name).mkdir()
+        with rasterio.open(
+            tmp_path / name / "S2CD_x.tif", "w", driver="GTiff", width=4, height=4, count=1, dtype="float32"
+        ) as dataset:
+            dataset.write(np.full((1, 4, 4), value, np.float32))
+    with pytest.raises(suite.BenchmarkError, match=r"differ by 0\.02"):
+        suite._agreement(str(tmp_path / "a"), str(tmp_path / "b"))
+    with pytest.raises(suite.BenchmarkError, match="holds 0 maps"):
+        suite._agreement(str(tmp_path / "a"), str(tmp_path / "c"))
+
+
+def test_the_table_shows_what_the_parts_can_tell():
+    parts = {"engine": {"seconds_per_map": 30.0, "peak_gb": 2.0, "tasks_per_pair": 7.2, "decoded_over_needed": 1.0}}
+    lines = table(parts).splitlines()
+    assert "| end to end on these cores, a map | <= 25 s | 30.0 s | missed |" in lines
+    assert len(lines) == 6
+    assert sum(NOT_MEASURED in line for line in table(parts, all_rows=True).splitlines()) == 2
+
+
+def test_europe_draws_about_100_000_pairs_and_its_tasks_run():
+    scenes = list(europe.catalogue(60))
+    assert len({s.id for s in scenes}) == len(scenes)
+    pairs = len(consecutive_pairs(scenes, max_cloud=60))
+    assert 70_000 < pairs / 60 * europe.TILES < 130_000
+    result = europe.simulate(1, 2, europe.Node(cores=4), motion=0.0005)
+    assert result["pairs"] > 10
+    assert result["memory"][0]["driver_mb"] > 0
