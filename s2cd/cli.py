@@ -43,8 +43,10 @@ class _Commands(click.Group):
 def main() -> None:
     """Change detection on Sentinel-2 time series, from a laptop to a continent."""
     warnings.showwarning = _show_warning
-    logging.basicConfig(format="%(message)s", level=logging.ERROR)
     logging.getLogger("distributed").setLevel(logging.ERROR)
+    logger = logging.getLogger("s2cd")  # not the root logger: through it Dask would report every start and stop
+    logger.propagate = False
+    logger.handlers[:] = [logging.StreamHandler()]
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -127,7 +127,10 @@ def read_overview(source: Source, grid: Grid, factor: int) -> np.ndarray:
 def _read_one(href: str, provider: str, grid: Grid, window: tuple[slice, slice], tiling: Tiling | None) -> np.ndarray:
     def read(dataset: rasterio.DatasetReader) -> np.ndarray:
         factor = _coarsening(dataset, grid, href)
-        rows, cols = (slice(s.start // factor, math.ceil(s.stop / factor)) for s in window)
+        rows, cols = (
+            slice(s.start // factor, min(math.ceil(s.stop / factor), size))
+            for s, size in zip(window, dataset.shape, strict=True)
+        )
         if tiling is None:
             data = _decode(dataset, rows, cols)
         else:
@@ -150,7 +153,9 @@ def _replicate(data: np.ndarray, factor: int, window: tuple[slice, slice]) -> np
     rows, cols = window
     data = np.repeat(np.repeat(data, factor, axis=1), factor, axis=0)
     top, left = rows.start % factor, cols.start % factor
-    return data[top : top + rows.stop - rows.start, left : left + cols.stop - cols.start]
+    data = data[top : top + rows.stop - rows.start, left : left + cols.stop - cols.start]
+    short = [(0, s.stop - s.start - n) for s, n in zip(window, data.shape, strict=True)]
+    return np.pad(data, short, mode="edge") if any(n for _, n in short) else data
 
 
 def _with_dataset(href: str, provider: str, read: Callable[[rasterio.DatasetReader], np.ndarray]) -> np.ndarray:
@@ -164,15 +169,15 @@ def _with_dataset(href: str, provider: str, read: Callable[[rasterio.DatasetRead
 def _coarsening(dataset: rasterio.DatasetReader, grid: Grid, href: str) -> int:
     """How many pixels of the grid one pixel of the dataset spans, after asserting that the two fit."""
     found, expected = dataset.transform, grid.transform
-    factor = round(found.a / expected[0])
-    tolerance = 0.01 * abs(expected[0])
+    factor = max(1, round(found.a / expected[0]))
+    # A coarse grid over an odd number of fine pixels may be rounded down, and may end exactly where they do.
+    excess = [n * factor - fine for n, fine in zip(dataset.shape, grid.shape, strict=True)]
     fits = (
-        factor >= 1
-        and abs(found.a - factor * expected[0]) * dataset.width < tolerance
-        and abs(found.e - factor * expected[4]) * dataset.height < tolerance
-        and abs(found.c - expected[2]) < tolerance
-        and abs(found.f - expected[5]) < tolerance
-        and dataset.shape == tuple(math.ceil(n / factor) for n in grid.shape)
+        max(abs(n) for n in excess) < factor
+        and abs(found.c - expected[2]) < 0.01 * abs(expected[0])
+        and abs(found.f - expected[5]) < 0.01 * abs(expected[4])
+        and abs(found.a / expected[0] - factor) * dataset.width < 0.01 + abs(excess[1])
+        and abs(found.e / expected[4] - factor) * dataset.height < 0.01 + abs(excess[0])
         and dataset.crs == rasterio.crs.CRS.from_epsg(grid.epsg)
     )
     if not fits:

@@ -6,12 +6,15 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
+from conftest import write_tiff
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rasterio.transform import Affine
 
 from s2cd import reader
 from s2cd.errors import ConfigError, GridError, ReadError
@@ -109,6 +112,20 @@ def test_a_file_on_another_grid_than_its_item_is_refused(make_series, wrong):
     with pytest.raises(GridError, match="expected EPSG") as caught:
         read_window(band_source(scene, "red"), grid, (slice(0, 8), slice(0, 8)))
     assert caught.value.href == scene.assets["red"].href
+
+
+@pytest.mark.parametrize("rounded", ["up", "down"])
+def test_a_coarse_grid_may_end_with_an_odd_number_of_fine_pixels(make_series, rounded):
+    scene = make_series(shape=(101, 79), dates=1)[0]
+    asset = scene.assets["swir16"]
+    data = whole(scene, "swir16")[: None if rounded == "up" else 50, : None if rounded == "up" else 39]
+    ends_with = Affine(10.0 * 79 / data.shape[1], 0, 499980.0, 0, -10.0 * 101 / data.shape[0], 5700000.0)
+    write_tiff(Path(asset.href), data, ends_with, 64)
+    grid = scene.assets["red"].grid
+    read = read_window(band_source(scene, "swir16"), grid, (slice(0, 101), slice(0, 79)))
+    expected = data.repeat(2, 0).repeat(2, 1)[:101, :79]
+    edge = [(0, n - m) for n, m in zip((101, 79), expected.shape, strict=True)]
+    np.testing.assert_array_equal(read, np.pad(expected, edge, mode="edge"))
 
 
 def test_unknown_band_names_what_the_scene_offers(make_series):
