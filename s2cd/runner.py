@@ -8,7 +8,6 @@ with the number of tiles.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
 import warnings
@@ -38,7 +37,6 @@ from s2cd.survey import Survey, scene_input, survey_scene
 
 Progress = Callable[[str, int, int], None]
 VIEWS = "views"
-LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,6 @@ def run(
             from s2cd.clusters import cluster
 
             client = stack.enter_context(cluster(config.cluster))
-            LOG.info("dashboard: %s", client.dashboard_link)
         report = Report(config.out, left_out=list(plan.left_out))
         with client.as_current():
             _Submission(client, context, plan, report, progress or (lambda *_: None)).run()
