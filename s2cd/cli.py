@@ -19,7 +19,8 @@ from rich.table import Table
 from s2cd.config import RunConfig
 from s2cd.errors import S2cdError, S2cdWarning
 
-OUT = Console(soft_wrap=True)
+OUT = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+WORDY = ("offset_reason", "detail", "bands")
 ERR = Console(stderr=True, soft_wrap=True)
 
 
@@ -195,7 +196,7 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
 def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=title, title_justify="left")
     for name in rows[0] if rows else ():
-        table.add_column(name.replace("_", " "), overflow="fold", no_wrap=name in ("name", "map", "id"))
+        table.add_column(name.replace("_", " "), overflow="fold", no_wrap=name not in WORDY)
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     OUT.print(table)
