@@ -20,7 +20,7 @@ from s2cd.config import RunConfig
 from s2cd.errors import S2cdError, S2cdWarning
 
 OUT = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-WORDY = ("offset_reason", "detail", "bands")
+WORDY = ("detail", "bands")
 ERR = Console(stderr=True, soft_wrap=True)
 
 
@@ -140,7 +140,12 @@ def search(as_json: bool, save: str | None, **options: Any) -> None:
         for row in catalog.scene_rows(scenes):
             click.echo(json.dumps(row, default=str))
         return
-    _print_rows(f"{len(scenes)} scenes", catalog.scene_rows(scenes))
+    rows = catalog.scene_rows(scenes)
+    shown = ("id", "tile", "orbit", "time", "platform", "level", "baseline", "cloud", "offset")
+    title = f"{len(scenes)} scenes of {rows[0]['provider']} {rows[0]['collection']}" if rows else "no scenes"
+    _print_rows(title, [{name: row[name] for name in shown} for row in rows])
+    for row in {(row["offset"], row["offset_reason"]): row for row in rows}.values():
+        OUT.print(f"offset {row['offset']:g}: {row['offset_reason']}", markup=False, highlight=False)
     _print_left_out(left_out)
 
 
