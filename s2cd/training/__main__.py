@@ -39,6 +39,9 @@ def main() -> None:
 @click.option("--fold", type=click.IntRange(0), default=0, help="The fold to hold out, from 0.")
 @click.option("--start", type=click.Path(exists=True, path_type=Path), help="Run whose weights to start from.")
 @click.option("--simulated", type=click.FloatRange(0, 1), default=0.0, help="Share of simulated samples beside labels.")
+@click.option(
+    "--blend", type=click.FloatRange(0, 1), default=1.0, help="Share of the trained weights; the rest: --start's."
+)
 @click.option("--guesses", type=click.Path(exists=True, path_type=Path), help="Run to learn from where it is sure.")
 @click.option("--steps", type=click.IntRange(1), default=Plan.steps, help="Optimisation steps.")
 @click.option("--batch-size", type=click.IntRange(1), default=Plan.batch_size, help="Crops in a step.")
@@ -49,7 +52,7 @@ def main() -> None:
 def fit(
     data: Path, out: Path, labels: bool, series: tuple[Path, ...], folds: int, fold: int, start: Path | None,
     simulated: float, guesses: Path | None, steps: int, batch_size: int, size: int, rate: float, seed: int,
-    threads: int,
+    threads: int, blend: float,
 ) -> None:  # fmt: skip
     """Train one network; interrupted, the same command goes on where it was."""
     torch.set_num_threads(threads)
@@ -67,6 +70,7 @@ def fit(
         start=start,
         guesses=guesses,
         simulated=simulated,
+        blend=blend,
         size=size,
     )
 

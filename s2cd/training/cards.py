@@ -35,11 +35,15 @@ def publish(name: str, run: Run, folds: list[Run], cities: list[City], folder: P
     """Write the weights of `run` and their card to `folder` and return the card.
 
     With `folds`, scores are those of cross-validation, and the calibration that it gives goes into the weights;
-    without, `run` has seen no labels and is scored on `cities` as it is.
+    without, `run` has seen no labels and is scored on `cities` as it is. Disturbances are tried on every third city.
     """
     if folds:
         raw, report, (threshold, temperature) = cross_validate(folds, cities)
-        protocol = f"leave-cities-out cross-validation, {len(folds)} folds; threshold from the other folds' cities"
+        protocol = (
+            f"leave-cities-out cross-validation, {len(folds)} folds: labels of a city never reach the network that is "
+            "scored on it (the network they start from saw its pixels, without labels); threshold and temperature "
+            "from the cities of the other folds"
+        )
     else:
         threshold, temperature = 0.0, 1.0
         raw = report = score(predictor(run.model()), cities)
@@ -54,11 +58,12 @@ def publish(name: str, run: Run, folds: list[Run], cities: list[City], folder: P
         "training": json.loads((run.path / "run.json").read_text()),
         "calibration": {"threshold_logit": round(threshold, 4), "temperature": round(temperature, 4)},
         "scores": scores(report, protocol) | {"pooled_uncalibrated": raw.pooled.scores().rounded()},
+        "disturbed": [city.name for city in cities[::3]],
         "unchanged_pairs_disturbed": {
             kind: {"mean_probability": round(mean, 5), "share_above_half": round(share, 6), "largest": round(top, 4)}
-            for kind, (mean, share, top) in false_change(model, cities).items()
+            for kind, (mean, share, top) in false_change(model, cities[::3]).items()
         },
-        "f1_with_later_date_disturbed_in_sample": {k: round(v, 4) for k, v in f1_under(model, cities).items()},
+        "f1_with_later_date_disturbed_in_sample": {k: round(v, 4) for k, v in f1_under(model, cities[::3]).items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, folder / f"{name}.safetensors")

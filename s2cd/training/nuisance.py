@@ -23,6 +23,8 @@ class Nuisances:
 
     gain, bias     standard deviation of a factor and an offset of each band of each date
     common         the same for both dates at once
+    contrast       standard deviation of the logarithm of a factor on both dates: places differ in how far
+                   the bulk of their pixels spreads, which is what normalisation divides by
     field          standard deviation of a smooth additive and multiplicative field (haze, cirrus, slopes)
     noise          largest standard deviation of white noise
     shift          largest displacement between the dates [px]; `shift_chance` of one
@@ -32,6 +34,7 @@ class Nuisances:
     gain: float = 0.08
     bias: float = 0.1
     common: float = 0.1
+    contrast: float = 0.3
     field: float = 0.1
     noise: float = 0.05
     shift: float = 0.7

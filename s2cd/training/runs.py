@@ -19,7 +19,7 @@ from s2cd.training.fitting import Plan, fit
 from s2cd.training.metrics import Histogram
 from s2cd.training.sampling import LabelledSampler, Mixture, Sampler
 from s2cd.training.scoring import Map, Report, predictor, score
-from s2cd.training.simulated import URBAN_KINDS, Place, SimulatedSampler
+from s2cd.training.simulated import URBAN_KINDS, Place, SimulatedSampler, ranked
 
 FOLD_SEED = 4
 
@@ -71,6 +71,7 @@ def train(
     start: Path | None = None,
     guesses: Path | None = None,
     simulated: float = 0.0,
+    blend: float = 1.0,
     size: int = 128,
 ) -> Run:
     """Fit one network and write it to `out`, going on from a checkpoint there.
@@ -78,6 +79,8 @@ def train(
     labels    train on the labels of `data`, or on simulated changes in its pixels and those of `series`
     held_out  places of `data` that are not used
     start     run whose weights to start from
+    blend     share of the trained weights in the result, the rest are those of `start`: what fine-tuning on few places
+              gains without what it forgets (WiSE-FT, Wortsman et al., CVPR 2022)
     simulated with labels: share of samples with simulated changes beside the labelled ones
     guesses   without labels: run whose sure guesses on the pairs of `data` stand in for labels (self-training)
     """
@@ -85,14 +88,14 @@ def train(
     quiet = [images for root in series for images in load_series(root).values() if len(images) > 1]
     sampler = _labelled(cities, quiet, size, simulated) if labels else _simulated(cities, quiet, size, guesses)
     torch.manual_seed(plan.seed)
-    net = ChangeNet(norm=True)
-    if start is not None:
-        net.load_state_dict(load_file(start / "network.safetensors"))
-    net = fit(net, sampler, plan, out)
-    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, out / "network.safetensors")
+    net = Run.open(start).network() if start else ChangeNet(norm=True)
+    first = {name: value.clone() for name, value in net.state_dict().items()}
+    trained = fit(net, sampler, plan, out).state_dict()
+    mixed = {k: v.lerp(first[k], 1 - blend) if v.is_floating_point() else v for k, v in trained.items()}
+    save_file({k: v.contiguous() for k, v in mixed.items()}, out / "network.safetensors")
     description = {"held_out": list(held_out), "labels": labels, "plan": asdict(plan), "size": size}
     description |= {"start": start.name if start else None, "guesses": guesses.name if guesses else None}
-    description |= {"simulated": simulated if labels else 1.0}
+    description |= {"simulated": simulated if labels else 1.0, "blend": blend}
     (out / "run.json").write_text(json.dumps(description, indent=1))
     return Run(out, held_out)
 
@@ -106,8 +109,11 @@ def _labelled(cities: list[City], quiet: list[list[Image]], size: int, simulated
 
 
 def _simulated(cities: list[City], quiet: list[list[Image]], size: int, guesses: Path | None) -> Sampler:
-    guess = predictor(Run.open(guesses).model()) if guesses else None
-    places = [Place.of([c.before, c.after], guess(c) if guess else None) for c in cities]
+    places = [Place.of([c.before, c.after]) for c in cities]
+    if guesses is not None:
+        predict = predictor(Run.open(guesses).model())
+        for place, city in zip(places, cities, strict=True):
+            place.guess = ranked(predict(city), city.before.normalised, city.after.normalised)
     return SimulatedSampler(places, quiet, size)
 
 

@@ -122,8 +122,9 @@ def augmented(sample: Sample, rng: Rng, nuisances: Nuisances) -> Sample:
     before, after, truth, weight = (turned(x) for x in (sample.before, sample.after, sample.truth, sample.weight))
     if rng.random() < nuisances.shift_chance:
         after = displaced(after, *rng.uniform(-nuisances.shift, nuisances.shift, 2))
-    common = rng.normal(0, nuisances.common, (2, len(before), 1, 1)).astype(np.float32)
-    before, after = (nuisances.disturb(x * (1 + common[0]) + common[1], rng) for x in (before, after))
+    shared = rng.normal(0, nuisances.common, (2, len(before), 1, 1)).astype(np.float32)
+    factor = (1 + shared[0]) * np.float32(np.exp(rng.normal(0, nuisances.contrast)))
+    before, after = (nuisances.disturb(x * factor + shared[1], rng) for x in (before, after))
     if rng.random() < nuisances.hidden_chance:
         hidden = cloud_field(truth.shape, rng) > rng.uniform(0.5, 1.5)
         (before if rng.random() < 0.5 else after)[:, hidden] = np.nan

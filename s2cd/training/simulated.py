@@ -16,7 +16,8 @@ import numpy.typing as npt
 from scipy.ndimage import uniform_filter
 
 from s2cd.model import BANDS
-from s2cd.model.normalise import Array
+from s2cd.model.normalise import LIMIT, Array
+from s2cd.training.baselines import pca_difference
 from s2cd.training.data import Image
 from s2cd.training.nuisance import Nuisances, cloud_field
 from s2cd.training.sampling import Sample, augmented, normalised, window
@@ -44,14 +45,14 @@ STRONG = Nuisances(gain=0.12, bias=0.15, field=0.25, noise=0.08, shift=1.2, shif
 KINDS = {"construction": 0.45, "buildings": 0.2, "clear": 0.08, "burn": 0.05, "flood": 0.07, "field": 0.15}
 URBAN_KINDS = {"construction": 0.55, "buildings": 0.2, "field": 0.25}
 STRONG = Nuisances(gain=0.12, bias=0.15, field=0.25, noise=0.08, shift=1.2, shift_chance=0.5)
-SURE = (0.02, 0.45)  # a guess is taken for unchanged below, for changed above
+SURE = (0.92, 0.98)  # ranks within a pair: below the first taken for unchanged, above the second for changed
 
 
 @dataclass
 class Place:
     """The dates of one place and, for each, where it looks built up: float32 (y, x) in [0, 1].
 
-    `guess` is what an earlier network says of its first two dates, a probability (y, x), to train on its sure parts.
+    `guess` ranks the pixels of its first two dates by how likely they changed, (y, x) in [0, 1], to train on its ends.
     """
 
     images: list[Image]
@@ -190,6 +191,24 @@ def haze_of(image: Image) -> Array:
     """Return a guess of the path reflectance of a scene: a part of its dark level."""
     dark = np.nanpercentile(image.reflectance[:, ::8, ::8], 1, axis=(1, 2))
     return (0.6 * np.maximum(dark - WATER, 0)).astype(np.float32)
+
+
+def ranked(probability: Array, before: Array, after: Array) -> Array:
+    """Return the rank in [0, 1] of each pixel of a pair, from a network's probability and the change's magnitude.
+
+    Levels of probability differ from place to place, ranks do not; that a few per cent of a pair changed is assumed.
+    """
+    dates = (np.nan_to_num(date.clip(-LIMIT, LIMIT)) for date in (before, after))
+    score = np.zeros(probability.shape, np.float32)
+    for values in (np.nan_to_num(probability), pca_difference(*dates)):
+        score -= np.log(1.001 - _rank(values))
+    return _rank(uniform_filter(score, 3))
+
+
+def _rank(values: Array) -> Array:
+    order = np.empty(values.size, np.float32)
+    order[np.argsort(values, axis=None, kind="stable")] = np.linspace(0, 1, values.size, dtype=np.float32)
+    return order.reshape(values.shape)
 
 
 def quiet_weight(before: Array, after: Array) -> Array:
