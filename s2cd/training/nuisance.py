@@ -34,7 +34,7 @@ class Nuisances:
     gain: float = 0.08
     bias: float = 0.1
     common: float = 0.1
-    contrast: float = 0.3
+    contrast: float = 0.0
     field: float = 0.1
     noise: float = 0.05
     shift: float = 0.7

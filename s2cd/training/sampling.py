@@ -123,7 +123,9 @@ def augmented(sample: Sample, rng: Rng, nuisances: Nuisances) -> Sample:
     if rng.random() < nuisances.shift_chance:
         after = displaced(after, *rng.uniform(-nuisances.shift, nuisances.shift, 2))
     shared = rng.normal(0, nuisances.common, (2, len(before), 1, 1)).astype(np.float32)
-    factor = (1 + shared[0]) * np.float32(np.exp(rng.normal(0, nuisances.contrast)))
+    factor = 1 + shared[0]
+    if nuisances.contrast:
+        factor = factor * np.float32(np.exp(rng.normal(0, nuisances.contrast)))
     before, after = (nuisances.disturb(x * factor + shared[1], rng) for x in (before, after))
     if rng.random() < nuisances.hidden_chance:
         hidden = cloud_field(truth.shape, rng) > rng.uniform(0.5, 1.5)
