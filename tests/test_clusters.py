@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from distributed import get_worker
 
 from s2cd.clusters import PROFILES, check_profile, cluster, load_profile, show_profile, worker_environment
 from s2cd.clusters.check import probe
@@ -16,6 +18,7 @@ from s2cd.clusters.environment import environment
 from s2cd.clusters.machine import available_cores, available_memory
 from s2cd.errors import ClusterError
 
+ONE_WORKER = {"kind": "local", "threads": 1, "memory": "1 GiB", "dashboard": 0}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -138,6 +141,35 @@ def test_local_workers_keep_large_buffers_instead_of_returning_them_to_the_kerne
     assert client.submit(probe, key="allocator").result()["returned"] == 0
 
 
+def test_a_worker_that_looks_full_returns_its_free_memory(client):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the allocator's settings are those of glibc")
+
+    def fill_and_free():
+        import numpy as np
+        import psutil
+
+        blocks, pins = [], []
+        for _ in range(24):
+            blocks.append(np.ones(64 << 20, np.uint8))
+            pins.append(np.ones(1 << 16, np.uint8))  # between the blocks, so that the heap cannot shrink from its end
+        blocks.clear()
+        get_worker().pins = pins
+        return psutil.Process().memory_info().rss
+
+    def resident():
+        import psutil
+
+        return psutil.Process().memory_info().rss
+
+    full = client.submit(fill_and_free).result()
+    assert full > 3 << 29
+    deadline = time.monotonic() + 60
+    while client.submit(resident, pure=False).result() > full - (1 << 30):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
 def test_this_process_keeps_its_own_environment(client):
     assert "MALLOC_ARENA_MAX" not in os.environ
     with environment({"S2CD_TEST": "1"}):
@@ -172,9 +204,25 @@ def test_show_prints_the_job_scripts(tmp_path, monkeypatch):
 
 
 def test_check_reports_what_a_worker_sees(tmp_path):
-    report = check_profile({"kind": "local", "threads": 1, "memory": "1 GiB", "dashboard": 0})
+    report = check_profile(ONE_WORKER)
     found = {name: ok for name, ok, _ in report}
     assert found == dict.fromkeys(["worker", "packages", "gpu", "torch threads", "environment", "allocator"], True)
+
+
+def test_check_tries_output_and_source_from_the_worker(client, tmp_path, make_series):
+    existing = {"kind": "existing", "address": client.scheduler.address}
+    href = make_series(shape=(17, 19), dates=1)[0].assets["red"].href
+    report = {
+        name: (ok, detail) for name, ok, detail in check_profile(existing, out=str(tmp_path / "out"), source=href)
+    }
+    assert report["out"] == (True, f"{tmp_path / 'out'}: writable")
+    assert report["source"] == (True, f"{href}: 19 x 17 px, uint16")
+    (tmp_path / "file").touch()
+    report = {name: (ok, detail) for name, ok, detail in check_profile(existing, str(tmp_path / "file"), f"{href}x")}
+    assert not report["out"][0]
+    assert str(tmp_path / "file") in report["out"][1]
+    assert not report["source"][0]
+    assert f"{href}x" in report["source"][1]
 
 
 def test_a_machine_without_the_batch_system_is_named(tmp_path, monkeypatch):

@@ -163,9 +163,9 @@ def _write(out: str) -> str:
 
 
 def _read(source: str) -> str:
-    import rasterio
+    from s2cd.catalog.access import open_dataset
 
-    with rasterio.open(source) as dataset:
+    with open_dataset("static", source) as dataset:
         return f"{source}: {dataset.width} x {dataset.height} px, {dataset.dtypes[0]}"
 
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 
 from distributed import Worker, WorkerPlugin
+from tornado.ioloop import PeriodicCallback
 
 # Features of one chunk are buffers of 100 MB and more. glibc returns such a buffer to the kernel at every free, and
 # each reuse costs a page fault per 4 KiB: half of the network's time. Large thresholds keep it. One arena, because
@@ -21,6 +22,7 @@ ALLOCATOR = {
 }
 _MALLOPT = {"M_TRIM_THRESHOLD": -1, "M_MMAP_THRESHOLD": -3, "M_ARENA_MAX": -8}
 _THREAD_POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_RELIEF_MS, _RELIEF_FRACTION = 2000, 0.6
 _GDAL_CACHE_MB = "512"  # GDAL's own default, 5 % of memory, is taken by every worker process of a machine
 
 
@@ -51,18 +53,35 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 class SetupWorker(WorkerPlugin):
-    """Prepare a worker process, which others may have started: torch's threads, the allocator. Idempotent."""
+    """Prepare a worker process, which others may have started: torch's threads, the allocator. Idempotent.
+
+    A process that keeps freed memory looks full: Dask would pause it, and it would stay paused. So what is free is
+    returned to the kernel when the process comes near the limit at which Dask begins to spill.
+    """
 
     name = "s2cd-setup"
 
     def setup(self, worker: Worker) -> None:
         """Run once in each worker process, before its first task."""
+        self._relief = PeriodicCallback(lambda: _return_free_memory(worker), _RELIEF_MS)
+        self._relief.start()
         if os.environ.get("OMP_NUM_THREADS") != "1":  # else torch obeys that, and is imported when first needed
             import torch
 
             torch.set_num_threads(1)
         if "MALLOC_ARENA_MAX" not in os.environ:
             _tune_running_allocator()
+
+    def teardown(self, worker: Worker) -> None:
+        """Run when the worker ends or another client registers the plugin anew."""
+        self._relief.stop()
+
+
+def _return_free_memory(worker: Worker) -> None:
+    limit = worker.memory_manager.memory_limit
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if limit and trim is not None and worker.monitor.get_process_memory() > _RELIEF_FRACTION * limit:
+        trim(0)
 
 
 def _tune_running_allocator() -> None:

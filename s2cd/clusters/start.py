@@ -60,7 +60,11 @@ def cluster(profile: str | Path | Profile | dict[str, Any] = "local") -> Iterato
         if isinstance(settings, ExistingProfile):
             client = stack.enter_context(_connect(settings))
         else:
-            client = stack.enter_context(Client(stack.enter_context(_start(settings))))
+            try:
+                client = stack.enter_context(Client(stack.enter_context(_start(settings))))
+            except (OSError, RuntimeError) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise ClusterError(f"cluster of kind {settings.kind}: does not start ({reason})") from error
         log.info("Dask dashboard: %s", client.dashboard_link)
         _prepare(client)
         yield client
