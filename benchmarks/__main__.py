@@ -87,13 +87,20 @@ def compare(data: str, size: int, dates: int, source: str, work: str, rounds: in
 @click.option("--read", type=float, help="Core-seconds to decode a date; by default as recorded.")
 @click.option("--encode", type=float, help="Core-seconds to encode a map; by default as recorded.")
 @click.option("--network", type=float, default=europe.Node.network, show_default=True, help="Device seconds a pair.")
+@click.option("--chunk", type=int, help="Edge of a chunk in pixels; by default as a run chooses it.")
 def europe_command(
-    tiles: int, nodes: tuple[int, ...], motion: float, read: float | None, encode: float | None, network: float
+    tiles: int,
+    nodes: tuple[int, ...],
+    motion: float,
+    read: float | None,
+    encode: float | None,
+    network: float,
+    chunk: int | None,
 ) -> None:
     """Run the task stream of Europe's year through a real scheduler; its tasks sleep."""
     before = load()
     node = europe.measured_node(suite.RESULTS, network=network, read=read, encode=encode)
-    runs = [europe.simulate(tiles, count, node, motion=motion) for count in nodes]
+    runs = [europe.simulate(tiles, count, node, motion=motion, chunk=chunk or "auto") for count in nodes]
     click.echo(europe.describe(runs))
     path = suite.save(f"europe-{tiles}tiles", suite.Settings("", ""), {"europe": {"runs": runs}}, before)
     click.echo(f"recorded in {path.name}")

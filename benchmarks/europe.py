@@ -154,6 +154,7 @@ def simulate(tiles: int, count: int, node: Node, *, motion: float, chunk: int | 
         "tiles": tiles,
         "nodes": count,
         "motion": motion,
+        "chunk": chunk,
         "pairs": pairs,
         "wall_s": spent[2],
         "before_first_task_s": rows[0]["s"],
@@ -198,13 +199,21 @@ def describe(runs: list[dict[str, Any]]) -> str:
         "",
         "| simulated | tiles | pairs | tasks slept x | wall s | plan s | driver ms a pair | scheduler ms a pair |",
     ]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += ["|" + "---|" * 10]
     for r in runs:
-        lines.append(
-            f"| {r['nodes']} nodes | {r['tiles']} | {r['pairs']} | {r['motion']:g} | {r['wall_s']:.0f} | "
-            f"{r['before_first_task_s']:.0f} | {r['driver_cpu_ms_per_pair']:.1f} | "
-            f"{r['scheduler_cpu_ms_per_pair']:.1f} |"
+        cells = (
+            f"{r['nodes']} nodes",
+            f"{r['tiles']}",
+            f"{r['pairs']}",
+            f"{r['chunk']}",
+            f"{r['motion']:g}",
+            f"{r['wall_s']:.0f}",
+            f"{r['before_first_task_s']:.0f}",
+            f"{r['driver_cpu_ms_per_pair']:.1f}",
+            f"{r['scheduler_cpu_ms_per_pair']:.1f}",
+            f"{r['busy']:.0%}",
         )
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Memory while it runs, MB:", "", "| fields of view | driver | scheduler |", "|---|---|---|"]
     rows = worst["memory"]
     for row in rows[:: max(1, len(rows) // 8)]:

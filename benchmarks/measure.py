@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,11 +25,13 @@ class BenchmarkError(RuntimeError):
 def measure(workload: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Run `benchmarks.workloads.<workload>(**settings)` in a fresh process; return its result and the peak memory.
 
-    Peak memory is the largest sum, at any moment, over that process and all its descendants: client, scheduler and
-    workers. Raises BenchmarkError if it fails.
+    `others_cores` is how many cores other programs kept busy meanwhile: with more than a few tenths, wall times say
+    little. Peak memory is the largest sum, at any moment, over that process and all its descendants: client,
+    scheduler and workers. Raises BenchmarkError if it fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
+        before = _busy(), _own(), time.perf_counter()
         command = [sys.executable, "-m", "benchmarks.child", workload, json.dumps(settings), str(answer)]
         child = subprocess.Popen(command, cwd=ROOT)
         try:
@@ -38,7 +41,20 @@ def measure(workload: str, settings: dict[str, Any]) -> dict[str, Any]:
                 child.kill()
         if child.returncode or not answer.exists():
             raise BenchmarkError(f"{workload} ended with status {child.returncode}")
-        return {**json.loads(answer.read_text()), "peak_gb": peak / 1e9}
+        result = json.loads(answer.read_text())
+        own, wall = _own() - before[1], time.perf_counter() - before[2]
+        return {**result, "peak_gb": peak / 1e9, "others_cores": max(0.0, _busy() - before[0] - own) / wall}
+
+
+def _busy() -> float:
+    """CPU seconds that the whole machine has spent so far."""
+    times = psutil.cpu_times()
+    return times.user + times.nice + times.system
+
+
+def _own() -> float:
+    """CPU seconds of this process and of the children that have ended."""
+    return sum(os.times()[:4])
 
 
 def _watch(child: subprocess.Popen[bytes]) -> int:

@@ -140,13 +140,17 @@ def _page(parts: Parts, origins: dict[str, dict[str, Any]]) -> list[str]:
         "Where each row comes from:",
         "\n".join(
             f"- {name}: {d['file']}, {d['date']}, {d['settings']['size']} px, {d['settings']['dates']} dates, "
-            f"source {d['settings']['source']}, load {d['load']['before']} before"
+            f"source {d['settings']['source']}, load {d['load']['before']} before{_others(d['parts'][name])}"
             for name, d in origins.items()
             if "size" in d["settings"]
         ),
     ]
     blocks += [block(parts) for name, block in _SECTIONS.items() if name in parts]
     return blocks
+
+
+def _others(part: dict[str, Any]) -> str:
+    return f", others kept {part['others_cores']:.1f} cores busy" if "others_cores" in part else ""
 
 
 def _stages_block(parts: Parts) -> str:

@@ -126,6 +126,7 @@ def compare(settings: Settings, rounds: int, say: Say) -> dict[str, Any]:
         "peak_gb": {name: max(r["peak_gb"] for r in results) for name, results in runs.items()},
         "ratio": {name: wall[name] / wall["s2cd"] for name in wall},
         "largest_difference": agreement,
+        "others_cores": max(r["others_cores"] for results in runs.values() for r in results),
         "rounds": {name: [r["wall_s"] for r in results] for name, results in runs.items()},
     }
 
