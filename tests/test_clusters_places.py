@@ -1,0 +1,49 @@
+"""The same catalogue gives the same maps, to the byte, wherever it is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from places_support import BIN, PAIRS, background, demo_catalogue, maps_by, maps_of, run_in_small_parts, wait_for_file
+
+import s2cd
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    return demo_catalogue(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture(scope="module")
+def expected(catalog, tmp_path_factory):
+    maps = maps_by("threads", catalog, tmp_path_factory.mktemp("threads"))
+    assert len(maps) == PAIRS
+    return maps
+
+
+def test_synchronous_equals_threads(catalog, expected, tmp_path):
+    assert maps_by("synchronous", catalog, tmp_path) == expected
+
+
+def test_local_processes_equal_threads(catalog, expected, tmp_path):
+    profile = {"kind": "local", "processes": 2, "threads": 1, "memory": "2 GiB", "dashboard": 0}
+    with s2cd.cluster(profile) as client:
+        assert run_in_small_parts(catalog, tmp_path, client).ok
+    assert maps_of(tmp_path) == expected
+
+
+def test_an_existing_scheduler_equals_threads(catalog, expected, tmp_path):
+    file = tmp_path / "scheduler.json"
+    scheduler = [str(BIN / "dask"), "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+    worker = [str(BIN / "dask"), "worker", "--nthreads", "1", "--memory-limit", "2GiB", "--no-dashboard"]
+    located = ["--scheduler-file", str(file)]
+    with background([*scheduler, *located], tmp_path / "scheduler.log"):
+        wait_for_file(file)
+        with (
+            background([*worker, *located], tmp_path / "worker-0.log"),
+            background([*worker, *located, "--no-nanny"], tmp_path / "worker-1.log"),
+            s2cd.cluster({"kind": "existing", "scheduler_file": str(file), "workers": 2}) as client,
+        ):
+            assert run_in_small_parts(catalog, tmp_path / "maps", client).ok
+            assert set(client.run(torch.get_num_threads).values()) == {1}
+    assert maps_of(tmp_path / "maps") == expected
