@@ -195,11 +195,9 @@ def describe(runs: list[dict[str, Any]]) -> str:
     ]
     for count in (1, 8, 64):
         lines.append(f"| {count} | {min(count * rate, central):,.0f} | {bound if count * rate < central else name} |")
-    lines += [
-        "",
-        "| simulated | tiles | pairs | tasks slept x | wall s | plan s | driver ms a pair | scheduler ms a pair |",
-    ]
-    lines += ["|" + "---|" * 10]
+    heads = ("simulated", "tiles", "pairs", "chunk", "motion", "wall s", "plan s", "driver, ms a pair")
+    heads = (*heads, "scheduler, ms a pair", "of what the nodes can")
+    lines += ["", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for r in runs:
         cells = (
             f"{r['nodes']} nodes",

@@ -274,4 +274,6 @@ def _draw_memory(axes: Any, parts: Parts) -> None:
         if rows:
             axes.plot([r[axis] for r in rows], [r["peak_gb"] for r in rows], marker, label=f"against {axis}")
             axes.legend(fontsize=8)
-    axes.set(xscale="log", xlabel="number", ylim=(0, None))
+    if not axes.lines:
+        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+    axes.set(xlabel="number", ylim=(0, None))
