@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from distributed import as_completed
+from places_support import BIN, PAIRS, demo_catalogue, maps_by, maps_of, run_in_small_parts
 
 from s2cd.clusters import check_profile, cluster, worker_environment
 from s2cd.clusters.check import probe
@@ -131,6 +133,31 @@ def test_a_run_outlives_its_jobs():
 def test_what_slurm_refuses_is_said_at_once(wrong, reason):
     with pytest.raises(ClusterError, match=f"Slurm refuses the job .*{reason}"), cluster(WORKER | wrong):
         pass
+
+
+def test_the_demo_catalogue_gives_the_same_maps_and_no_job_stays(tmp_path):
+    catalog = demo_catalogue(tmp_path / "scenes")
+    with cluster(WORKER | {"memory": "2 GiB", "jobs": {"maximum": 2}}) as client:
+        assert run_in_small_parts(catalog, tmp_path / "maps", client).ok
+    assert _wait_until_empty(30)
+    assert maps_of(tmp_path / "maps") == maps_by("threads", catalog, tmp_path / "threads")
+
+
+def test_the_client_itself_runs_as_a_job(tmp_path):
+    catalog = demo_catalogue(tmp_path / "scenes")
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(json.dumps(WORKER | {"memory": "2 GiB", "jobs": {"maximum": 1}}))
+    out = tmp_path / "maps"
+    command = ["s2cd", "run", catalog, "--out", str(out), "--cluster", str(profile), "-q"]
+    submit = ["sbatch", "--wait", "--mem=2G", "--cpus-per-task=1", str(ROOT / "cluster" / "submit.sh"), *command]
+    path = f"{BIN}:{os.environ['PATH']}"
+    done = subprocess.run(
+        submit, cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=300, check=False
+    )
+    log = "".join(path.read_text() for path in tmp_path.glob("s2cd-*.log"))
+    assert done.returncode == 0, done.stderr + log
+    assert f"{PAIRS} maps written" in log
+    assert len(maps_of(out)) == PAIRS
 
 
 def test_check_starts_one_worker_and_reports(slurm):
