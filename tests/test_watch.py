@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from dataclasses import replace
@@ -9,12 +10,17 @@ from pathlib import Path
 
 import pytest
 from distributed import Client
+from service_addresses import service
+from test_api import load
 
 import s2cd
 from s2cd.catalog import freeze
 from s2cd.errors import CatalogError, ConfigError
 from s2cd.runner import run, run_status
+from s2cd.simulate import simulate
 from s2cd.watch import watch
+
+COLLECTION = f"watch-{os.getpid()}"
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +127,31 @@ def test_workers_come_for_the_work_and_go_after_it(make_series, config):
     assert look(local, scenes) == {"written": [pair(0, 1)]}
     # nothing is new: no cluster is started, so a profile that does not exist is not even read
     assert look(config.model_copy(update={"cluster": "nowhere.yaml"}), scenes) == {}
+
+
+@pytest.mark.services
+def test_items_that_appear_in_an_api_become_maps(tmp_path, client):
+    url = service("S2CD_TEST_STAC_API")
+    root = simulate(tmp_path / "scenes", size=128, dates=4, orbits=(51,), clouds=False).parent
+    documents = [(path, json.loads(path.read_text())) for path in root.rglob("*.json")]
+    items = [_in_collection(item, path.parent) for path, item in documents if item.get("type") == "Feature"]
+    items.sort(key=lambda item: item["properties"]["datetime"])
+    config = s2cd.RunConfig(catalog=url, collection=COLLECTION, out=str(tmp_path / "out"), min_valid=0.0)
+    written = []
+    for item in items:
+        load([item], tmp_path)
+        (report,) = watch(config, once=True, client=client)
+        written.append(report.count("written"))
+        assert report.count("failed") == report.count("kept") == 0
+    assert written == [0, 1, 1, 1]
+
+
+def _in_collection(item, folder):
+    """The item as an API of its own would give it: absolute addresses, no links."""
+    assets = {
+        name: asset | {"href": (folder / asset["href"]).resolve().as_uri()} for name, asset in item["assets"].items()
+    }
+    return item | {"collection": COLLECTION, "links": [], "assets": assets}
 
 
 def test_an_interval_must_be_positive(config):
