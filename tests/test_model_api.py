@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2cd.errors import ModelError
-from s2cd.model import BANDS, list_models, load_model, registry
+from s2cd.model import BANDS, list_models, load_model, normalise, registry
+from s2cd.model.device import fast_bfloat16
 from s2cd.model.network import HALO, INPUTS, REACH, STRIDE, ChangeNet, cost
 
 
@@ -98,7 +99,21 @@ def test_raw_numbers_with_scale_and_offset_equal_reflectance(model):
     stats = tuple(model.statistics(r) for r in reflectance)
     valid = np.ones((64, 50), bool)
     codes = [model.encode(n, model.affine(s, 1e-4, -0.1), valid) for n, s in zip(numbers, stats, strict=True)]
-    np.testing.assert_allclose(model.decode(*codes), model.predict(*reflectance, statistics=stats), atol=1e-5)
+    level = model.background(*(model.sketch(r, s) for r, s in zip(reflectance, stats, strict=True)))
+    rounding = 5e-3 if fast_bfloat16(torch.device("cpu")) else 1e-5
+    expected = model.predict(*reflectance, statistics=stats)
+    np.testing.assert_allclose(model.decode(*codes, level), expected, atol=rounding)
+
+
+def test_background_is_the_usual_difference_of_two_dates():
+    image = ground((300, 400))
+    stats = normalise.statistics(image)
+    first, second = (normalise.sketch(x, stats) for x in (image, image + stats[:, 1, None, None]))
+    assert normalise.background(first, second) == pytest.approx(1 / normalise.TYPICAL, rel=0.01)
+    assert normalise.background(first, first) == normalise.LEAST_BACKGROUND
+    second[:, 10:] = np.nan
+    assert normalise.background(first, second) == pytest.approx(1 / normalise.TYPICAL, rel=0.01)
+    assert normalise.background(first, np.full_like(first, np.nan)) == 1.0
 
 
 def test_a_distant_pixel_has_no_influence(model):

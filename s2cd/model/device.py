@@ -67,12 +67,12 @@ class Engine:
         with self._running():
             return self._split((batch.to(self.device),), lambda t: self._network.encode(t[0]))
 
-    def decode(self, a: Features, b: Features) -> npt.NDArray[np.float32]:
-        """Return probabilities (2h, 2w) float32 between two dates."""
+    def decode(self, a: Features, b: Features, background: float) -> npt.NDArray[np.float32]:
+        """Return probabilities (2h, 2w) float32 between two dates that differ by `background` everywhere."""
         count = len(a)
 
         def probability(t: Features) -> Features:
-            return (torch.sigmoid_(self._network.decode(t[:count], t[count:]).float()),)
+            return (torch.sigmoid_(self._network.decode(t[:count], t[count:], background).float()),)
 
         with self._running():
             (result,) = self._split((*a, *b), probability)

@@ -43,7 +43,7 @@ class _Program:
     def encode(self, x: Tensor) -> Features:
         return (x,)
 
-    def decode(self, a: Features, b: Features) -> Tensor:
+    def decode(self, a: Features, b: Features, background: float = 1.0) -> Tensor:
         result = self._call(a[0], b[0])
         return result if self._logits else torch.logit(result.clamp(0, 1))
 

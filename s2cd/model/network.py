@@ -79,6 +79,7 @@ class ChangeNet(nn.Module):
             for i, j in zip(levels, steps, strict=False)
         )
         self.head = nn.Conv2d(widths[0], 4, 1)
+        self.discount = nn.Parameter(torch.zeros(()))  # logits by which e times the usual difference counts less
 
     def encode(self, x: Tensor) -> Features:
         """Return the features of one date at every level."""
@@ -89,20 +90,24 @@ class ChangeNet(nn.Module):
             features.append(x)
         return tuple(features)
 
-    def decode(self, a: Features, b: Features) -> Tensor:
-        """Return the logits of change between two dates, the same whichever comes first."""
+    def decode(self, a: Features, b: Features, background: Tensor | float = 1.0) -> Tensor:
+        """Return the logits of change between two dates, the same whichever comes first.
+
+        `background` is `s2cd.model.normalise.background` of each of the n pairs, (n, 1, 1, 1), or of all.
+        """
         x = self.bottom((a[-1] - b[-1]).abs_())
         for level in reversed(range(len(self.mix))):
             side = self.lateral[level]((a[level] - b[level]).abs_())
             x = functional.relu_(side.add_(functional.interpolate(x, scale_factor=2.0, mode="nearest")))
             x = self.mix[level](x)
-        return functional.pixel_shuffle(self.head(x), 2)
+        logits = functional.pixel_shuffle(self.head(x), 2)
+        return logits - self.discount * torch.log(torch.as_tensor(background, device=logits.device))
 
-    def forward(self, before: Tensor, after: Tensor) -> Tensor:
+    def forward(self, before: Tensor, after: Tensor, background: Tensor | float = 1.0) -> Tensor:
         """Return logits; both dates pass the encoder in one batch, so that its statistics are those of both."""
         features = self.encode(torch.cat([before, after]))
         n = len(before)
-        return self.decode(tuple(f[:n] for f in features), tuple(f[n:] for f in features))
+        return self.decode(tuple(f[:n] for f in features), tuple(f[n:] for f in features), background)
 
     @torch.no_grad()
     def folded(self, temperature: float = 1.0, bias: float = 0.0) -> ChangeNet:
@@ -116,6 +121,7 @@ class ChangeNet(nn.Module):
         assert self.head.bias is not None
         head = {"weight": self.head.weight / temperature, "bias": self.head.bias / temperature + bias}
         net.head.load_state_dict(head)
+        net.discount.copy_(self.discount / temperature)
         return net.eval()
 
 

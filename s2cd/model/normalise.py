@@ -8,6 +8,9 @@ percentile of the scene's own valid pixels. What a homogeneous atmosphere and th
 so haze, a gain of the sensor, another sun elevation over flat ground and a processing offset change centre and
 spread in proportion and cancel exactly, band by band. What varies within a scene (shaded slopes, cirrus in parts of
 it, a shift) does not cancel; the network learns to ignore it from simulated cases.
+
+What two seasons do to a whole scene does not cancel either. Its strength, one number a pair (`background`), is taken
+from the evidence of change: a difference counts by how far it exceeds what is usual between these two dates.
 """
 
 from __future__ import annotations
@@ -22,6 +25,10 @@ SIGMAS = 2.5631  # between the 10th and 90th percentile of a normal distribution
 LEAST_SPREAD = 0.01  # reflectance; open sea would otherwise be stretched to noise
 ROWS = 32  # of the 20 m grid, prepared at a time
 LIMIT = 6.0  # normalised values are clipped at +- LIMIT
+SKETCH = 128  # a sketch has at least so many pixels along a side, and less than twice as many
+TYPICAL = 0.35  # normalised difference that is usual between two seasons
+LEAST_BACKGROUND = 0.3  # of TYPICAL: less is as good as none, and noise must not be stretched to change
+FEWEST = 64  # pixels seen on both dates that tell a background
 
 Array = npt.NDArray[np.float32]
 
@@ -57,6 +64,29 @@ def affine(stats: Array, scale: npt.ArrayLike = 1.0, offset: npt.ArrayLike = 0.0
 def decimation(shape: tuple[int, ...]) -> int:
     """Return the power of two that leaves at least 256 pixels along the shorter side, as overviews do."""
     return 1 << max(0, (min(shape) // 256).bit_length() - 1)
+
+
+def sketch(reflectance: Array, stats: Array) -> npt.NDArray[np.float16]:
+    """Return a small picture of a date, normalised: float16 (band, y, x), NaN = no observation.
+
+    `reflectance` is what `statistics` was given; sketches of two dates of one grid fit each other.
+    """
+    step = max(1, min(reflectance.shape[1:]) // SKETCH)
+    centre, spread = np.asarray(stats, np.float32).T[:, :, None, None]
+    return np.clip((reflectance[:, ::step, ::step] - centre) / spread, -LIMIT, LIMIT).astype(np.float16)
+
+
+def background(a: np.ndarray, b: np.ndarray) -> float:
+    """Return how much two dates differ everywhere, in units of TYPICAL: what season and light do to a whole scene.
+
+    The median over the pixels seen on both of the mean absolute difference over the bands, of two sketches; at least
+    LEAST_BACKGROUND, and 1 where too few pixels are seen on both.
+    """
+    difference = np.abs(a.astype(np.float32) - b.astype(np.float32)).mean(axis=0)
+    seen = np.isfinite(difference)
+    if seen.sum() < FEWEST:
+        return 1.0
+    return max(LEAST_BACKGROUND, float(np.median(difference[seen])) / TYPICAL)
 
 
 def network_input(pixels: np.ndarray, gains: Array, valid: npt.NDArray[np.bool_], fine: int, stride: int) -> Array:

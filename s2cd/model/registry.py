@@ -32,8 +32,8 @@ class Network(Protocol):
     def encode(self, x: Tensor) -> Features:
         """Return the features of one date."""
 
-    def decode(self, a: Features, b: Features) -> Tensor:
-        """Return logits between two dates."""
+    def decode(self, a: Features, b: Features, background: float) -> Tensor:
+        """Return logits between two dates that differ by `background` everywhere."""
 
 
 class Model:
@@ -80,6 +80,14 @@ class Model:
         """Return float32 (band, 2), gain and bias, for pixels of which reflectance = scale * pixel + offset."""
         return normalise.affine(statistics, scale, offset)
 
+    def sketch(self, reflectance: npt.NDArray[np.float32], statistics: npt.NDArray[np.float32]) -> np.ndarray:
+        """Return a small picture of a date, float16 (band, y, x), of what `statistics` was given; for `background`."""
+        return normalise.sketch(reflectance, statistics)
+
+    def background(self, a: np.ndarray, b: np.ndarray) -> float:
+        """Return how much two dates differ everywhere, from their sketches; 1 is usual."""
+        return normalise.background(a, b)
+
     def encode(self, pixels: np.ndarray, affine: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) -> EncodedDate:
         """Return the features of one date, to be kept for all its pairs.
 
@@ -93,15 +101,17 @@ class Model:
         x = normalise.network_input(pixels, affine, valid, FINE_BANDS, self.stride)
         return EncodedDate(self._engine.encode(x), valid.shape)
 
-    def decode(self, a: EncodedDate, b: EncodedDate) -> npt.NDArray[np.float32]:
+    def decode(self, a: EncodedDate, b: EncodedDate, background: float = 1.0) -> npt.NDArray[np.float32]:
         """Return the probability of change float32 (y, x) in [0, 1]; the order of the dates does not matter.
+
+        `background` is that of the whole scenes, the same for every chunk.
 
         Raises ModelError if the two dates differ in shape.
         """
         if a.shape != b.shape:
             raise ModelError(f"model {self.name!r} compares dates of one shape, found {a.shape} and {b.shape}")
         height, width = a.shape
-        return self._engine.decode(a.features, b.features)[:height, :width]
+        return self._engine.decode(a.features, b.features, background)[:height, :width]
 
     def predict(
         self,
@@ -124,10 +134,12 @@ class Model:
                     f"found {dates[0].shape} and {dates[1].shape}"
                 )
         step = normalise.decimation(dates[0].shape[1:])
-        stats = statistics or tuple(self.statistics(d[:, ::step, ::step]) for d in dates)
+        small = [d[:, ::step, ::step] for d in dates]
+        stats = statistics or tuple(self.statistics(d) for d in small)
+        background = self.background(*(self.sketch(d, s) for d, s in zip(small, stats, strict=True)))
         valid = [np.asarray(np.isfinite(d).all(axis=0)) for d in dates]
         codes = [self.encode(d, self.affine(s), v) for d, s, v in zip(dates, stats, valid, strict=True)]
-        probability = self.decode(codes[0], codes[1])
+        probability = self.decode(codes[0], codes[1], background)
         probability[~(valid[0] & valid[1])] = np.nan
         return probability
 
