@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from s2cd.errors import ConfigError
 
 Longitude = Annotated[float, Field(ge=-180, le=180)]
 Latitude = Annotated[float, Field(ge=-90, le=90)]
+
+
+def _values(text: Any) -> Any:
+    """Spell out "3,8-10"; anything else is left to the type."""
+    if not isinstance(text, str):
+        return text
+    ranges = [_RANGE.fullmatch(part.strip()) for part in text.split(",")]
+    if not all(ranges):
+        raise ValueError("expected values and ranges such as 3,8-10")
+    return tuple(v for r in ranges if r for v in range(int(r[1]), int(r[2] or r[1]) + 1))
+
+
+_RANGE = re.compile(r"(\d{1,3})(?:-(\d{1,3}))?")
+Classes = Annotated[tuple[Annotated[int, Field(ge=0, le=255)], ...], Field(min_length=1), BeforeValidator(_values)]
 
 
 class RunConfig(BaseModel):
@@ -27,7 +42,10 @@ class RunConfig(BaseModel):
     max_cloud     percent, by metadata: cloudier scenes are left out
     min_valid     fraction of the tile, by pixels: scenes with less valid are left out
     max_gap_days  pairs further apart are left out
-    mask_classes  scene classes (SCL) that count as no observation; None for the default set
+    mask          "scl" (L1C has none and gets a spectral test), the key of another asset of the items that holds a
+                  mask, or "package.module:function"
+    mask_classes  values of the mask that count as no observation: integers, or a text such as "3,8-10"; None for the
+                  usual classes of SCL
     mask_dilation metres by which masked clouds and shadows grow
     model         name of a shipped model, or path of an exported one
     device        where the network runs
@@ -52,7 +70,8 @@ class RunConfig(BaseModel):
     max_cloud: Annotated[float, Field(ge=0, le=100)] | None = 60.0
     min_valid: Annotated[float, Field(ge=0, le=1)] = 0.1
     max_gap_days: Annotated[float, Field(gt=0)] | None = None
-    mask_classes: tuple[Annotated[int, Field(ge=0, le=11)], ...] | None = None
+    mask: Annotated[str, Field(min_length=1)] = "scl"
+    mask_classes: Classes | None = None
     mask_dilation: Annotated[float, Field(ge=0, le=600)] = 60.0
     model: str = "generic"
     device: Literal["auto", "cpu", "cuda"] = "auto"

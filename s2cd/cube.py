@@ -24,8 +24,8 @@ DEFAULT_BANDS = ("blue", "green", "red", "nir", "nir08", "swir16", "swir22")
 def open_cube(scenes: Sequence[Scene], bands: Sequence[str] | None = None, chunk: int = 2048) -> xr.DataArray:
     """Open scenes of one tile as a lazy datacube.
 
-    bands   names such as "B04" or "red", and "scl"; by default the seven bands of the shipped models, and the
-            scene classification where every scene has it
+    bands   names such as "B04" or "red", "scl", or the key of another asset of the scenes; by default the seven bands
+            of the shipped models, and the scene classification where every scene has it
     chunk   edge of a spatial chunk in pixels; a chunk holds one date and all bands
 
     Returns a DataArray (time, band, y, x) of uint16 digital numbers, 0 where there is no observation, on the
@@ -72,7 +72,7 @@ def cube_bands(scenes: Sequence[Scene], bands: Sequence[str] | None) -> tuple[st
     if bands is None:
         names = DEFAULT_BANDS + ((SCL,) if all(SCL in s.assets for s in scenes) else ())
     else:
-        names = tuple(canonical_band(b) for b in bands)
+        names = tuple(b if all(b in s.assets for s in scenes) else canonical_band(b) for b in bands)
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice or not names:
         raise ConfigError(f"bands {list(bands or ())}: expected different names, found {twice or 'none'} twice")

@@ -18,7 +18,6 @@ import numpy as np
 import xarray as xr
 from dask.array.overlap import overlap
 
-from s2cd.catalog.bands import SCL
 from s2cd.catalog.scene import Grid, Scene
 from s2cd.cube import common_grid, cube_grid
 from s2cd.errors import ConfigError, GridError
@@ -63,11 +62,11 @@ def detect_changes(
     """
     ref, mask = ModelRef.of(model, device), mask or Mask()
     network = ref.load()
-    _require_bands(cube, network.bands)
+    _require_bands(cube, (*network.bands, *mask.extra_assets))
     positions = [_positions(cube, pair) for pair in pairs]
     scenes = {s.id: s for pair in pairs for s in (pair.before, pair.after)}
     grid = _require_even_start(cube, list(scenes.values()), network)
-    inputs = {i: scene_input(s, network.bands, common_grid([s], network.bands)) for i, s in scenes.items()}
+    inputs = {i: scene_input(s, network.bands, common_grid([s], network.bands), mask) for i, s in scenes.items()}
     surveys = {i: dask.delayed(survey_scene)(entry, mask, ref) for i, entry in inputs.items()}
     halo = _halo(network, mask, inputs.values())
     haloed, base = _with_halo(cube, network, halo)
@@ -87,7 +86,7 @@ def detect_changes(
         chunks=((1,) * len(pairs), *base),
         meta=np.empty((0, 0, 0), np.float32),
     )
-    return _labelled(probability, pairs, grid, cube, ref)
+    return _labelled(probability, pairs, grid, cube, ref, mask)
 
 
 def change_codes(
@@ -111,7 +110,7 @@ def change_codes(
     grid = common_grid(ordered, network.bands)
     order = {scene.id: index for index, scene in enumerate(ordered)}
     series = Series(
-        dates=tuple(scene_input(s, network.bands, grid) for s in ordered),
+        dates=tuple(scene_input(s, network.bands, grid, mask) for s in ordered),
         statistics=tuple(surveys[s.id].statistics for s in ordered),
         pairs=tuple((order[p.before.id], order[p.after.id]) for p in pairs),
     )
@@ -189,8 +188,8 @@ def _infer_block(
 
 def _read_date(date: SceneInput, window: tuple[slice, slice], tiling: Tiling) -> tuple[np.ndarray, np.ndarray | None]:
     pixels = np.stack([read_window(source, date.grid, window, tiling) for source in date.sources])
-    scl = None if date.scl is None else read_window(date.scl, date.grid, window, tiling)
-    return pixels, scl
+    classes = None if date.classes is None else read_window(date.classes, date.grid, window, tiling)
+    return pixels, classes
 
 
 def _image(
@@ -199,9 +198,9 @@ def _image(
     statistics: np.ndarray,
     mask: Mask,
     pixels: np.ndarray,
-    scl: np.ndarray | None,
+    classes: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    valid = observed(pixels, scl, date, mask)
+    valid = observed(pixels, classes, date, mask)
     affine = model.affine(statistics, np.array(date.scale, np.float32), np.array(date.offset, np.float32))
     return pixels, affine, valid
 
@@ -225,8 +224,9 @@ def _infer_pair(
     images = []
     for scene_id, block in zip(ids[block_info[None]["chunk-location"][0]], (before, after), strict=True):
         pixels = block[0][[bands.index(b) for b in model.bands]]
-        scl = block[0][bands.index(SCL)] if SCL in bands else None
-        images.append(_image(model, inputs[scene_id], surveys[scene_id].statistics, mask, pixels, scl))
+        date = inputs[scene_id]
+        classes = block[0][bands.index(mask.band)] if date.classes and mask.band in bands else None
+        images.append(_image(model, date, surveys[scene_id].statistics, mask, pixels, classes))
     ((_, probability, _),) = infer_series(model, images, [(0, 1)])
     location, counts = block_info[0]["chunk-location"][2:], block_info[0]["num-chunks"][2:]
     inner = tuple(
@@ -238,7 +238,7 @@ def _infer_pair(
 
 def _halo(model: Model, mask: Mask, dates: Iterable[SceneInput]) -> int:
     """Pixels around a chunk that its result depends on: of the network, and of the mask that its input depends on."""
-    reach = model.reach + (mask.dilation if all(date.scl is not None for date in dates) else mask.reach)
+    reach = model.reach + (mask.dilation if all(date.classes is not None for date in dates) else mask.reach)
     return -(-reach // model.stride) * model.stride
 
 
@@ -274,7 +274,7 @@ def _sizes(tiling: Tiling, axis: int, count: int) -> tuple[int, ...]:
 def _require_bands(cube: xr.DataArray, bands: Sequence[str]) -> None:
     missing = [b for b in bands if b not in cube.band.values]
     if missing:
-        raise ConfigError(f"the model needs the bands {', '.join(bands)}, the cube lacks {', '.join(missing)}")
+        raise ConfigError(f"model and mask need the bands {', '.join(bands)}, the cube lacks {', '.join(missing)}")
 
 
 def _positions(cube: xr.DataArray, pair: Pair) -> tuple[int, int]:
@@ -298,7 +298,7 @@ def _require_even_start(cube: xr.DataArray, scenes: Sequence[Scene], model: Mode
 
 
 def _labelled(
-    probability: da.Array, pairs: Sequence[Pair], grid: Grid, cube: xr.DataArray, ref: ModelRef
+    probability: da.Array, pairs: Sequence[Pair], grid: Grid, cube: xr.DataArray, ref: ModelRef, mask: Mask
 ) -> xr.DataArray:
     result = xr.DataArray(
         probability,
@@ -311,6 +311,6 @@ def _labelled(
             "x": cube.x,
         },
         name="change_probability",
-        attrs={"pairs": {pair.name: pair for pair in pairs}, "model": ref, "units": "1"},
+        attrs={"pairs": {pair.name: pair for pair in pairs}, "model": ref, "mask": mask, "units": "1"},
     )
     return result.rio.write_crs(grid.epsg).rio.write_transform()

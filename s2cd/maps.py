@@ -17,9 +17,11 @@ from s2cd.catalog.scene import Grid
 from s2cd.config import RunConfig
 from s2cd.cube import cube_grid
 from s2cd.errors import ConfigError
+from s2cd.masks import Mask
 from s2cd.model import ModelRef
 from s2cd.outputs.codes import encode_codes, split_reasons
 from s2cd.pairs import Pair
+from s2cd.plan import mask_of
 from s2cd.reader import band_source, read_window
 from s2cd.registration import Shift, phase_shift
 from s2cd.thumbnails import thumbnail
@@ -38,14 +40,15 @@ def write_change_maps(
 
     Raises ConfigError for an array that does not know its pairs, OutputError, and what computing it raises.
     """
-    if not {"pairs", "model"} <= change.attrs.keys():
+    if not {"pairs", "model", "mask"} <= change.attrs.keys():
         raise ConfigError(f"array {change.name!r} has no pairs and model, expected what detect_changes returns")
     outputs.check_writable(str(out))
     grid, ref = cube_grid(change), change.attrs["model"]
     config = RunConfig(catalog="", out=str(out), model=ref.name, cog_profile=cog_profile, quicklook=quicklook)
+    mask = change.attrs["mask"]
     write = dask.delayed(_write_array, pure=False)
     items = dask.compute(
-        *(write(one.data, change.attrs["pairs"][str(one.pair.values)], grid, ref, config) for one in change)
+        *(write(one.data, change.attrs["pairs"][str(one.pair.values)], grid, ref, config, mask) for one in change)
     )
     outputs.write_catalog(str(out))
     return list(items)
@@ -62,7 +65,7 @@ def write_pair(
     """Put the chunks of one pair together and write its map; return the figures for the report."""
     codes = np.block([[block[position] for block in row] for row in blocks])
     codes, validity = split_reasons(codes) if config.validity else (codes, None)
-    properties = _write_codes(codes, pair, grid, ref, config, validity)["properties"]
+    properties = _write_codes(codes, pair, grid, ref, config, mask_of(config), validity)["properties"]
     return {
         "valid_fraction": properties["s2cd:valid_fraction"],
         "changed_fraction": properties["s2cd:changed_fraction"],
@@ -70,12 +73,20 @@ def write_pair(
     }
 
 
-def _write_array(probability: np.ndarray, pair: Pair, grid: Grid, ref: ModelRef, config: RunConfig) -> dict[str, Any]:
-    return _write_codes(encode_codes(probability), pair, grid, ref, config)
+def _write_array(
+    probability: np.ndarray, pair: Pair, grid: Grid, ref: ModelRef, config: RunConfig, mask: Mask
+) -> dict[str, Any]:
+    return _write_codes(encode_codes(probability), pair, grid, ref, config, mask)
 
 
 def _write_codes(
-    codes: np.ndarray, pair: Pair, grid: Grid, ref: ModelRef, config: RunConfig, validity: np.ndarray | None = None
+    codes: np.ndarray,
+    pair: Pair,
+    grid: Grid,
+    ref: ModelRef,
+    config: RunConfig,
+    mask: Mask,
+    validity: np.ndarray | None = None,
 ) -> dict[str, Any]:
     bands = ref.load().bands
     shift = measure_shift(pair, bands)
@@ -85,6 +96,7 @@ def _write_codes(
     extra = {
         "s2cd:shift": [round(shift.dy, 2), round(shift.dx, 2)] if known else None,
         "s2cd:shift_quality": round(shift.quality, 2),
+        "s2cd:mask": mask.description,
     }
     info = outputs.MapInfo(model=ref.name, model_hash=ref.hash, bands=bands, extra=extra)
     rgb = (thumbnail(pair.before), thumbnail(pair.after)) if config.quicklook else None

@@ -1,4 +1,4 @@
-"""What counts as a valid observation: by scene classification, or by a spectral cloud test without one."""
+"""What counts as a valid observation: by scene classification or another mask band, a spectral test, or a function."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 from scipy import ndimage
 
+from s2cd.catalog.bands import SCL
 from s2cd.errors import ConfigError
 
 # Classes of the Sen2Cor scene classification (Sentinel-2 L2A ATBD, S2-PDGS-MPC-ATBD-L2A).
@@ -37,32 +38,62 @@ SMALL_RADIUS = 8  # up to here shifted copies of a mask are faster than a distan
 class Mask:
     """How valid observations are told; small and picklable, so that tasks can carry it.
 
-    invalid    classes of the scene classification that are no observation of the ground
+    invalid    values of the mask band that are no observation of the ground: classes, or percentages of a cloud
+               probability
     dilation   pixels of 10 m by which clouds and shadows are widened, since their thin edges are missed
     spectral   whether scenes without scene classification get the spectral cloud test
     function   "package.module:name" of a function that takes the place of both: called with float32 reflectance
                (band, y, x) and the names of its bands, it returns bool (y, x), True where there is cloud; it must
                look at each pixel by itself, and be importable on the workers
+    band       key of the asset that holds the mask: the scene classification, or one that takes its place, of
+               which every `invalid` value is widened
     """
 
     invalid: tuple[int, ...] = INVALID_CLASSES
     dilation: int = DILATION
     spectral: bool = True
     function: str | None = None
+    band: str = SCL
+
+    @classmethod
+    def parse(cls, text: str, invalid: Sequence[int] | None = None, dilation: int = DILATION) -> Mask:
+        """Return the mask that `text` names: "scl", the key of another asset, or "package.module:name".
+
+        invalid    values of the band; those of INVALID_CLASSES by default, to be given for a band other than SCL
+        dilation   pixels of 10 m
+
+        Raises ConfigError for a function that cannot be imported, a band without `invalid` values, and values for a
+        function.
+        """
+        if ":" in text:
+            load_function(text)
+            if invalid is not None:
+                raise ConfigError(f"mask_classes {list(invalid)} mean nothing to the mask function {text!r}")
+            return cls(dilation=dilation, function=text)
+        if text != SCL and not invalid:
+            raise ConfigError(f"mask {text!r} needs mask_classes: the values that are no observation, such as 40-100")
+        return cls(tuple(INVALID_CLASSES if invalid is None else invalid), dilation, band=text)
 
     @property
-    def uses_scl(self) -> bool:
-        """Whether the scene classification is looked at where there is one."""
-        return self.function is None
+    def extra_assets(self) -> tuple[str, ...]:
+        """Keys of assets that this mask needs beside the bands and SCL."""
+        return extra_assets(self.function or self.band)
+
+    @property
+    def description(self) -> dict[str, object]:
+        """What a map's item says of the mask; the dilation in metres."""
+        told = {"function": self.function} if self.function else {"band": self.band, "invalid": list(self.invalid)}
+        return {**told, "dilation": 10 * self.dilation}
 
     @property
     def reach(self) -> int:
         """From how many 10 m pixels away a pixel's mask can change: the halo that exact chunks need."""
         return self.dilation + (2 * ROOF_RADIUS if self.spectral else 0)
 
-    def from_scl(self, scl: np.ndarray, factor: int = 1) -> np.ndarray:
-        """Return bool (y, x), True where `scl` (y, x), decimated by `factor` against 10 m, is valid."""
-        return valid_mask(scl, invalid=self.invalid, dilation=self.dilation / factor)
+    def from_classes(self, classes: np.ndarray, factor: int = 1) -> np.ndarray:
+        """Return bool (y, x), True where the mask band (y, x), decimated by `factor` against 10 m, is valid."""
+        grow = GROWN_CLASSES if self.band == SCL else self.invalid
+        return valid_mask(classes, invalid=self.invalid, grow=grow, dilation=self.dilation / factor)
 
     def from_reflectance(self, reflectance: np.ndarray, bands: Sequence[str], factor: int = 1) -> np.ndarray:
         """Return bool (y, x), True where `cloud_test` finds no cloud within `dilation`.
@@ -71,7 +102,7 @@ class Mask:
         `factor`.
         """
         if self.function is not None:
-            cloud = np.asarray(_load(self.function)(reflectance, tuple(bands)), dtype=bool)
+            cloud = np.asarray(load_function(self.function)(reflectance, tuple(bands)), dtype=bool)
         elif self.spectral:
             cloud = cloud_test(reflectance, bands, factor)
         else:
@@ -79,8 +110,13 @@ class Mask:
         return ~dilate(cloud, self.dilation / factor)
 
 
+def extra_assets(mask: str) -> tuple[str, ...]:
+    """Return the keys of assets that a search has to keep for what `Mask.parse` understands."""
+    return () if mask == SCL or ":" in mask else (mask,)
+
+
 @cache
-def _load(name: str) -> Callable[[np.ndarray, tuple[str, ...]], np.ndarray]:
+def load_function(name: str) -> Callable[[np.ndarray, tuple[str, ...]], np.ndarray]:
     """Import a mask function. Raises ConfigError if there is none of that name."""
     module, _, attribute = name.partition(":")
     try:
@@ -96,11 +132,11 @@ def valid_mask(
     grow: Collection[int] = GROWN_CLASSES,
     dilation: float = 0,
 ) -> np.ndarray:
-    """Tell valid observations from the scene classification layer.
+    """Tell valid observations from the scene classification layer, or from another mask band.
 
     Args:
-        scl: class codes (y, x), see `SCL_CLASSES`.
-        invalid: classes that are no observation of the ground.
+        scl: class codes (y, x) of an unsigned type, see `SCL_CLASSES`.
+        invalid: classes that are no observation of the ground, 0 to 255.
         grow: those of them (clouds, shadows) that are widened.
         dilation: by how many pixels of `scl`, in a disc.
 
@@ -132,9 +168,9 @@ def dilate(mask: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _isin(scl: np.ndarray, classes: Collection[int]) -> np.ndarray:
-    table = np.zeros(256, dtype=bool)
+    table = np.zeros(256 if scl.dtype == np.uint8 else 1 << 16, dtype=bool)
     table[list(classes)] = True
-    return table[scl.astype(np.uint8, copy=False)]
+    return table[scl]
 
 
 # Thresholds of the spectral test, in reflectance, and the half-width in 10 m pixels of what a roof can be.

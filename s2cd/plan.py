@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from s2cd import catalog, outputs
-from s2cd.catalog.bands import SCL
 from s2cd.catalog.scene import Grid, Scene
 from s2cd.config import RunConfig
 from s2cd.cube import common_grid
 from s2cd.errors import NoScenesError
 from s2cd.inference import auto_chunk
+from s2cd.masks import Mask, extra_assets
 from s2cd.model import Model, load_model
 from s2cd.pairs import LeftOut, PairList, consecutive_pairs, fields_of_view, select_scenes
 from s2cd.reader import Tiling, require_asset
@@ -44,9 +44,10 @@ class Plan:
 def make_plan(config: RunConfig, scenes: Iterable[Scene] | None = None) -> Plan:
     """Search the catalogue (or take `scenes`) and decide which dates are compared, by metadata alone.
 
-    Raises CatalogError, NoScenesError if no two dates can be compared, and GridError if the scenes of one tile
-    lie on different grids.
+    Raises CatalogError, NoScenesError if no two dates can be compared, ConfigError for a mask that cannot be used, and
+    GridError if the scenes of one tile lie on different grids.
     """
+    mask_of(config)
     found = list(scenes) if scenes is not None else search_scenes(config)
     kept, left_out = select_scenes(found, max_cloud=config.max_cloud)
     fields = []
@@ -60,7 +61,16 @@ def make_plan(config: RunConfig, scenes: Iterable[Scene] | None = None) -> Plan:
         raise NoScenesError(
             f"{config.catalog}: {len(found)} scenes found, but no two dates of one tile and orbit ({reasons})"
         )
+    for view in fields:
+        for scene in view.scenes:
+            for key in extra_assets(config.mask):
+                require_asset(scene, key)
     return Plan(config, tuple(fields), tuple(left_out), frozenset(outputs.finished(config.out)))
+
+
+def mask_of(config: RunConfig) -> Mask:
+    """Return the mask that `config` describes. Raises ConfigError for one that cannot be used."""
+    return Mask.parse(config.mask, config.mask_classes, round(config.mask_dilation / 10))
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ def describe_plan(plan: Plan) -> PlanTable:
     """
     model = load_model(plan.config.model, device="cpu")
     require_model_bands(plan, model)
+    mask = mask_of(plan.config)
     rows, tasks, total, decoded = [], 0, 0, 0
     left_out = list(plan.left_out)
     for view in plan.fields:
@@ -91,7 +102,7 @@ def describe_plan(plan: Plan) -> PlanTable:
         units = -(-len(pairs) // (plan.config.dates_per_task - 1))
         tasks += units * tiling.blocks[0] * tiling.blocks[1] + len(pairs) + len(view.scenes)
         total += len(pairs)
-        decoded += sum(_decoded_bytes(scene, model.bands) for scene in view.scenes)
+        decoded += sum(_decoded_bytes(scene, model.bands, mask.band) for scene in view.scenes)
         rows.append(
             {
                 "field of view": view.name,
@@ -122,6 +133,7 @@ def search_scenes(config: RunConfig) -> list[Scene]:
         tiles=config.tiles,
         collection=config.collection,
         orbit=config.orbit if isinstance(config.orbit, int) else None,
+        extra=extra_assets(config.mask),
     )
 
 
@@ -143,9 +155,9 @@ def chunk_edge(config: RunConfig, grid: Grid, model: Model) -> int:
     return -(-config.chunk // model.stride) * model.stride
 
 
-def _decoded_bytes(scene: Scene, bands: Sequence[str]) -> int:
+def _decoded_bytes(scene: Scene, bands: Sequence[str], mask: str) -> int:
     shapes = [scene.assets[band].grid.shape for band in bands]
-    classes = scene.assets[SCL].grid.shape if SCL in scene.assets else (0, 0)
+    classes = scene.assets[mask].grid.shape if mask in scene.assets else (0, 0)
     return sum(2 * rows * cols for rows, cols in shapes) + classes[0] * classes[1]
 
 

@@ -27,11 +27,11 @@ from s2cd.cube import common_grid
 from s2cd.errors import OutputError, S2cdError, S2cdWarning, ShiftWarning
 from s2cd.inference import change_codes
 from s2cd.maps import LARGEST_SHIFT, write_pair
-from s2cd.masks import INVALID_CLASSES, Mask
+from s2cd.masks import Mask
 from s2cd.model import Model, ModelRef, load_model
 from s2cd.outputs.store import open_store
 from s2cd.pairs import LeftOut, Pair
-from s2cd.plan import FieldOfView, Plan, chunk_edge, make_plan, pairs_of, require_model_bands
+from s2cd.plan import FieldOfView, Plan, chunk_edge, make_plan, mask_of, pairs_of, require_model_bands
 from s2cd.radiometry import check_offsets
 from s2cd.survey import Survey, scene_input, survey_scene
 
@@ -113,7 +113,7 @@ def run(
     outputs.check_writable(config.out)
     with _strictness(config.strict), ExitStack() as stack:
         plan = make_plan(config, scenes)
-        context = _Context(config, ModelRef(config.model, model.hash, config.device), model, _mask(config))
+        context = _Context(config, ModelRef(config.model, model.hash, config.device), model, mask_of(config))
         require_model_bands(plan, model)
         outputs.save_run(config.out, config.dump(), plan.scenes)
         if client is None:
@@ -188,7 +188,7 @@ class _Submission:
     def _survey(self, view: FieldOfView) -> list[Future]:
         context = self.context
         bands = context.model.bands
-        inputs = [scene_input(s, bands, common_grid([s], bands)) for s in view.scenes]
+        inputs = [scene_input(s, bands, common_grid([s], bands), context.mask) for s in view.scenes]
         return self.client.map(survey_scene, inputs, mask=context.mask, model=context.ref, priority=10, pure=False)
 
     def _units_of(self, view: FieldOfView, futures: list[Future]) -> Iterator[_Unit]:
@@ -290,11 +290,6 @@ def _checked(pair: Pair, surveys: dict[str, Survey], strict: bool) -> Pair:
         return pair
     note = f"darkest pixels differ by {found:+.3f} in every band: an offset may be applied to one date only"
     return replace(pair, notes=(*pair.notes, note))
-
-
-def _mask(config: RunConfig) -> Mask:
-    invalid = INVALID_CLASSES if config.mask_classes is None else config.mask_classes
-    return Mask(invalid=invalid, dilation=round(config.mask_dilation / 10))
 
 
 @contextmanager

@@ -11,19 +11,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from s2cd.catalog.bands import SCL
 from s2cd.catalog.scene import Grid, Scene
+from s2cd.errors import ReadError
 from s2cd.masks import Mask
 from s2cd.model import ModelRef
 from s2cd.model.normalise import decimation
-from s2cd.reader import Source, band_source, read_overview
+from s2cd.reader import Source, band_source, read_overview, require_asset
 
 
 @dataclass(frozen=True, slots=True)
 class SceneInput:
     """What a task needs of a scene: URLs and a few numbers, no STAC document.
 
-    `scale` and `offset` have one entry per source: reflectance = scale * digital number + offset.
+    `scale` and `offset` have one entry per source: reflectance = scale * digital number + offset. `classes` is the
+    mask band, if the scene has one, with pixels `classes_factor` times as large as those of `grid`.
     """
 
     id: str
@@ -31,7 +32,8 @@ class SceneInput:
     sources: tuple[Source, ...]
     scale: tuple[float, ...]
     offset: tuple[float, ...]
-    scl: Source | None
+    classes: Source | None
+    classes_factor: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +51,13 @@ class Survey:
     dark: np.ndarray
 
 
-def scene_input(scene: Scene, bands: Sequence[str], grid: Grid) -> SceneInput:
-    """Reduce `scene` to what reading `bands` (and SCL, where it has one) on `grid` takes.
+def scene_input(scene: Scene, bands: Sequence[str], grid: Grid, mask: Mask) -> SceneInput:
+    """Reduce `scene` to what reading `bands` and the mask band (SCL only where it has one) on `grid` takes.
 
     Raises ConfigError for a band the scene does not offer.
     """
+    needed = mask.function is None and (mask.band in scene.assets or bool(mask.extra_assets))
+    classes = require_asset(scene, mask.band) if needed else None
     sources = tuple(band_source(scene, band) for band in bands)
     assets = [scene.assets[band] for band in bands]
     return SceneInput(
@@ -62,16 +66,20 @@ def scene_input(scene: Scene, bands: Sequence[str], grid: Grid) -> SceneInput:
         sources=sources,
         scale=tuple(a.scale for a in assets),
         offset=tuple(a.offset for a in assets),
-        scl=band_source(scene, SCL) if SCL in scene.assets else None,
+        classes=band_source(scene, mask.band) if classes else None,
+        classes_factor=round(classes.grid.transform[0] / grid.transform[0]) if classes else 1,
     )
 
 
 def survey_scene(scene: SceneInput, mask: Mask, model: ModelRef) -> Survey:
-    """Survey one scene from its overviews. Raises ReadError and GridError as reading does."""
+    """Survey one scene from its overviews.
+
+    Raises ReadError and GridError as reading does, and ReadError for a mask band that holds no whole numbers.
+    """
     factor = decimation(scene.grid.shape)
     pixels = np.stack([read_overview(source, scene.grid, factor) for source in scene.sources])
-    scl = None if scene.scl is None else read_overview(scene.scl, scene.grid, factor)
-    valid = observed(pixels, scl, scene, mask, factor)
+    classes = None if scene.classes is None else _read_classes(scene.classes, scene.grid, factor)
+    valid = observed(pixels, classes, scene, mask, factor)
     reflectance = to_reflectance(pixels, scene, valid)
     return Survey(
         id=scene.id,
@@ -83,21 +91,29 @@ def survey_scene(scene: SceneInput, mask: Mask, model: ModelRef) -> Survey:
     )
 
 
-def observed(pixels: np.ndarray, scl: np.ndarray | None, scene: SceneInput, mask: Mask, factor: int = 1) -> np.ndarray:
+def _read_classes(source: Source, grid: Grid, factor: int) -> np.ndarray:
+    classes = read_overview(source, grid, factor)
+    if classes.dtype not in (np.uint8, np.uint16):
+        raise ReadError(source.hrefs[0], f"a mask holds {classes.dtype}, expected uint8 or uint16")
+    return classes
+
+
+def observed(
+    pixels: np.ndarray, classes: np.ndarray | None, scene: SceneInput, mask: Mask, factor: int = 1
+) -> np.ndarray:
     """Return bool (y, x): True where every band has an observation and the mask lets it pass.
 
-    `pixels` uint16 (band, y, x) and `scl` uint8 (y, x) are decimated by `factor` against the 10 m grid.
+    `pixels` uint16 (band, y, x) and `classes` (y, x), those of the mask band, are decimated by `factor` against the
+    10 m grid.
     """
     seen: np.ndarray = np.ones(pixels.shape[1:], bool)
     for plane, source in zip(pixels, scene.sources, strict=True):
         seen &= plane != source.nodata
-    if not mask.uses_scl:
-        scl = None
-    if scl is not None and factor == 1:  # replicated from 20 m: a quarter of the work at its own size
-        native = mask.from_scl(scl[::2, ::2], 2)
+    if classes is not None and factor == 1 and scene.classes_factor == 2:  # replicated: a quarter of the work at 20 m
+        native = mask.from_classes(classes[::2, ::2], 2)
         return seen & native.repeat(2, axis=0).repeat(2, axis=1)[: seen.shape[0], : seen.shape[1]]
-    if scl is not None:
-        return seen & mask.from_scl(scl, factor)
+    if classes is not None:
+        return seen & mask.from_classes(classes, factor)
     reflectance = to_reflectance(pixels, scene, seen)
     return seen & mask.from_reflectance(reflectance, [s.band for s in scene.sources], factor)
 

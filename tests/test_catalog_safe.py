@@ -141,6 +141,17 @@ def test_pixels_are_read_on_the_grid_of_the_metadata(products: Path) -> None:
     assert np.array_equal(coarse, pixels("SCL", 20, 0).repeat(2, 0).repeat(2, 1)[window])
 
 
+def test_the_cloud_probability_of_a_product_can_be_its_mask(tmp_path: Path) -> None:
+    product = write_product(tmp_path, level="2A", baseline="05.09", offset=-1000)
+    granule = next((product / "GRANULE").iterdir())
+    _write_image(granule / "QI_DATA" / "MSK_CLDPRB_20m.jp2", "SCL", 20, 1)
+    (scene,) = search(tmp_path, extra=("cloud",))
+    assert scene.assets["cloud"].grid == scene.assets["scl"].grid
+    window = (slice(4, 100), slice(10, 240))
+    found = read_window(band_source(scene, "cloud"), scene.assets["red"].grid, window)
+    assert np.array_equal(found, pixels("SCL", 20, 1).repeat(2, 0).repeat(2, 1)[window])
+
+
 def test_a_product_by_its_own_path_and_frozen(products: Path, tmp_path: Path) -> None:
     found = search(next(products.iterdir()))
     assert found == search(products, tiles="33XWJ", bbox=(15, 80, 16, 81))

@@ -29,7 +29,7 @@ MASK = Mask()
 
 
 def surveys_of(scenes):
-    inputs = [scene_input(s, MODEL.bands, common_grid([s], MODEL.bands)) for s in scenes]
+    inputs = [scene_input(s, MODEL.bands, common_grid([s], MODEL.bands), MASK) for s in scenes]
     return {i.id: survey_scene(i, MASK, REF) for i in inputs}
 
 
@@ -45,7 +45,7 @@ def whole_image(scenes):
         encoded = []
         for scene in (pair.before, pair.after):
             cube = open_cube([scene], bands=[*MODEL.bands, "scl"]).values[0]
-            valid = (cube[:-1] > 0).all(axis=0) & MASK.from_scl(cube[-1][::2, ::2], 2).repeat(2, 0).repeat(2, 1)[
+            valid = (cube[:-1] > 0).all(axis=0) & MASK.from_classes(cube[-1][::2, ::2], 2).repeat(2, 0).repeat(2, 1)[
                 : cube.shape[1], : cube.shape[2]
             ]
             scale = np.array([scene.assets[b].scale for b in MODEL.bands], np.float32)

@@ -59,11 +59,11 @@ def test_chunks_with_a_halo_of_reach_equal_the_whole(seed: int, spectral: bool) 
         whole = mask.from_reflectance(image, VISIBLE)
     else:
         image = rng.choice(np.array([4, 5, 8, 3], np.uint8), (size, size), p=[0.6, 0.38, 0.01, 0.01])
-        whole = mask.from_scl(image)
+        whole = mask.from_classes(image)
     core = slice(60, 90)
     read = slice(60 - halo, 90 + halo)
     part = image[..., read, read]
-    found = mask.from_reflectance(part, VISIBLE) if spectral else mask.from_scl(part)
+    found = mask.from_reflectance(part, VISIBLE) if spectral else mask.from_classes(part)
     assert np.array_equal(found[halo : halo + 30, halo : halo + 30], whole[core, core])
 
 
@@ -71,8 +71,8 @@ def test_decimated_masks_grow_by_the_same_distance() -> None:
     scl = np.full((200, 200), 4, dtype=np.uint8)
     scl[80:120, 80:120] = 9
     mask = Mask(dilation=20)
-    full = (~mask.from_scl(scl)).sum()
-    coarse = (~mask.from_scl(scl[::4, ::4], 4)).sum() * 16
+    full = (~mask.from_classes(scl)).sum()
+    coarse = (~mask.from_classes(scl[::4, ::4], 4)).sum() * 16
     assert coarse == pytest.approx(full, rel=0.1)
 
 
@@ -122,9 +122,28 @@ def test_a_function_takes_the_place_of_both() -> None:
     mask = Mask(dilation=1, function=f"{__name__}:bright")
     image = np.zeros((3, 9, 9), dtype=np.float32)
     image[2, 4, 4] = 0.6
-    assert not mask.uses_scl
     assert (~mask.from_reflectance(image, VISIBLE)).sum() == 5
     assert pickle.loads(pickle.dumps(mask)) == mask
+
+
+def test_parse_tells_bands_from_functions() -> None:
+    assert Mask.parse("scl") == Mask()
+    assert Mask.parse("scl", (9,), 3) == Mask((9,), 3)
+    assert Mask.parse("cloud", (40, 41), 3) == Mask((40, 41), 3, band="cloud")
+    assert Mask.parse(f"{__name__}:bright").function == f"{__name__}:bright"
+    with pytest.raises(ConfigError, match="mask 'cloud' needs mask_classes"):
+        Mask.parse("cloud")
+    with pytest.raises(ConfigError, match="mask function 'nowhere:x': No module named 'nowhere'"):
+        Mask.parse("nowhere:x")
+    with pytest.raises(ConfigError, match=r"mask_classes \[3\] mean nothing to the mask function"):
+        Mask.parse(f"{__name__}:bright", (3,))
+
+
+def test_every_value_of_another_band_grows() -> None:
+    probability = np.zeros((9, 9), np.uint16)
+    probability[4, 4], probability[0, 0] = 80, 300
+    assert (~Mask((80,), 1, band="cloud").from_classes(probability)).sum() == 5
+    assert (~Mask((4,), 1).from_classes(probability)).sum() == 0
 
 
 @pytest.mark.parametrize("name", ["nowhere.at.all:x", "s2cd.masks:nothing", "s2cd.masks", ""])

@@ -27,7 +27,7 @@ def change_maps(scenes: list[Scene], out: Path) -> int:
     model = s2cd.load_model("generic")
     ref, mask = ModelRef.of("generic"), Mask()
     grid = scenes[0].assets["red"].grid
-    statistics = [survey_scene(scene_input(s, model.bands, grid), mask, ref).statistics for s in scenes]
+    statistics = [survey_scene(scene_input(s, model.bands, grid, mask), mask, ref).statistics for s in scenes]
     pairs = s2cd.consecutive_pairs(scenes)
     number = {scene.id: index for index, scene in enumerate(scenes)}
     for pair in pairs:

@@ -47,7 +47,7 @@ def change_maps(scenes: list[Scene], out: Path, client: Client) -> int:
         rescale=False,  # stackstac refuses to scale into float32
         xy_coords="center",
     )
-    inputs = [scene_input(s, bands, grid) for s in scenes]
+    inputs = [scene_input(s, bands, grid, Mask()) for s in scenes]
     surveys = client.gather(client.map(survey_scene, inputs, mask=Mask(), model=ModelRef.of("generic")))
     pairs = s2cd.consecutive_pairs(scenes)
     number = {scene.id: index for index, scene in enumerate(scenes)}

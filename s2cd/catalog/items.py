@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,22 @@ _STRIP = re.compile(r"_S(?P<start>\d{8}T\d{6})_N")
 _EARTH_SEARCH_ID = re.compile(r"^S2[A-D]_T?(?P<tile>\d{1,2}[A-Z]{3})_\d{8}(?P<strip>T\d{6})?_")
 _BASELINE = re.compile(r"^\d{2}\.\d{2}$")
 _KEY_SUFFIX = re.compile(r"(_\d{2}m|-\d{2}m)$")
+CLASS_CODES = "class codes"
 _GSD = {band.common_name: band.gsd for band in BANDS} | {SCL: 20}
 # (absolute orbit + shift) mod 143 + 1 is the relative orbit; shifts from products that state both.
 _ORBIT_SHIFT = {"S2A": 2, "S2B": -27, "S2C": 29}
 
 
-def scene_from_item(item: Item, provider: str | None = None, base: str | None = None) -> Scene:
+def scene_from_item(
+    item: Item, provider: str | None = None, base: str | None = None, extra: Collection[str] = ()
+) -> Scene:
     """Read a scene out of a STAC item.
 
     Args:
         item: the item as plain JSON, STAC 1.0 or 1.1.
         provider: key of the provider, by default told from the item's own links.
         base: path or URL of the document, against which relative links are resolved.
+        extra: keys of assets to keep beside the bands, as class layers: a mask.
 
     Raises CatalogError with the reason for what is no Sentinel-2 scene or cannot be understood.
     """
@@ -49,7 +53,7 @@ def scene_from_item(item: Item, provider: str | None = None, base: str | None = 
     if item.get("type") != "Feature" or not name:
         raise CatalogError(f"{base or 'document'}: found type {item.get('type')!r}, expected a STAC item")
     try:
-        return _Reader(item, provider or infer_provider(item), base).scene()
+        return _Reader(item, provider or infer_provider(item), base, extra).scene()
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CatalogError(f"item {name}: cannot be understood: {error!r}") from error
 
@@ -57,11 +61,12 @@ def scene_from_item(item: Item, provider: str | None = None, base: str | None = 
 class _Reader:
     """One item on its way to a scene: every fact looked up in all the places providers put it."""
 
-    def __init__(self, item: Item, provider: str, base: str | None):
+    def __init__(self, item: Item, provider: str, base: str | None, extra: Collection[str]):
         self.item = item
         self.id: str = item["id"]
         self.provider = provider
         self.base = base
+        self.extra = extra
         self.properties: Mapping[str, Any] = item.get("properties") or {}
         self.product = self._match(_PRODUCT, "s2:product_uri", "sentinel:product_id", "id")
         self.datatake = self._first("s2:datatake_id", "eopf:datatake_id")
@@ -196,13 +201,20 @@ class _Reader:
         if not any(band != SCL for band in chosen):
             found = ", ".join(list(self.item["assets"])[:6])
             raise CatalogError(f"item {self.id}: no asset is a Sentinel-2 band, found {found}")
-        return {b: self._asset(b, asset, level, baseline) for b, (_, _, asset) in sorted(chosen.items())}
+        assets = {b: self._asset(b, asset, level, baseline) for b, (_, _, asset) in chosen.items()}
+        extra = {k: a for k, a in self.item["assets"].items() if k not in assets and self._is_extra(k, a)}
+        assets |= {k: self._asset(k, a, level, baseline) for k, a in extra.items()}
+        return dict(sorted(assets.items()))
+
+    def _is_extra(self, key: str, asset: Item) -> bool:
+        """Whether an asset is kept as a class layer: asked for, or kept by the search that was frozen."""
+        return bool(asset.get("href")) and (key in self.extra or asset.get("s2cd:reason") == CLASS_CODES)
 
     def _asset(self, band: str, asset: Item, level: str, baseline: str | None) -> Asset:
         raster = _raster_fields(asset)
         frozen_reason = asset.get("s2cd:reason")
-        if band == SCL:
-            scale, offset, reason = 1.0, 0.0, "class codes"
+        if band not in _GSD or band == SCL:
+            scale, offset, reason = 1.0, 0.0, CLASS_CODES
         elif frozen_reason is not None:
             scale, offset, reason = float(raster["scale"]), float(raster["offset"]), frozen_reason
         else:

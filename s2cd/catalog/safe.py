@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,15 @@ def find_products(folder: Path) -> list[Path]:
     return [folder] if folder.suffix == ".SAFE" else sorted(p for p in folder.glob("*.SAFE") if p.is_dir())
 
 
-def scene_from_safe(product: Path) -> Scene:
+def scene_from_safe(product: Path, extra: Collection[str] = ()) -> Scene:
     """Read a scene from a .SAFE product: MTD_MSIL1C.xml or MTD_MSIL2A.xml, and the granule's MTD_TL.xml.
+
+    `extra` are keys of assets to keep beside the bands: "cloud" is the cloud probability at 20 m (L2A).
 
     Raises CatalogError with the reason for a product that cannot be understood.
     """
     try:
-        return scene_from_item(_item(product.absolute()), provider="static")
+        return scene_from_item(_item(product.absolute()), provider="static", extra=extra)
     except (ET.ParseError, KeyError, ValueError, TypeError, OSError) as error:
         raise CatalogError(f"{product}: cannot be understood: {error!r}") from error
 
@@ -80,14 +83,21 @@ def _assets(product: Path, info: ET.Element, tile: ET.Element) -> dict[str, Any]
             raster["scale"] = 1 / quantification
             if name in offsets:
                 raster["offset"] = offsets[name] / quantification
-        assets[f"{name}_{metres}m"] = {
-            "href": str(_image(product, stem)),
-            "gsd": metres,
-            "proj:shape": [int(_at(tile, "Size", metres, n)) for n in ("NROWS", "NCOLS")],
-            "proj:transform": _transform(tile, metres),
-            "raster:bands": [raster],
-        }
+        assets[f"{name}_{metres}m"] = _asset(_image(product, stem), tile, metres, raster)
+    for path in sorted(product.glob("GRANULE/*/QI_DATA/*CLD*_20m.*")):
+        if path.suffix in _SUFFIXES:
+            assets["cloud"] = _asset(path, tile, 20, {})
     return assets
+
+
+def _asset(path: Path, tile: ET.Element, metres: int, raster: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "href": str(path),
+        "gsd": metres,
+        "proj:shape": [int(_at(tile, "Size", metres, n)) for n in ("NROWS", "NCOLS")],
+        "proj:transform": _transform(tile, metres),
+        "raster:bands": [raster],
+    }
 
 
 def _offsets(info: ET.Element) -> dict[str, float]:

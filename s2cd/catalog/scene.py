@@ -50,7 +50,7 @@ class Scene:
     cloud_cover   percent, None where nothing states it
     datatake      datatake id, None where nothing states it
     footprint     GeoJSON geometry in longitude and latitude of what the swath covers
-    assets        by canonical band name ("red", ..., "scl")
+    assets        by canonical band name ("red", ..., "scl"); further ones, such as another mask, by the item's key
     parts         further pieces of the same acquisition (a split datatake), read where this one is nodata
     processed     when the product was generated, None where nothing states it
     strip_start   sensing start of the datastrip the product was cut from, None where nothing states it

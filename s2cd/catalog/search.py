@@ -33,6 +33,7 @@ def search(
     max_cloud: float | None = None,
     collection: str | None = None,
     bands: Sequence[str] | None = None,
+    extra: Collection[str] = (),
 ) -> list[Scene]:
     """Search a catalogue once for Sentinel-2 scenes.
 
@@ -47,6 +48,8 @@ def search(
         max_cloud: percent by the scene's metadata; scenes that state none pass.
         collection: STAC collection id; for a provider its first by default.
         bands: names such as "B04" or "red"; other assets are dropped, "scl" is kept.
+        extra: keys of the items' assets to keep beside the bands, such as the mask that `Mask(band=...)` names;
+            read as class layers.
 
     Returns scenes ordered by tile and time. Items that are no Sentinel-2 scene are left out with a warning.
 
@@ -55,11 +58,11 @@ def search(
     bad values.
     """
     wanted = make_filter(bbox, datetime, tiles, orbit, max_cloud)
-    kept_bands = None if bands is None else {canonical_band(b) for b in bands} | {"scl"}
+    kept_bands = None if bands is None else {canonical_band(b) for b in bands} | {"scl", *extra}
     address = fspath(source)
     passed: list[Scene] = []
     failed: list[Scene] = []
-    for scene in _read_scenes(address, wanted, collection):
+    for scene in _read_scenes(address, wanted, collection, extra):
         if collection and scene.collection != collection:
             continue
         (failed if wanted.rejects(scene) else passed).append(_with_bands(scene, kept_bands))
@@ -75,26 +78,26 @@ def load_scenes(source: str | PathLike[str]) -> list[Scene]:
     return search(source)
 
 
-def _read_scenes(source: str, wanted: Filter, collection: str | None) -> Iterator[Scene]:
+def _read_scenes(source: str, wanted: Filter, collection: str | None, extra: Collection[str]) -> Iterator[Scene]:
     """Scenes of any source; servers filter already, files do not."""
     if source in PROVIDERS:
         record = PROVIDERS[source]
-        return _scenes(search_api(record.url, wanted, collection or record.collections[0], record), source)
+        return _scenes(search_api(record.url, wanted, collection or record.collections[0], record), source, extra)
     if static.is_url(source) and not urlsplit(source).path.endswith(_PARQUET):
         document = static.read_document(source)
         root, api_collection = _api_behind(document, source)
         if root is not None:
             known = provider_at(root)
             name = collection or api_collection
-            return _scenes(search_api(root, wanted, name, known), known.key if known else None)
-        return _scenes(static.iter_items(document, source))
-    return _read_local(source)
+            return _scenes(search_api(root, wanted, name, known), known.key if known else None, extra)
+        return _scenes(static.iter_items(document, source), None, extra)
+    return _read_local(source, extra)
 
 
 _PARQUET = (".parquet", ".geoparquet")
 
 
-def _read_local(source: str) -> Iterator[Scene]:
+def _read_local(source: str, extra: Collection[str]) -> Iterator[Scene]:
     if source.endswith(_PARQUET):
         return iter(read_frozen(source))
     path = Path(source).absolute()
@@ -104,21 +107,21 @@ def _read_local(source: str) -> Iterator[Scene]:
     if path.is_dir():
         products = find_products(path)
         if products:
-            return (scene_from_safe(product) for product in products)
+            return (scene_from_safe(product, extra) for product in products)
         path = static.entry_document(path)
     document = static.read_document(str(path))
     root, _ = _api_behind(document, None)
     if root is not None:
         raise CatalogError(f"{source}: holds no items, it belongs to the STAC API at {root}: search that URL")
-    return _scenes(static.iter_items(document, str(path)))
+    return _scenes(static.iter_items(document, str(path)), None, extra)
 
 
-def _scenes(items: Iterable[static.Document], provider: str | None = None) -> Iterator[Scene]:
+def _scenes(items: Iterable[static.Document], provider: str | None, extra: Collection[str]) -> Iterator[Scene]:
     """Items to scenes as they stream; those that are none are warned about."""
     refused: Counter[str] = Counter()
     for item, base in items:
         try:
-            yield scene_from_item(item, provider, base)
+            yield scene_from_item(item, provider, base, extra)
         except CatalogError as error:
             refused[str(error)] += 1
     if refused:
