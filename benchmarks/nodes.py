@@ -30,7 +30,8 @@ def survey_scene(scene: Any, mask: Any, model: Any) -> Survey:
     """Take the place of `s2cd.survey.survey_scene`."""
     _sleep("survey", 1)
     bands = len(scene.sources)
-    return Survey(scene.id, 0.9, np.ones((bands, 2), np.float32), np.zeros(bands, np.float32))
+    sketch = np.zeros((bands, 172, 172), np.float16)  # as large as that of a full tile
+    return Survey(scene.id, 0.9, np.ones((bands, 2), np.float32), np.zeros(bands, np.float32), sketch)
 
 
 def infer_block(*, series: Any, tiling: Any, block_id: Any = None, **_: Any) -> np.ndarray:

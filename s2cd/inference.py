@@ -33,11 +33,28 @@ DEFAULT_CHUNK = 1376  # an eighth of a tile: half the memory of 2048 for a few p
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Dates in order of time and the pairs among them, by position: what one task works on."""
+    """Dates in order of time and the pairs among them, by position: what one task works on.
+
+    `statistics` has an entry for each date, `backgrounds` (see `Model.background`) for each pair.
+    """
 
     dates: tuple[SceneInput, ...]
     statistics: tuple[np.ndarray, ...]
     pairs: tuple[tuple[int, int], ...]
+    backgrounds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Levels:
+    """What two dates are normalised with: the statistics of each, and their common background."""
+
+    statistics: tuple[np.ndarray, np.ndarray]
+    background: float
+
+    @classmethod
+    def of(cls, before: Survey, after: Survey, ref: ModelRef) -> _Levels:
+        background = ref.load().background(before.sketch, after.sketch)
+        return cls((before.statistics, after.statistics), background)
 
 
 def detect_changes(
@@ -68,6 +85,7 @@ def detect_changes(
     grid = _require_even_start(cube, list(scenes.values()), network)
     inputs = {i: scene_input(s, network.bands, common_grid([s], network.bands), mask) for i, s in scenes.items()}
     surveys = {i: dask.delayed(survey_scene)(entry, mask, ref) for i, entry in inputs.items()}
+    levels = [dask.delayed(_Levels.of)(surveys[p.before.id], surveys[p.after.id], ref) for p in pairs]
     halo = _halo(network, mask, inputs.values())
     haloed, base = _with_halo(cube, network, halo)
     probability = da.map_blocks(
@@ -76,7 +94,7 @@ def detect_changes(
         haloed[[after for _, after in positions]],
         ids=[(pair.before.id, pair.after.id) for pair in pairs],
         inputs=inputs,
-        surveys=surveys,
+        levels=levels,
         mask=mask,
         ref=ref,
         bands=tuple(str(b) for b in cube.band.values),
@@ -113,6 +131,7 @@ def change_codes(
         dates=tuple(scene_input(s, network.bands, grid, mask) for s in ordered),
         statistics=tuple(surveys[s.id].statistics for s in ordered),
         pairs=tuple((order[p.before.id], order[p.after.id]) for p in pairs),
+        backgrounds=tuple(network.background(surveys[p.before.id].sketch, surveys[p.after.id].sketch) for p in pairs),
     )
     tiling = Tiling(grid.shape, chunk, _halo(network, mask, series.dates))
     rows, cols = tiling.blocks
@@ -135,13 +154,15 @@ def infer_series(
     model: Model,
     images: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
     pairs: Sequence[tuple[int, int]],
+    backgrounds: Sequence[float],
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield (position in `pairs`, probability (y, x) float32 with NaN, unseen) as the dates come in.
 
     `unseen` is uint8 (y, x): 0 where both dates are valid, 1 where the earlier is not, 2 the later, 3 neither.
 
-    images   (pixels (band, y, x), affine (band, 2), valid (y, x)) of each date, in order
-    pairs    positions (before, after) of the dates, before < after
+    images       (pixels (band, y, x), affine (band, 2), valid (y, x)) of each date, in order
+    pairs        positions (before, after) of the dates, before < after
+    backgrounds  of the pairs, as `Model.background` gives them
 
     Each date is encoded once; its features are kept until its last pair is done.
     """
@@ -152,7 +173,7 @@ def infer_series(
         for position, (before, after) in enumerate(pairs):
             if after == date:
                 (a, valid_a), (b, valid_b) = kept[before], kept[after]
-                probability = model.decode(a, b)
+                probability = model.decode(a, b, backgrounds[position])
                 unseen = ~valid_a + 2 * (~valid_b).view(np.uint8)
                 probability[unseen > 0] = np.nan
                 yield position, probability, unseen
@@ -179,7 +200,7 @@ def _infer_block(
     )
     shape = (len(series.pairs), *(c.stop - c.start for c in core))
     codes = np.empty(shape, np.uint16)
-    for position, probability, unseen in infer_series(model, images, series.pairs):
+    for position, probability, unseen in infer_series(model, images, series.pairs, series.backgrounds):
         codes[position] = encode_codes(probability[inner])
         if reasons:
             codes[position] -= (np.uint16(3) - unseen[inner]) * (unseen[inner] > 0)
@@ -211,7 +232,7 @@ def _infer_pair(
     *,
     ids: list[tuple[str, str]],
     inputs: dict[str, SceneInput],
-    surveys: dict[str, Survey],
+    levels: list[_Levels],
     mask: Mask,
     ref: ModelRef,
     bands: tuple[str, ...],
@@ -222,12 +243,14 @@ def _infer_pair(
         return np.empty((0, 0, 0), np.float32)
     model = ref.load()
     images = []
-    for scene_id, block in zip(ids[block_info[None]["chunk-location"][0]], (before, after), strict=True):
+    position = block_info[None]["chunk-location"][0]
+    level = levels[position]
+    for scene_id, statistics, block in zip(ids[position], level.statistics, (before, after), strict=True):
         pixels = block[0][[bands.index(b) for b in model.bands]]
         date = inputs[scene_id]
         classes = block[0][bands.index(mask.band)] if date.classes and mask.band in bands else None
-        images.append(_image(model, date, surveys[scene_id].statistics, mask, pixels, classes))
-    ((_, probability, _),) = infer_series(model, images, [(0, 1)])
+        images.append(_image(model, date, statistics, mask, pixels, classes))
+    ((_, probability, _),) = infer_series(model, images, [(0, 1)], [level.background])
     location, counts = block_info[0]["chunk-location"][2:], block_info[0]["num-chunks"][2:]
     inner = tuple(
         slice(halo if i else 0, size - halo if i < n - 1 else size)

@@ -43,12 +43,14 @@ class Survey:
     valid_fraction  share of the tile's pixels with a valid observation, in [0, 1]
     statistics      float32 (band, 2), centre and spread of valid reflectance, as `Model.statistics` gives them
     dark            float32 (band,), 0.5 percentile of valid reflectance, for the offset check
+    sketch          float16 (band, y, x), a small picture as `Model.sketch` gives it
     """
 
     id: str
     valid_fraction: float
     statistics: np.ndarray
     dark: np.ndarray
+    sketch: np.ndarray
 
 
 def scene_input(scene: Scene, bands: Sequence[str], grid: Grid, mask: Mask) -> SceneInput:
@@ -81,13 +83,16 @@ def survey_scene(scene: SceneInput, mask: Mask, model: ModelRef) -> Survey:
     classes = None if scene.classes is None else _read_classes(scene.classes, scene.grid, factor)
     valid = observed(pixels, classes, scene, mask, factor)
     reflectance = to_reflectance(pixels, scene, valid)
+    network = model.load()
+    statistics = network.statistics(reflectance)
     return Survey(
         id=scene.id,
         valid_fraction=float(valid.mean()),
-        statistics=model.load().statistics(reflectance),
+        statistics=statistics,
         dark=np.nanpercentile(reflectance, 0.5, axis=(1, 2)).astype(np.float32)
         if valid.any()
         else np.full(len(pixels), np.nan, np.float32),
+        sketch=network.sketch(reflectance, statistics),
     )
 
 

@@ -9,6 +9,7 @@ import dask
 import numpy as np
 import pytest
 import rasterio
+import torch
 
 import s2cd
 from s2cd import reader
@@ -53,7 +54,8 @@ def whole_image(scenes):
             affine = MODEL.affine(surveys[scene.id].statistics, scale, offset)
             encoded.append((MODEL.encode(cube[:-1], affine, valid), valid))
         (a, valid_a), (b, valid_b) = encoded
-        results.append(np.where(valid_a & valid_b, MODEL.decode(a, b), np.nan))
+        background = MODEL.background(surveys[pair.before.id].sketch, surveys[pair.after.id].sketch)
+        results.append(np.where(valid_a & valid_b, MODEL.decode(a, b, background), np.nan))
     return np.stack(results)
 
 
@@ -108,6 +110,34 @@ def test_invariant_3_identical_dates_and_offsets_give_no_change(make_series):
     offset = detect_changes(open_cube([first, again]), pairs_shifted, device="cpu").values
     assert identical.max() < 0.05
     np.testing.assert_allclose(offset, identical, atol=1e-3)
+
+
+def test_pairs_are_compared_against_their_own_background(make_series, monkeypatch):
+    """The level reaches the network in both forms of the computation, and is that of the pair."""
+    scenes = make_series(shape=(200, 232), dates=3)
+    discount = MODEL._engine._network.discount
+    monkeypatch.setattr(discount, "data", torch.ones_like(discount))
+    surveys, pairs = surveys_of(scenes), consecutive_pairs(scenes)
+    levels = [MODEL.background(surveys[p.before.id].sketch, surveys[p.after.id].sketch) for p in pairs]
+    assert levels[0] != levels[1]
+    expected = whole_image(scenes)
+    lazily = detect_changes(open_cube(scenes, chunk=96), pairs, device="cpu")
+    np.testing.assert_allclose(lazily.values, expected, atol=1e-5)
+    np.testing.assert_allclose(decode_codes(run_codes(scenes, 96)), expected, atol=QUANTUM / 2 + 1e-5)
+
+
+def test_predict_gives_what_a_run_gives(make_series):
+    """A single chunk without clouds, its statistics taken from the same pixels."""
+    scenes = make_series(shape=(200, 232), dates=2)
+    (pair,) = consecutive_pairs(scenes)
+    cube = open_cube(scenes, bands=list(MODEL.bands))
+    before, after = (
+        cube.values[i] * np.float32(s.assets["red"].scale) + np.float32(s.assets["red"].offset)
+        for i, s in enumerate((pair.before, pair.after))
+    )
+    change = detect_changes(open_cube(scenes), [pair], device="cpu").values[0]
+    valid = ~np.isnan(change)
+    np.testing.assert_allclose(MODEL.predict(before, after)[valid], change[valid], atol=1e-4)
 
 
 def test_what_changed_in_a_simulated_series_stands_out(tmp_path):

@@ -16,7 +16,7 @@ import s2cd
 from s2cd.catalog.scene import Scene
 from s2cd.masks import Mask, valid_mask
 from s2cd.model import Model, ModelRef
-from s2cd.survey import scene_input, survey_scene
+from s2cd.survey import Survey, scene_input, survey_scene
 
 WINDOW = 2048  # px; smaller ones spend more on the overlap, larger ones gain little
 OVERLAP = 128  # px: what the network sees around a pixel, and the rim of a mask
@@ -27,17 +27,19 @@ def change_maps(scenes: list[Scene], out: Path) -> int:
     model = s2cd.load_model("generic")
     ref, mask = ModelRef.of("generic"), Mask()
     grid = scenes[0].assets["red"].grid
-    statistics = [survey_scene(scene_input(s, model.bands, grid, mask), mask, ref).statistics for s in scenes]
+    surveys = [survey_scene(scene_input(s, model.bands, grid, mask), mask, ref) for s in scenes]
     pairs = s2cd.consecutive_pairs(scenes)
     number = {scene.id: index for index, scene in enumerate(scenes)}
     for pair in pairs:
-        stats = statistics[number[pair.before.id]], statistics[number[pair.after.id]]
-        write(out / f"{pair.name}.tif", compare(pair.before, pair.after, stats, model), pair.before)
+        levels = surveys[number[pair.before.id]], surveys[number[pair.after.id]]
+        write(out / f"{pair.name}.tif", compare(pair.before, pair.after, levels, model), pair.before)
     return len(pairs)
 
 
-def compare(before: Scene, after: Scene, stats: tuple[np.ndarray, np.ndarray], model: Model) -> np.ndarray:
+def compare(before: Scene, after: Scene, levels: tuple[Survey, Survey], model: Model) -> np.ndarray:
     """Return the probability of change of the whole tile, window by window."""
+    statistics = levels[0].statistics, levels[1].statistics
+    background = model.background(levels[0].sketch, levels[1].sketch)
     height, width = before.assets["red"].grid.shape
     result = np.empty((height, width), np.float32)
     with ExitStack() as stack:
@@ -54,7 +56,7 @@ def compare(before: Scene, after: Scene, stats: tuple[np.ndarray, np.ndarray], m
                     read(d, s, model.bands, Window(x0, y0, x1 - x0, y1 - y0))
                     for d, s in zip(dates, (before, after), strict=True)
                 ]
-                probability = model.predict(images[0], images[1], stats)
+                probability = model.predict(images[0], images[1], statistics, background)
                 result[top:bottom, left:right] = probability[top - y0 : bottom - y0, left - x0 : right - x0]
     return result
 

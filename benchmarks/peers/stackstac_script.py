@@ -30,7 +30,8 @@ Date = tuple[np.ndarray, tuple[float, ...], tuple[float, ...]]
 
 def change_maps(scenes: list[Scene], out: Path, client: Client) -> int:
     """Write a COG for each two consecutive dates; return how many."""
-    bands = s2cd.load_model("generic").bands
+    model = s2cd.load_model("generic")
+    bands = model.bands
     grid = scenes[0].assets["red"].grid
     left, top = grid.transform[2], grid.transform[5]
     bounds = (left, top - 10 * grid.shape[0], left + 10 * grid.shape[1], top)
@@ -54,14 +55,15 @@ def change_maps(scenes: list[Scene], out: Path, client: Client) -> int:
     for pair in pairs:
         first, second = number[pair.before.id], number[pair.after.id]
         dates = [(surveys[i].statistics, inputs[i].scale, inputs[i].offset) for i in (first, second)]
-        change = compare(cube[first], cube[second], dates).compute()
+        background = model.background(surveys[first].sketch, surveys[second].sketch)
+        change = compare(cube[first], cube[second], dates, background).compute()
         change.rio.write_crs(grid.epsg).rio.write_nodata(np.nan).rio.to_raster(
             out / f"{pair.name}.tif", driver="COG", compress="DEFLATE", num_threads="ALL_CPUS"
         )
     return len(pairs)
 
 
-def compare(before: xr.DataArray, after: xr.DataArray, dates: list[Date]) -> xr.DataArray:
+def compare(before: xr.DataArray, after: xr.DataArray, dates: list[Date], background: float) -> xr.DataArray:
     """Return the probability of change (y, x), lazily."""
     depth = {0: 0, 1: OVERLAP, 2: OVERLAP}
     wide = [
@@ -72,7 +74,7 @@ def compare(before: xr.DataArray, after: xr.DataArray, dates: list[Date]) -> xr.
         predict,
         *wide,
         input_core_dims=[["band"], ["band"]],
-        kwargs={"dates": dates},
+        kwargs={"dates": dates, "background": background},
         dask="parallelized",
         output_dtypes=[np.float32],
     )
@@ -80,7 +82,7 @@ def compare(before: xr.DataArray, after: xr.DataArray, dates: list[Date]) -> xr.
     return xr.DataArray(trimmed, dims=("y", "x"), coords={"y": before.y, "x": before.x})
 
 
-def predict(before: np.ndarray, after: np.ndarray, dates: list[Date]) -> np.ndarray:
+def predict(before: np.ndarray, after: np.ndarray, dates: list[Date], background: float) -> np.ndarray:
     """Compare two blocks (y, x, band) of digital numbers, the last band being the scene classification."""
     model = s2cd.load_model("generic")
     images = []
@@ -91,7 +93,7 @@ def predict(before: np.ndarray, after: np.ndarray, dates: list[Date]) -> np.ndar
         valid = valid_mask(classes, dilation=Mask().dilation / 2).repeat(2, axis=0).repeat(2, axis=1)
         image[:, ~valid[: image.shape[1], : image.shape[2]]] = np.nan
         images.append(image)
-    return model.predict(images[0], images[1], (dates[0][0], dates[1][0]))
+    return model.predict(images[0], images[1], (dates[0][0], dates[1][0]), background)
 
 
 def plain_item(scene: Scene, bands: tuple[str, ...]) -> dict[str, Any]:

@@ -118,11 +118,13 @@ class Model:
         before: npt.NDArray[np.float32],
         after: npt.NDArray[np.float32],
         statistics: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None = None,
+        background: float | None = None,
     ) -> npt.NDArray[np.float32]:
         """Return the probability of change float32 (y, x) in [0, 1], NaN where a band of either date is NaN.
 
         before, after  reflectance float32 (band, y, x), bands as in `bands`, all on the 10 m grid
         statistics     of both dates, as from `statistics`; by default of the arrays themselves, decimated
+        background     of both dates, as from `background`; by default of the arrays themselves, decimated
 
         Raises ModelError if the shapes do not fit.
         """
@@ -136,7 +138,8 @@ class Model:
         step = normalise.decimation(dates[0].shape[1:])
         small = [d[:, ::step, ::step] for d in dates]
         stats = statistics or tuple(self.statistics(d) for d in small)
-        background = self.background(*(self.sketch(d, s) for d, s in zip(small, stats, strict=True)))
+        if background is None:
+            background = self.background(*(self.sketch(d, s) for d, s in zip(small, stats, strict=True)))
         valid = [np.asarray(np.isfinite(d).all(axis=0)) for d in dates]
         codes = [self.encode(d, self.affine(s), v) for d, s, v in zip(dates, stats, valid, strict=True)]
         probability = self.decode(codes[0], codes[1], background)
