@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pystac
@@ -13,12 +14,13 @@ from PIL import Image
 from pystac.validation import validate_dict
 from rasterio.warp import transform_bounds
 
-from s2cd.catalog import load_scenes
+from s2cd.catalog import freeze, load_scenes, search
 from s2cd.errors import GridError, OutputError
 from s2cd.outputs import MapInfo, finished, is_done, save_report, save_run, write_catalog, write_map
 from s2cd.outputs.codes import CODE_NODATA, encode_codes
 from s2cd.outputs.item import footprint, public_href
 from s2cd.pairs import Pair
+from s2cd.simulate import simulate
 
 GRID = make_grid((17, 19))
 NAME = "S2CD_31UDS_R051_20230102T103001_20230203T104002"
@@ -103,6 +105,22 @@ def test_inputs_of_an_api_are_linked_by_their_items(out):
     links = [link["href"] for link in item["links"] if link["rel"] == "derived_from"]
     root = "https://earth-search.aws.element84.com/v1/collections/sentinel-2-l2a/items"
     assert links == [f"{root}/{scene.id}" for scene in scenes]
+
+
+def test_inputs_of_a_static_catalogue_are_linked_by_their_items(out, tmp_path):
+    scenes = search(simulate(tmp_path / "catalogue", size=64, dates=2, orbits=(51,)))
+    assert [Path(s.address).name for s in scenes] == [f"{s.id}.json" for s in scenes]
+    freeze(scenes, tmp_path / "scenes.parquet")
+    assert search(tmp_path / "scenes.parquet") == scenes
+    item = write_map(random_codes(GRID.shape), Pair(*scenes), GRID, INFO, str(out))
+    links = [link["href"] for link in item["links"] if link["rel"] == "derived_from"]
+    assert [json.loads(Path(link).read_text())["id"] for link in links] == [s.id for s in scenes]
+
+
+def test_a_published_item_is_linked_where_it_was_published(shared_data):
+    scene = search(shared_data / "stac" / "earth-search" / "search_10items_548f14c6.json")[0]
+    root = "https://earth-search.aws.element84.com/v1/collections/sentinel-2-l2a/items"
+    assert scene.address == f"{root}/{scene.id}"
 
 
 def test_probabilities_are_accepted_as_well_as_codes(out):

@@ -92,6 +92,7 @@ class _Reader:
             assets=self._assets(level, baseline),
             processed=self._processed(),
             strip_start=self._strip_start(),
+            address=self._address(),
         )
 
     def _first(self, *names: str) -> Any:
@@ -181,6 +182,10 @@ class _Reader:
     def _strip_start(self) -> datetime | None:
         strip = self._match(_STRIP, "s2:datastrip_id", "eopf:datastrip_id")
         return _compact_time(strip.get("start"))
+
+    def _address(self) -> str | None:
+        own = (link["href"] for link in self.item.get("links") or () if link.get("rel") == "self")
+        return next((resolve_href(href, self.base) for href in own), None)
 
     def _footprint(self) -> dict[str, Any]:
         geometry = self.item.get("geometry")
@@ -368,7 +373,7 @@ def scene_to_item(scene: Scene) -> dict[str, Any]:
         "bbox": list(bounds(scene.footprint)),
         "properties": {"datetime": format_time(scene.time)} | {k: v for k, v in stated.items() if v is not None},
         "assets": {band: _asset_to_json(asset) for band, asset in scene.assets.items()},
-        "links": [],
+        "links": [{"rel": "self", "href": scene.address}] if scene.address else [],
     }
 
 

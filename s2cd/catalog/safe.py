@@ -65,6 +65,7 @@ def _item(product: Path) -> dict[str, Any]:
             "proj:code": _text(tile, "HORIZONTAL_CS_CODE"),
         },
         "assets": _assets(product, info, tile),
+        "links": [{"rel": "self", "href": str(product)}],
     }
 
 

@@ -54,6 +54,7 @@ class Scene:
     parts         further pieces of the same acquisition (a split datatake), read where this one is nodata
     processed     when the product was generated, None where nothing states it
     strip_start   sensing start of the datastrip the product was cut from, None where nothing states it
+    address       URL or path of the item (of the product, where there is no item), None where nothing states it
     """
 
     id: str
@@ -72,3 +73,4 @@ class Scene:
     parts: tuple[Scene, ...] = ()
     processed: datetime | None = None
     strip_start: datetime | None = None
+    address: str | None = None

@@ -105,7 +105,8 @@ def iter_items(document: Mapping[str, Any], base: str) -> Iterator[Document]:
     """
     kind = document.get("type")
     if kind == "Feature":
-        yield document, base
+        links = [*(document.get("links") or ()), {"rel": "self", "href": base}]  # the first one counts
+        yield {**document, "links": links}, base
     elif kind == "FeatureCollection":
         yield from ((item, base) for item in document.get("features") or ())
     elif kind in {"Catalog", "Collection"}:

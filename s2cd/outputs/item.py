@@ -229,11 +229,13 @@ def _links(pair: Pair) -> list[dict[str, str]]:
 
 
 def _derived_from(scene: Scene) -> dict[str, str]:
-    """Link to the input's item where its provider has an API, else to its first file."""
+    """Link to the input's item: where it says it lies, else where its provider's API has it, else to its first file."""
+    link = {"rel": "derived_from", "type": "application/geo+json", "title": scene.id}
     provider = PROVIDERS.get(scene.provider)
+    if scene.address:
+        return link | {"href": public_href(scene.address)}
     if provider is not None:
-        href = f"{provider.url}/collections/{scene.collection}/items/{scene.id}"
-        return {"rel": "derived_from", "href": href, "type": "application/geo+json", "title": scene.id}
+        return link | {"href": f"{provider.url}/collections/{scene.collection}/items/{scene.id}"}
     asset = next(iter(scene.assets.values()))
     return {"rel": "derived_from", "href": public_href(asset.href), "title": scene.id}
 
