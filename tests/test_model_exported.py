@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import nn
 
+import s2cd
 from s2cd.errors import ModelError
 from s2cd.model import load_model
 
@@ -77,6 +81,72 @@ def test_a_wrong_description_is_named(program, tmp_path, fields, message):
     with pytest.raises(ModelError, match=message) as caught:
         load_model(described(program, tmp_path, **fields), device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def onnx_distance(path: Path, bands: int = 2) -> None:
+    """`Distance`, written as an ONNX network."""
+    image = ["n", bands, "rows", "cols"]
+    constants = {"thousands": 10000.0, "minus_ten": -10.0, "one": 1.0}
+    nodes = [
+        helper.make_node("Sub", ["before", "after"], ["difference"]),
+        helper.make_node("Abs", ["difference"], ["distance"]),
+        helper.make_node("ReduceMean", ["distance", "axis"], ["mean"], keepdims=1),
+        helper.make_node("Div", ["mean", "thousands"], ["reflectance"]),
+        helper.make_node(
+            "AveragePool", ["reflectance"], ["smooth"], kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=1
+        ),
+        helper.make_node("Mul", ["smooth", "minus_ten"], ["exponent"]),
+        helper.make_node("Exp", ["exponent"], ["same"]),
+        helper.make_node("Sub", ["one", "same"], ["change"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "distance",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, image) for name in ("before", "after")],
+        [helper.make_tensor_value_info("change", TensorProto.FLOAT, ["n", 1, "rows", "cols"])],
+        [
+            helper.make_tensor("axis", TensorProto.INT64, [1], [1]),
+            *(helper.make_tensor(name, TensorProto.FLOAT, [], [value]) for name, value in constants.items()),
+        ],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+
+
+def test_an_onnx_network_gives_the_maps_of_the_same_program(program, tmp_path, make_series):
+    onnx_distance(tmp_path / "mine.onnx")
+    torch_path, onnx_path = described(program, tmp_path), str(tmp_path / "mine.onnx")
+    rng = np.random.default_rng(1)
+    before, after = rng.uniform(0, 0.4, (2, 2, 33, 21)).astype(np.float32)
+    after[:, 3, 5] = np.nan
+    results = [load_model(path, device="cpu").predict(before, after) for path in (torch_path, onnx_path)]
+    np.testing.assert_allclose(*results, atol=1e-4)
+    scenes = make_series(dates=3, shape=(101, 133))
+    cube, pairs = s2cd.open_cube(scenes, chunk=64), s2cd.consecutive_pairs(scenes)
+    maps = [s2cd.detect_changes(cube, pairs, model=path, device="cpu").values for path in (torch_path, onnx_path)]
+    assert maps[0].max() > 0.5
+    np.testing.assert_allclose(*maps, atol=1e-4)
+
+
+def test_an_onnx_network_that_does_not_fit_is_named(program, tmp_path, monkeypatch):
+    described(program, tmp_path)
+    path = tmp_path / "mine.onnx"
+    onnx_distance(path, bands=3)
+    with pytest.raises(ModelError, match=r"mine\.onnx fails on two dates"):
+        load_model(str(path), device="cpu")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match=r"cannot load mine\.onnx"):
+        load_model(str(path), device="cpu")
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"])
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "one", [value], [
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])
+    ])  # fmt: skip
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    with pytest.raises(ModelError, match=r"takes \['x'\] and returns \['y'\], expected two dates and one image"):
+        load_model(str(path), device="cpu")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ModelError, match=r'needs onnxruntime, which is not installed: pip install "s2cd\[onnx\]"'):
+        load_model(str(path), device="cpu")
 
 
 def test_missing_or_damaged_files_are_named(program, tmp_path):

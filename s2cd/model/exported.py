@@ -1,7 +1,8 @@
 """Networks that users bring: an exported program and a small description beside it.
 
 `name.pt2` is what `torch.export.save` writes for a module that takes two dates, float32 (1, band, y, x) on the 10 m
-grid with y and x any multiples of `stride` (dynamic shapes), and returns float32 (1, 1, y, x). `name.json` says
+grid with y and x any multiples of `stride` (dynamic shapes), and returns float32 (1, 1, y, x). `name.onnx` is the same
+as an ONNX network in one file, run by onnxruntime (`pip install "s2cd[onnx]"`). `name.json` says
 
     {"bands": ["blue", "red"], "scale": 1.0, "stride": 16, "halo": 64, "output": "logits"}
 
@@ -17,6 +18,7 @@ Pixels without observation arrive as 0.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +82,9 @@ def load_exported(path: Path, device: torch.device) -> ExportedModel:
     card = read_json(path.with_suffix(".json"))
     bands, scale, stride, halo, logits = _described(card, path)
     try:
-        program = torch.export.load(path)
-        call = program.module().to(device)
+        call = _onnx(path, device) if path.suffix == ".onnx" else torch.export.load(path).module().to(device)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"cannot load {path.name}: {type(error).__name__}: {_first_line(error)}") from None
     network = _Program(call, logits=logits)
@@ -91,6 +94,32 @@ def load_exported(path: Path, device: torch.device) -> ExportedModel:
     model = ExportedModel(str(path), digest, engine, card, bands=bands, stride=stride, halo=halo, reach=halo)
     model.scale = scale
     return model
+
+
+def _onnx(path: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the ONNX network of `path` as a function of two tensors.
+
+    Raises ModelError without onnxruntime, or if the network does not take two dates and return one image.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ModelError(f'{path.name} needs onnxruntime, which is not installed: pip install "s2cd[onnx]"') from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    wanted = ["CUDAExecutionProvider"] * (device.type == "cuda") + ["CPUExecutionProvider"]
+    providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=providers)
+    names, results = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
+    if (len(names), len(results)) != (2, 1):
+        raise ModelError(f"{path.name} takes {names} and returns {results}, expected two dates and one image")
+
+    def call(before: Tensor, after: Tensor) -> Tensor:
+        dates = (np.ascontiguousarray(date.cpu().numpy()) for date in (before, after))
+        (result,) = session.run(None, dict(zip(names, dates, strict=True)))
+        return torch.from_numpy(result).to(before.device)
+
+    return call
 
 
 def _described(card: dict[str, Any], path: Path) -> tuple[tuple[str, ...], float, int, int, bool]:

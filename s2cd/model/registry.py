@@ -205,7 +205,9 @@ def _load(name: str, device: torch.device) -> Model:
 
         return load_exported(Path(name), device)
     known = ", ".join(list_models())
-    raise ModelError(f"unknown model {name!r}, expected one of {known}, or the path of an exported model (.pt2)")
+    raise ModelError(
+        f"unknown model {name!r}, expected one of {known}, or the path of an exported model (.pt2 or .onnx)"
+    )
 
 
 def _network(name: str, data: bytes) -> ChangeNet:
