@@ -19,7 +19,7 @@ from rasterio.transform import Affine
 
 from s2cd.catalog.scene import Grid
 from s2cd.errors import ConfigError, GridError
-from s2cd.outputs.codes import CODE_NODATA, CODE_SCALE, QUANTUM, decode_codes
+from s2cd.outputs.codes import CODE_NODATA, QUANTUM
 
 BLOCK = 512
 _BAND_ROWS = 512
@@ -33,15 +33,6 @@ class Profile:
     scale: float
     nodata: float
     options: Mapping[str, str]
-
-    def stored(self, codes: np.ndarray) -> np.ndarray:
-        """Return codes as the values that stand for them in the file."""
-        if self.dtype == "float32":
-            return decode_codes(codes)
-        table = np.full(CODE_NODATA + 1, self.nodata, self.dtype)
-        table[: CODE_SCALE + 1] = np.rint(np.arange(CODE_SCALE + 1) * (QUANTUM / self.scale))
-        return table[codes]
-
 
 def _float32(**options: str) -> Profile:
     return Profile("float32", 1.0, np.nan, options)
@@ -80,8 +71,7 @@ def map_cog(
     if pyramid[0].shape != tuple(grid.shape):
         raise GridError(f"a map of {pyramid[0].shape} pixels, expected the grid's {tuple(grid.shape)}")
     chosen = PROFILES[profile]
-    levels = [chosen.stored(codes) for codes in pyramid]  # alive until GDAL, which sees their addresses, is done
-    vrt = _vrt(levels, grid, chosen, {"QUANTUM": str(QUANTUM), **(tags or {})})
+    vrt = _vrt(pyramid, grid, chosen, {"QUANTUM": str(QUANTUM), **(tags or {})})
     with (
         rasterio.Env(GDAL_MEM_ENABLE_OPEN="YES", VRT_ALLOW_MEM_DRIVER="YES"),
         MemoryFile(vrt.encode(), ext=".vrt") as source,
@@ -96,7 +86,6 @@ def map_cog(
             BIGTIFF="IF_SAFER",
             **chosen.options,
         )
-        del levels
         yield target.getbuffer()
 
 
@@ -159,27 +148,36 @@ _MEAN_OF_FOUR = _mean_table()
 
 
 def _vrt(levels: list[np.ndarray], grid: Grid, profile: Profile, tags: Mapping[str, str]) -> str:
-    """Describe a map and its overviews, arrays in this process, as one raster."""
+    """Describe a map and its overviews, arrays of codes in this process, as one raster."""
     a, b, c, d, e, f = grid.transform
     gdal_order = ", ".join(repr(float(v)) for v in (c, a, b, f, d, e))
-    rows, columns = levels[0].shape
     items = "".join(f"<MDI key={quoteattr(k)}>{escape(v)}</MDI>" for k, v in tags.items())
-    scale = f"<Scale>{profile.scale!r}</Scale><Offset>0</Offset>" if profile.scale != 1 else ""
-    overviews = "".join(f"<Overview>{_source(level)}</Overview>" for level in levels[1:])
-    return (
-        f'<VRTDataset rasterXSize="{columns}" rasterYSize="{rows}"><SRS>EPSG:{grid.epsg}</SRS>'
-        f"<GeoTransform>{gdal_order}</GeoTransform>"
+    header = (
+        f"<SRS>EPSG:{grid.epsg}</SRS><GeoTransform>{gdal_order}</GeoTransform>"
         f'<Metadata><MDI key="AREA_OR_POINT">Area</MDI>{items}</Metadata>'
-        f'<VRTRasterBand dataType="{_GDAL_TYPES[profile.dtype]}" band="1">'
-        f"<Description>probability of change</Description><NoDataValue>{profile.nodata:g}</NoDataValue>{scale}"
-        f"<SimpleSource>{_source(levels[0])}</SimpleSource>{overviews}</VRTRasterBand></VRTDataset>"
     )
+    scale = f"<Scale>{profile.scale!r}</Scale><Offset>0</Offset>" if profile.scale != 1 else ""
+    overviews = "".join(
+        f'<Overview><SourceFilename relativeToVRT="0">{escape(_raster(level, profile))}</SourceFilename>'
+        "<SourceBand>1</SourceBand></Overview>"
+        for level in levels[1:]
+    )
+    about = f"<Description>probability of change</Description>{scale}{overviews}"
+    return _raster(levels[0], profile, header, about)
 
 
-def _source(values: np.ndarray) -> str:
-    """Name an array to GDAL's MEM driver by its address: https://gdal.org/drivers/raster/mem.html."""
-    rows, columns = values.shape
+def _raster(codes: np.ndarray, profile: Profile, header: str = "", about: str = "") -> str:
+    """Describe an array of codes as a raster of stored values: GDAL converts them as it reads, block by block.
+
+    The array is named to GDAL's MEM driver by its address: https://gdal.org/drivers/raster/mem.html.
+    """
+    rows, columns = codes.shape
+    memory = f"MEM:::DATAPOINTER={codes.ctypes.data:#x},PIXELS={columns},LINES={rows},DATATYPE=UInt16"
     return (
-        f'<SourceFilename relativeToVRT="0">MEM:::DATAPOINTER={values.ctypes.data:#x},PIXELS={columns},LINES={rows},'
-        f"DATATYPE={_GDAL_TYPES[values.dtype.name]}</SourceFilename><SourceBand>1</SourceBand>"
+        f'<VRTDataset rasterXSize="{columns}" rasterYSize="{rows}">{header}'
+        f'<VRTRasterBand dataType="{_GDAL_TYPES[profile.dtype]}" band="1">'
+        f"<NoDataValue>{profile.nodata:g}</NoDataValue>{about}"
+        f'<ComplexSource><SourceFilename relativeToVRT="0">{memory}</SourceFilename><SourceBand>1</SourceBand>'
+        f"<NODATA>{CODE_NODATA}</NODATA><ScaleOffset>0</ScaleOffset><ScaleRatio>{QUANTUM / profile.scale!r}</ScaleRatio>"
+        "</ComplexSource></VRTRasterBand></VRTDataset>"
     )
