@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from distributed import Worker, get_worker
 
+from s2cd.inference import Block
 from s2cd.survey import Survey
 
 TIMES = ("survey", "read", "network", "encode")
@@ -34,18 +35,16 @@ def survey_scene(scene: Any, mask: Any, model: Any) -> Survey:
     return Survey(scene.id, 0.9, np.ones((bands, 2), np.float32), np.zeros(bands, np.float32), sketch)
 
 
-def infer_block(*, series: Any, tiling: Any, block_id: Any = None, **_: Any) -> np.ndarray:
+def infer_block(row: int, col: int, *, series: Any, tiling: Any, **_: Any) -> Block:
     """Take the place of `s2cd.inference._infer_block`: dates are read one after another, then compared."""
-    if block_id is None:
-        return np.empty((0, 0, 0), np.uint16)
     share = 1 / (tiling.blocks[0] * tiling.blocks[1])
     _sleep("read", len(series.dates) * share)
     with _devices[get_worker().address]:
         _sleep("network", len(series.pairs) * share)
-    return np.zeros((len(series.pairs), 1, 1), np.uint16)
+    return Block(np.zeros((len(series.pairs), 1, 1), np.uint16), None)
 
 
-def write_pair(blocks: Any, position: int, pair: Any, grid: Any, ref: Any, config: Any) -> dict[str, float]:
+def write_pair(blocks: list[list[Block]], **_: Any) -> dict[str, Any]:
     """Take the place of `s2cd.runner.write_pair`."""
     _sleep("encode", 1)
     return {"valid_fraction": 0.9, "changed_fraction": 0.01, "shift": None}

@@ -1,7 +1,7 @@
 """map_blocks over the cube: the only place where the network and Dask meet.
 
 Two forms of one computation, tested against each other. `detect_changes` takes any cube and lets Dask bring the
-halos. `change_codes` is what a run uses: a task reads its chunk of several consecutive dates with its halo (see
+halos. `change_blocks` is what a run uses: a task reads its chunk of several consecutive dates with its halo (see
 `s2cd.reader`), encodes each date once and keeps its features for both of its pairs.
 """
 
@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask
 import dask.array as da
 import numpy as np
 import xarray as xr
 from dask.array.overlap import overlap
+from dask.delayed import Delayed
 
 from s2cd.catalog.scene import Grid, Scene
 from s2cd.cube import common_grid, cube_grid
@@ -26,6 +27,7 @@ from s2cd.model import Model, ModelRef
 from s2cd.outputs.codes import encode_codes
 from s2cd.pairs import Pair
 from s2cd.reader import Tiling, read_window
+from s2cd.registration import Shift, middle_span, phase_shift, shift_band
 from s2cd.survey import SceneInput, Survey, observed, scene_input, survey_scene
 
 DEFAULT_CHUNK = 1376  # an eighth of a tile: half the memory of 2048 for a few percent more halo
@@ -107,7 +109,18 @@ def detect_changes(
     return _labelled(probability, pairs, grid, cube, ref, mask)
 
 
-def change_codes(
+class Block(NamedTuple):
+    """One chunk of several pairs of one field of view.
+
+    codes   uint16 (pair, y, x) as `s2cd.outputs.codes` defines them
+    shifts  of each pair, in the chunk in the middle of the tile; None in others
+    """
+
+    codes: np.ndarray
+    shifts: tuple[Shift, ...] | None
+
+
+def change_blocks(
     pairs: Sequence[Pair],
     surveys: Mapping[str, Survey],
     ref: ModelRef,
@@ -115,12 +128,11 @@ def change_codes(
     chunk: int,
     *,
     reasons: bool = False,
-) -> da.Array:
+) -> list[list[Delayed]]:
     """Probability codes of several pairs of one field of view, lazily, each source block read once.
 
-    Returns uint16 (pair, y, x) as `s2cd.outputs.codes` defines them; a chunk holds all pairs and `chunk` pixels
-    along y and x. With `reasons` the codes tell which date does not show a pixel. Tasks fail with ReadError or
-    GridError where a source does.
+    Returns rows of chunks of `chunk` pixels along y and x, each a delayed `Block` of all pairs. With `reasons` the
+    codes tell which date does not show a pixel. Tasks fail with ReadError or GridError where a source does.
     """
     network = ref.load()
     scenes = {s.id: s for pair in pairs for s in (pair.before, pair.after)}
@@ -134,13 +146,10 @@ def change_codes(
         backgrounds=tuple(network.background(surveys[p.before.id].sketch, surveys[p.after.id].sketch) for p in pairs),
     )
     tiling = Tiling(grid.shape, chunk, _halo(network, mask, series.dates))
+    infer = partial(_infer_block, series=series, tiling=tiling, mask=mask, ref=ref, reasons=reasons)
+    infer = dask.delayed(infer, pure=False, traverse=False)
     rows, cols = tiling.blocks
-    return da.map_blocks(
-        partial(_infer_block, series=series, tiling=tiling, mask=mask, ref=ref, reasons=reasons),
-        chunks=((len(pairs),), _sizes(tiling, 0, rows), _sizes(tiling, 1, cols)),
-        dtype=np.uint16,
-        meta=np.empty((0, 0, 0), np.uint16),
-    )
+    return [[infer(row, col) for col in range(cols)] for row in range(rows)]
 
 
 def auto_chunk(shape: tuple[int, int], stride: int) -> int:
@@ -181,30 +190,40 @@ def infer_series(
 
 
 def _infer_block(
-    *,
-    series: Series,
-    tiling: Tiling,
-    mask: Mask,
-    ref: ModelRef,
-    reasons: bool,
-    block_id: tuple[int, int, int] | None = None,
-) -> np.ndarray:
-    if block_id is None:  # Dask asks for the meta
-        return np.empty((0, 0, 0), np.uint16)
+    row: int, col: int, *, series: Series, tiling: Tiling, mask: Mask, ref: ModelRef, reasons: bool
+) -> Block:
     model = ref.load()
-    window, core = tiling.read(*block_id[1:]), tiling.core(*block_id[1:])
+    window, core = tiling.read(row, col), tiling.core(row, col)
     inner = tuple(slice(c.start - w.start, c.stop - w.start) for c, w in zip(core, window, strict=True))
-    images = (
-        _image(model, date, statistics, mask, *_read_date(date, window, tiling))
-        for date, statistics in zip(series.dates, series.statistics, strict=True)
-    )
-    shape = (len(series.pairs), *(c.stop - c.start for c in core))
-    codes = np.empty(shape, np.uint16)
-    for position, probability, unseen in infer_series(model, images, series.pairs, series.backgrounds):
+    views: list[_View] = []
+
+    def images() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        for date, statistics in zip(series.dates, series.statistics, strict=True):
+            image = _image(model, date, statistics, mask, *_read_date(date, window, tiling))
+            if (row, col) == tiling.middle:
+                views.append(_view(image[0], image[2], model.bands))
+            yield image
+
+    codes = np.empty((len(series.pairs), *(c.stop - c.start for c in core)), np.uint16)
+    for position, probability, unseen in infer_series(model, images(), series.pairs, series.backgrounds):
         codes[position] = encode_codes(probability[inner])
         if reasons:
             codes[position] -= (np.uint16(3) - unseen[inner]) * (unseen[inner] > 0)
-    return codes
+    return Block(codes, _shifts(views, series.pairs) if views else None)
+
+
+_View = tuple[np.ndarray, np.ndarray]
+"""Pixels (y, x) of the band that displacement is measured in, and which of them are valid observations."""
+
+
+def _view(pixels: np.ndarray, valid: np.ndarray, bands: Sequence[str]) -> _View:
+    """Keep the middle of a chunk, in the band that displacement is measured in, until the next date comes."""
+    middle = tuple(middle_span(size) for size in valid.shape)
+    return pixels[bands.index(shift_band(bands))][middle].copy(), valid[middle].copy()
+
+
+def _shifts(views: Sequence[_View], pairs: Sequence[tuple[int, int]]) -> tuple[Shift, ...]:
+    return tuple(phase_shift(views[a][0], views[b][0], views[a][1] & views[b][1]) for a, b in pairs)
 
 
 def _read_date(date: SceneInput, window: tuple[slice, slice], tiling: Tiling) -> tuple[np.ndarray, np.ndarray | None]:
@@ -287,11 +306,6 @@ def _aligned_chunks(size: int, wish: int, stride: int, halo: int) -> tuple[int, 
     elif rest:
         sizes.append(rest)
     return tuple(sizes)
-
-
-def _sizes(tiling: Tiling, axis: int, count: int) -> tuple[int, ...]:
-    cores = (tiling.core(i, 0)[0] if axis == 0 else tiling.core(0, i)[1] for i in range(count))
-    return tuple(core.stop - core.start for core in cores)
 
 
 def _require_bands(cube: xr.DataArray, bands: Sequence[str]) -> None:

@@ -17,16 +17,16 @@ from s2cd.catalog.scene import Grid
 from s2cd.config import RunConfig
 from s2cd.cube import cube_grid
 from s2cd.errors import ConfigError
+from s2cd.inference import Block
 from s2cd.masks import Mask
 from s2cd.model import ModelRef
 from s2cd.outputs.codes import encode_codes, split_reasons
 from s2cd.pairs import Pair
 from s2cd.plan import mask_of
 from s2cd.reader import band_source, read_window
-from s2cd.registration import Shift, phase_shift
+from s2cd.registration import Shift, middle_span, phase_shift, shift_band
 from s2cd.thumbnails import thumbnail
 
-SHIFT_PIXELS = 1024
 LEAST_QUALITY = 0.3
 LARGEST_SHIFT = 0.5  # pixels: Sentinel-2's multi-temporal registration is specified to be better
 
@@ -55,7 +55,8 @@ def write_change_maps(
 
 
 def write_pair(
-    blocks: list[list[Any]],
+    blocks: list[list[Block]],
+    *,
     position: int,
     pair: Pair,
     grid: Grid,
@@ -63,9 +64,10 @@ def write_pair(
     config: RunConfig,
 ) -> dict[str, Any]:
     """Put the chunks of one pair together and write its map; return the figures for the report."""
-    codes = np.block([[block[position] for block in row] for row in blocks])
+    codes = np.block([[block.codes[position] for block in row] for row in blocks])
+    shift = next(block.shifts[position] for row in blocks for block in row if block.shifts)
     codes, validity = split_reasons(codes) if config.validity else (codes, None)
-    properties = _write_codes(codes, pair, grid, ref, config, mask_of(config), validity)["properties"]
+    properties = _write_codes(codes, shift, pair, grid, ref, config, mask_of(config), validity)["properties"]
     return {
         "valid_fraction": properties["s2cd:valid_fraction"],
         "changed_fraction": properties["s2cd:changed_fraction"],
@@ -76,11 +78,13 @@ def write_pair(
 def _write_array(
     probability: np.ndarray, pair: Pair, grid: Grid, ref: ModelRef, config: RunConfig, mask: Mask
 ) -> dict[str, Any]:
-    return _write_codes(encode_codes(probability), pair, grid, ref, config, mask)
+    shift = measure_shift(pair, ref.load().bands)
+    return _write_codes(encode_codes(probability), shift, pair, grid, ref, config, mask)
 
 
 def _write_codes(
     codes: np.ndarray,
+    shift: Shift,
     pair: Pair,
     grid: Grid,
     ref: ModelRef,
@@ -89,7 +93,6 @@ def _write_codes(
     validity: np.ndarray | None = None,
 ) -> dict[str, Any]:
     bands = ref.load().bands
-    shift = measure_shift(pair, bands)
     if shifted(shift):
         pair = replace(pair, notes=(*pair.notes, f"the images are displaced by {_length(shift):.2f} pixels of 10 m"))
     known = shift.quality >= LEAST_QUALITY
@@ -108,15 +111,13 @@ def _write_codes(
 def measure_shift(pair: Pair, bands: Sequence[str]) -> Shift:
     """Measure how far the two images are displaced, in pixels of the finest grid, in the middle of the tile.
 
-    Looks at one square of at most 1024 pixels of the red band (else the first), on the sources' own blocks.
+    For maps of any array: a run measures it on the pixels that it has read anyway (`s2cd.inference.Block`).
     Raises ReadError and GridError as reading does.
     """
-    band = "red" if "red" in bands else bands[0]
+    band = shift_band(bands)
     grid = pair.before.assets[band].grid
-    window = _middle(grid.shape[0]), _middle(grid.shape[1])
-    before, after = (
-        read_window(band_source(scene, band), grid, window).astype(np.float32) for scene in (pair.before, pair.after)
-    )
+    window = middle_span(grid.shape[0]), middle_span(grid.shape[1])
+    before, after = (read_window(band_source(scene, band), grid, window) for scene in (pair.before, pair.after))
     return phase_shift(before, after, (before > 0) & (after > 0))
 
 
@@ -127,9 +128,3 @@ def shifted(shift: Shift) -> bool:
 
 def _length(shift: Shift) -> float:
     return math.hypot(shift.dy, shift.dx)
-
-
-def _middle(size: int) -> slice:
-    """A span of SHIFT_PIXELS near the middle that starts where a block of the sources does."""
-    start = max(0, min(size // 2 // SHIFT_PIXELS * SHIFT_PIXELS, size - SHIFT_PIXELS))
-    return slice(start, min(start + SHIFT_PIXELS, size))

@@ -51,6 +51,11 @@ class Tiling:
         """Number of chunks along y and x."""
         return (math.ceil(self.shape[0] / self.chunk), math.ceil(self.shape[1] / self.chunk))
 
+    @property
+    def middle(self) -> tuple[int, int]:
+        """The chunk that has the middle of the grid."""
+        return (self.shape[0] // 2 // self.chunk, self.shape[1] // 2 // self.chunk)
+
     def core(self, row: int, col: int) -> tuple[slice, slice]:
         """Pixels of chunk (row, col), without halo."""
         return self._span(0, row, 0), self._span(1, col, 0)

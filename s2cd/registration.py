@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from scipy import fft, ndimage, optimize
 
 MIN_SIZE = 16
 SEARCH = 8
+VIEW = 1024  # pixels along a side that are looked at
 
 
 class Shift(NamedTuple):
@@ -21,6 +23,17 @@ class Shift(NamedTuple):
     dy: float
     dx: float
     quality: float
+
+
+def shift_band(bands: Sequence[str]) -> str:
+    """Return the band in which displacement is measured: red, which has much detail, or else the first."""
+    return "red" if "red" in bands else bands[0]
+
+
+def middle_span(size: int) -> slice:
+    """Return the middle of `size` pixels: VIEW of them, or all."""
+    start = max(0, (size - VIEW) // 2)
+    return slice(start, min(start + VIEW, size))
 
 
 def phase_shift(before: np.ndarray, after: np.ndarray, valid: np.ndarray | None = None) -> Shift:

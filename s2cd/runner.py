@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import dask
@@ -25,7 +26,7 @@ from s2cd.catalog.scene import Scene
 from s2cd.config import RunConfig
 from s2cd.cube import common_grid
 from s2cd.errors import OutputError, S2cdError, S2cdWarning, ShiftWarning
-from s2cd.inference import change_codes
+from s2cd.inference import change_blocks
 from s2cd.maps import LARGEST_SHIFT, write_pair
 from s2cd.masks import Mask
 from s2cd.model import Model, ModelRef, load_model
@@ -277,10 +278,13 @@ def _unit_graph(unit: _Unit, context: _Context) -> list[Any]:
     bands = context.model.bands
     grid = common_grid([unit.pairs[0].before], bands)
     chunk = chunk_edge(config, grid, context.model)
-    codes = change_codes(unit.pairs, unit.surveys, context.ref, context.mask, chunk, reasons=config.validity)
-    blocks = codes.to_delayed()[0].tolist()
-    write = dask.delayed(write_pair, pure=False)
-    return [write(blocks, position, pair, grid, context.ref, config) for position, pair in enumerate(unit.pairs)]
+    blocks = change_blocks(unit.pairs, unit.surveys, context.ref, context.mask, chunk, reasons=config.validity)
+    graph = []
+    for position, pair in enumerate(unit.pairs):
+        # Bound beforehand: Dask would look for graphs in every field of a scene.
+        write = partial(write_pair, position=position, pair=pair, grid=grid, ref=context.ref, config=config)
+        graph.append(dask.delayed(write, pure=False, traverse=False)(blocks))
+    return graph
 
 
 def _checked(pair: Pair, surveys: dict[str, Survey], strict: bool) -> Pair:

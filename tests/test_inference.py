@@ -15,7 +15,7 @@ import s2cd
 from s2cd import reader
 from s2cd.cube import common_grid, open_cube
 from s2cd.errors import ConfigError, GridError, ReadError
-from s2cd.inference import _aligned_chunks, auto_chunk, change_codes, detect_changes
+from s2cd.inference import _aligned_chunks, auto_chunk, change_blocks, detect_changes
 from s2cd.masks import Mask
 from s2cd.model import ModelRef, load_model
 from s2cd.outputs.codes import decode_codes
@@ -36,7 +36,8 @@ def surveys_of(scenes):
 
 def run_codes(scenes, chunk):
     pairs = consecutive_pairs(scenes)
-    return change_codes(pairs, surveys_of(scenes), REF, MASK, chunk).compute(scheduler="threads")
+    blocks = dask.compute(*change_blocks(pairs, surveys_of(scenes), REF, MASK, chunk), scheduler="threads")
+    return np.block([[block.codes for block in row] for row in blocks])
 
 
 def whole_image(scenes):
@@ -57,6 +58,15 @@ def whole_image(scenes):
         background = MODEL.background(surveys[pair.before.id].sketch, surveys[pair.after.id].sketch)
         results.append(np.where(valid_a & valid_b, MODEL.decode(a, b, background), np.nan))
     return np.stack(results)
+
+
+def unique_bytes(scenes):
+    total = 0
+    for scene in scenes:
+        for asset in scene.assets.values():
+            with rasterio.open(asset.href) as dataset:
+                total += dataset.read(1).nbytes
+    return total
 
 
 def paint_clouds(scene, shape):
@@ -155,9 +165,9 @@ def test_invariant_4_a_failed_read_names_the_asset(make_series):
     surveys = surveys_of(scenes)
     content = open(scenes[1].assets["nir"].href, "rb").read()
     open(scenes[1].assets["nir"].href, "wb").write(content[: len(content) // 2])
-    codes = change_codes(consecutive_pairs(scenes), surveys, REF, MASK, 128)
+    blocks = change_blocks(consecutive_pairs(scenes), surveys, REF, MASK, 128)
     with pytest.raises(ReadError, match=r"001/nir\.tif"):
-        codes.compute(scheduler="threads")
+        dask.compute(blocks, scheduler="threads")
 
 
 def test_invariant_5_a_run_decodes_each_date_once(make_series, monkeypatch):
@@ -165,20 +175,29 @@ def test_invariant_5_a_run_decodes_each_date_once(make_series, monkeypatch):
     monkeypatch.setattr(reader, "COUNTS", reader.Counts())
     monkeypatch.setattr(reader, "BLOCKS", reader.BlockCache())
     run_codes(scenes, 128)
-    unique = 0
-    for scene in scenes:
-        for asset in scene.assets.values():
-            with rasterio.open(asset.href) as dataset:
-                unique += dataset.read(1).nbytes
-    assert unique == reader.COUNTS.decoded
+    assert reader.COUNTS.decoded == unique_bytes(scenes)
+
+
+def test_displacement_is_measured_on_pixels_that_are_read_anyway(make_series, monkeypatch):
+    scenes = make_series(shape=(400, 460), dates=2, change=False)
+    with rasterio.open(scenes[1].assets["red"].href, "r+") as file, rasterio.open(scenes[0].assets["red"].href) as red:
+        file.write(np.roll(red.read(1), (2, -3), axis=(0, 1)), 1)
+    surveys = surveys_of(scenes)
+    monkeypatch.setattr(reader, "COUNTS", reader.Counts())
+    monkeypatch.setattr(reader, "BLOCKS", reader.BlockCache())
+    (rows,) = dask.compute(change_blocks(consecutive_pairs(scenes), surveys, REF, MASK, 256), scheduler="threads")
+    assert reader.COUNTS.decoded == unique_bytes(scenes)
+    (shift,) = rows[0][0].shifts
+    assert (shift.dy, shift.dx) == pytest.approx((2, -3), abs=0.1)
+    assert sum(block.shifts is not None for row in rows for block in row) == 1
 
 
 def test_invariant_7_the_graph_carries_urls_and_a_hash_only(make_series):
     scenes = make_series(shape=(261, 333), dates=3)
     change = detect_changes(open_cube(scenes), consecutive_pairs(scenes), device="cpu")
-    codes = change_codes(consecutive_pairs(scenes), surveys_of(scenes), REF, MASK, 128)
-    for collection in (change.data, codes):
-        graph = pickle.dumps(dict(collection.__dask_graph__()))
+    blocks = change_blocks(consecutive_pairs(scenes), surveys_of(scenes), REF, MASK, 128)
+    for collections in ([change.data], [block for row in blocks for block in row]):
+        graph = pickle.dumps([dict(collection.__dask_graph__()) for collection in collections])
         assert REF.hash.encode() in graph
         assert b"Polygon" not in graph
         assert len(graph) < 200_000

@@ -34,6 +34,7 @@ class Profile:
     nodata: float
     options: Mapping[str, str]
 
+
 def _float32(**options: str) -> Profile:
     return Profile("float32", 1.0, np.nan, options)
 
@@ -178,6 +179,7 @@ def _raster(codes: np.ndarray, profile: Profile, header: str = "", about: str = 
         f'<VRTRasterBand dataType="{_GDAL_TYPES[profile.dtype]}" band="1">'
         f"<NoDataValue>{profile.nodata:g}</NoDataValue>{about}"
         f'<ComplexSource><SourceFilename relativeToVRT="0">{memory}</SourceFilename><SourceBand>1</SourceBand>'
-        f"<NODATA>{CODE_NODATA}</NODATA><ScaleOffset>0</ScaleOffset><ScaleRatio>{QUANTUM / profile.scale!r}</ScaleRatio>"
+        f"<NODATA>{CODE_NODATA}</NODATA>"
+        f"<ScaleOffset>0</ScaleOffset><ScaleRatio>{QUANTUM / profile.scale!r}</ScaleRatio>"
         "</ComplexSource></VRTRasterBand></VRTDataset>"
     )
