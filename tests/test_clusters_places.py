@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from places_support import BIN, PAIRS, background, demo_catalogue, maps_by, maps_of, run_in_small_parts, wait_for_file
+from rasterio.io import MemoryFile
 
 import s2cd
+from s2cd.clusters.check import probe
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +33,26 @@ def test_local_processes_equal_threads(catalog, expected, tmp_path):
     with s2cd.cluster(profile) as client:
         assert run_in_small_parts(catalog, tmp_path, client).ok
     assert maps_of(tmp_path) == expected
+
+
+@pytest.mark.gpu
+def test_gpu_workers_give_the_maps_of_the_cpu(catalog, expected, tmp_path):
+    """Not to the byte: a GPU rounds to bfloat16. Each worker sees one device, and the network runs there."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    pytest.importorskip("dask_cuda")
+    with s2cd.cluster({"kind": "cuda", "dashboard": 0}) as client:
+        seen = client.run(probe).values()
+        assert run_in_small_parts(catalog, tmp_path / "gpu", client).ok
+        memory = client.run(torch.cuda.max_memory_allocated)
+    assert len(seen) == torch.cuda.device_count()
+    assert {len(worker["gpus"]) for worker in seen} == {torch.cuda.device_count()}
+    assert any(memory.values())
+    found = maps_of(tmp_path / "gpu")
+    assert found.keys() == expected.keys()
+    for name in found:
+        with MemoryFile(found[name]) as gpu, MemoryFile(expected[name]) as cpu, gpu.open() as a, cpu.open() as b:
+            np.testing.assert_allclose(a.read(1), b.read(1), atol=0.02)
 
 
 def test_an_existing_scheduler_equals_threads(catalog, expected, tmp_path):

@@ -27,6 +27,7 @@ from s2cd.clusters.profiles import (
     PbsProfile,
     Profile,
     SlurmProfile,
+    Tls,
     load_profile,
 )
 from s2cd.errors import ClusterError
@@ -311,24 +312,26 @@ def _connect(profile: ExistingProfile) -> Iterator[Client]:
             "profile of kind existing: found neither address nor scheduler_file, expected one of them or"
             " DASK_SCHEDULER_ADDRESS in the environment"
         )
-    security = None
-    if profile.tls is not None:
-        tls = profile.tls
-        security = Security(
-            tls_ca_file=tls.ca_file, tls_client_cert=tls.cert, tls_client_key=tls.key, require_encryption=True
-        )
+    security = None if profile.tls is None else _security(profile.tls)
     try:
         client = (
             Client(scheduler_file=profile.scheduler_file, security=security, timeout=profile.timeout)
             if profile.scheduler_file and not profile.address
             else Client(where, security=security, timeout=profile.timeout)
         )
-    except (OSError, TimeoutError, ValueError) as error:
+    except (OSError, TimeoutError, ValueError, TypeError) as error:  # TypeError: a tls:// address without certificates
         reason = " ".join(str(error).split())
         raise ClusterError(f"{where}: no scheduler answers within {profile.timeout} s ({reason})") from None
     with client:
         _await_workers(client, profile, where)
         yield client
+
+
+def _security(tls: Tls) -> Security:
+    for key, path in tls.model_dump().items():
+        if not Path(path).is_file():
+            raise ClusterError(f"tls.{key}: found no file {path}, expected a PEM file")
+    return Security(tls_ca_file=tls.ca_file, tls_client_cert=tls.cert, tls_client_key=tls.key, require_encryption=True)
 
 
 def _await_workers(client: Client, profile: ExistingProfile, where: str) -> None:
