@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -74,7 +74,8 @@ def consecutive_pairs(
 ) -> PairList:
     """Pair each scene with the next one of the same tile and relative orbit.
 
-    Reprocessings of one acquisition count once and the halves of a split datatake are one scene. Scenes are left
+    Reprocessings of one acquisition count once, in the newest baseline but where the other date of a pair has only an
+    older one that both have; the halves of a split datatake are one scene. Scenes are left
     out above `max_cloud` percent (by metadata) and below `min_valid` (a fraction in [0, 1], looked up by scene id
     in `valid_fractions`); pairs are left out above `max_gap_days`. With `orbit="any"` neighbouring orbits are
     compared as well: their viewing angles differ, so shadows, facades and displaced summits appear as change.
@@ -90,7 +91,7 @@ def consecutive_pairs(
         if len(series) == 1:
             pairs.left_out.append(LeftOut(series[0].id, "the only date left of its tile and orbit"))
         for before, after in pairwise(series):
-            pair = Pair(before, after, _notes(before, after))
+            pair = _pair(before, after)
             if max_gap_days is not None and pair.gap_days > max_gap_days:
                 reason = f"{pair.gap_days:.1f} days apart, more than {max_gap_days:g}"
                 pairs.left_out.append(LeftOut(pair.name, reason))
@@ -149,14 +150,29 @@ def _require_same_grid(a: Scene, b: Scene) -> None:
             return
 
 
+def _pair(before: Scene, after: Scene) -> Pair:
+    """Pair two dates: one steps back to an older edition if that is the baseline of the other."""
+    first, second = before, after
+    if before.baseline != after.baseline:
+        first = next((e for e in before.editions if e.baseline == after.baseline), before)
+        second = next((e for e in after.editions if e.baseline == before.baseline), after)
+    notes = [
+        f"{taken.id} of baseline {taken.baseline} stands for {newest.id}: the other date has no {newest.baseline}"
+        for taken, newest in ((first, before), (second, after))
+        if taken is not newest
+    ]
+    first, second = (replace(s, editions=()) for s in (first, second))
+    return Pair(first, second, (*notes, *_notes(first, second)))
+
+
 def _notes(before: Scene, after: Scene) -> tuple[str, ...]:
     notes = []
     if before.baseline and after.baseline and before.baseline != after.baseline:
         notes.append(f"processing baselines differ: {before.baseline} and {after.baseline}")
-        warnings.warn(f"{before.id} and {after.id}: {notes[-1]}", BaselineWarning, stacklevel=3)
+        warnings.warn(f"{before.id} and {after.id}: {notes[-1]}", BaselineWarning, stacklevel=4)
     if before.orbit != after.orbit:
         notes.append(f"relative orbits differ: {before.orbit} and {after.orbit}")
-        warnings.warn(f"{before.id} and {after.id}: {notes[-1]}", OrbitWarning, stacklevel=3)
+        warnings.warn(f"{before.id} and {after.id}: {notes[-1]}", OrbitWarning, stacklevel=4)
     if before.level != after.level:
         notes.append(f"processing levels differ: {before.level} and {after.level}")
     return tuple(notes)

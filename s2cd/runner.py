@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -178,7 +178,7 @@ class _Submission:
         """Yield work field by field; the next field is surveyed while this one is computed."""
         ahead: deque[tuple[FieldOfView, list[Future]]] = deque()
         for done, view in enumerate(self.plan.fields):
-            ahead.append((view, self._survey(view)))
+            ahead.append((view, self._survey(view.scenes)))
             self.progress("survey", done, len(self.plan.fields))
             if len(ahead) > 1:
                 yield from self._units_of(*ahead.popleft())
@@ -186,21 +186,15 @@ class _Submission:
             yield from self._units_of(*ahead.popleft())
         self.progress("survey", len(self.plan.fields), len(self.plan.fields))
 
-    def _survey(self, view: FieldOfView) -> list[Future]:
+    def _survey(self, scenes: Iterable[Scene]) -> list[Future]:
         context = self.context
         bands = context.model.bands
-        inputs = [scene_input(s, bands, common_grid([s], bands), context.mask) for s in view.scenes]
+        inputs = [scene_input(s, bands, common_grid([s], bands), context.mask) for s in scenes]
         return self.client.map(survey_scene, inputs, mask=context.mask, model=context.ref, priority=10, pure=False)
 
     def _units_of(self, view: FieldOfView, futures: list[Future]) -> Iterator[_Unit]:
-        surveys, unread = {}, []
-        wait(futures)
-        for scene, future in zip(view.scenes, futures, strict=True):
-            if future.status == "finished":
-                surveys[scene.id] = future.result()
-            else:
-                unread.append((scene, future.exception()))
-        pairs = self._pairs(view, surveys, unread)
+        surveys, errors = _results(view.scenes, futures)
+        pairs = self._pairs(view, surveys, errors)
         size = self.context.config.dates_per_task - 1
         todo = [pair for pair in pairs if pair.name not in self.plan.finished]
         self.report.maps += [MapRecord(p.name, "kept") for p in pairs if p.name in self.plan.finished]
@@ -209,7 +203,7 @@ class _Submission:
             part = tuple(todo[start : start + size])
             yield _Unit(view.name, part, surveys)
 
-    def _pairs(self, view: FieldOfView, surveys: dict[str, Survey], unread: Sequence[tuple[Scene, Any]]) -> list[Pair]:
+    def _pairs(self, view: FieldOfView, surveys: dict[str, Survey], errors: dict[str, str]) -> list[Pair]:
         """Pair the dates of a field of view; a date that cannot be read fails its pairs, not the others."""
         config = self.context.config
         pairs = pairs_of(view, config, {i: s.valid_fraction for i, s in surveys.items()})
@@ -217,7 +211,10 @@ class _Submission:
         document = {"name": view.name, "pairs": [pair.name for pair in pairs]}
         store = open_store(config.out)
         store.put(view_path(view.name), json.dumps(document).encode())
-        errors = {scene.id: _message(error) for scene, error in unread}
+        editions = {s.id: s for p in pairs for s in (p.before, p.after) if s.id not in surveys and s.id not in errors}
+        found, failed = _results(editions.values(), self._survey(editions.values()))
+        surveys |= found
+        errors |= failed
         for pair in pairs:
             error = errors.get(pair.before.id) or errors.get(pair.after.id)
             if error:
@@ -270,6 +267,14 @@ class _Submission:
     def _limit(self) -> int:
         """One unit a worker and one to follow: workers stay busy, memory stays bounded."""
         return len(self.client.nthreads()) + 1
+
+
+def _results(scenes: Iterable[Scene], futures: list[Future]) -> tuple[dict[str, Survey], dict[str, str]]:
+    """Surveys by scene id, and what kept others from being read."""
+    wait(futures)
+    ended = dict(zip((scene.id for scene in scenes), futures, strict=True))
+    surveys = {name: future.result() for name, future in ended.items() if future.status == "finished"}
+    return surveys, {name: _message(future.exception()) for name, future in ended.items() if name not in surveys}
 
 
 def _unit_graph(unit: _Unit, context: _Context) -> list[Any]:

@@ -70,6 +70,15 @@ def test_reprocessings_reduce_to_the_newest_baseline(page: list[dict[str, Any]])
     assert [(s.tile, s.time) for s in kept] == sorted((s.tile, s.time) for s in kept)
 
 
+def test_older_baselines_stay_at_hand_and_in_what_is_frozen(page: list[dict[str, Any]], tmp_path: Path) -> None:
+    kept, _ = reduce_duplicates(scenes(*page))
+    assert {tuple(e.baseline for e in s.editions) for s in kept} == {("02.14",)}
+    assert all(e.time == s.time for s in kept for e in s.editions)
+    assert reduce_duplicates(kept)[0] == kept
+    freeze(kept, tmp_path / "scenes.parquet")
+    assert search(tmp_path / "scenes.parquet") == kept
+
+
 def test_order_of_the_catalogue_does_not_matter(page: list[dict[str, Any]]) -> None:
     expected = reduce_duplicates(scenes(*page))[0]
     for seed in range(5):
@@ -114,7 +123,7 @@ def test_a_small_half_that_lies_almost_within_the_other(page: list[dict[str, Any
     assert (len(kept), len(kept[0].parts), left_out) == (1, 1, [])
 
 
-def test_halves_each_with_a_reprocessing(page: list[dict[str, Any]]) -> None:
+def test_halves_each_with_a_reprocessing(page: list[dict[str, Any]], tmp_path: Path) -> None:
     newer, older = page[0], page[1]
     assert newer["properties"]["s2:processing_baseline"] > older["properties"]["s2:processing_baseline"]
     pieces = scenes(*halves(newer), *halves(older))
@@ -122,6 +131,10 @@ def test_halves_each_with_a_reprocessing(page: list[dict[str, Any]]) -> None:
     assert len(kept) == 1
     assert {kept[0].baseline, kept[0].parts[0].baseline} == {"05.00"}
     assert [reason.split(": ")[1] for _, reason in left_out] == ["baseline 02.14, that one has 05.00"] * 2
+    (older,) = kept[0].editions
+    assert {older.baseline, older.parts[0].baseline} == {"02.14"}
+    freeze(kept, tmp_path / "scenes.parquet")
+    assert search(tmp_path / "scenes.parquet") == kept
 
 
 def test_halves_of_different_radiometry_are_not_read_as_one_image(page: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -77,6 +78,25 @@ def test_mixed_baselines_are_said():
     with pytest.warns(BaselineWarning, match=r"02\.14 and 05\.09"):
         (pair,) = consecutive_pairs([scene(0, baseline="02.14"), scene(5)])
     assert pair.notes == ("processing baselines differ: 02.14 and 05.09",)
+
+
+def test_a_pair_prefers_equal_baselines_and_says_which_date_stepped_back():
+    """Newest 05.09, 02.14, 05.09, 05.09; the first and third exist in 02.14 as well."""
+    scenes = [scene(0), scene(5, baseline="02.14"), scene(10), scene(15)]
+    for index in (0, 2):
+        old = replace(scenes[index], id=f"{scenes[index].id}_old", baseline="02.14")
+        scenes[index] = replace(scenes[index], editions=(old,))
+    with warnings.catch_warnings(action="error"):
+        pairs = consecutive_pairs(scenes)
+    assert [(p.before.id, p.after.id) for p in pairs] == [
+        ("S2_31UDS_51_000_old", "S2_31UDS_51_005"),
+        ("S2_31UDS_51_005", "S2_31UDS_51_010_old"),
+        ("S2_31UDS_51_010", "S2_31UDS_51_015"),
+    ]
+    assert pairs[0].notes == (
+        "S2_31UDS_51_000_old of baseline 02.14 stands for S2_31UDS_51_000: the other date has no 05.09",
+    )
+    assert pairs[2].notes == ()
 
 
 def test_two_crs_in_one_tile_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -13,10 +14,11 @@ from distributed import Client
 
 import s2cd
 from s2cd.catalog import freeze
-from s2cd.errors import ConfigError, NoScenesError, OutputError, S2cdError
+from s2cd.errors import ConfigError, NoScenesError, OutputError, S2cdError, S2cdWarning
 from s2cd.outputs import validate
 from s2cd.plan import describe_plan, make_plan
 from s2cd.runner import run
+from s2cd.simulate import simulate
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +156,23 @@ def test_frozen_scenes_run_again_exactly(make_series, config, client, tmp_path):
     assert [p.read_bytes() for p in a] == [p.read_bytes() for p in b]
     assert s2cd.RunConfig.load(tmp_path / "out" / "run.yaml") == config
     assert json.loads((tmp_path / "out" / "report.json").read_text())["maps"]
+
+
+def test_a_reprocessed_date_is_compared_in_the_baseline_of_the_other(client, tmp_path):
+    """The first of five dates exists in 05.00 too, the next have only 03.00: as if it had not been reprocessed."""
+    maps = {}
+    for name in (False, True):
+        folder = tmp_path / str(name)
+        catalog = str(simulate(folder / "in", size=128, dates=5, orbits=(51,), clouds=False, reprocessed=name))
+        config = s2cd.RunConfig(catalog=catalog, out=str(folder / "out"), min_valid=0.0)
+        with warnings.catch_warnings(action="ignore", category=S2cdWarning):
+            assert run(config, client).ok
+        maps[name] = {path.name: path for path in (folder / "out").rglob("*.tif")}
+    assert len(maps[True]) == 4
+    assert {n: p.read_bytes() for n, p in maps[True].items()} == {n: p.read_bytes() for n, p in maps[False].items()}
+    first = json.loads(min(maps[True].values()).with_suffix(".json").read_text())
+    assert first["properties"]["s2cd:baselines"] == ["03.00", "03.00"]
+    assert "the other date has no 05.00" in first["properties"]["s2cd:notes"][0]
 
 
 def test_plan_says_what_is_compared_before_anything_is_read(make_series, config, tmp_path):

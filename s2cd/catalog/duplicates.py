@@ -29,7 +29,8 @@ def reduce_duplicates(scenes: Iterable[Scene]) -> tuple[list[Scene], list[LeftOu
     Reprocessings of one datastrip reduce to the highest processing baseline, then to the latest processing
     time; an L2A product goes before the L1C it was made from. Two datastrips of one datatake that meet in a
     tile become one scene with the smaller piece in `parts`, to be read where the larger one has no
-    observation.
+    observation. Older baselines of the same stay at hand as its `editions`: dates that have no newer one are better
+    compared with these.
 
     Returns the scenes that are kept, ordered by tile and time, and those left out, each with the reason.
     """
@@ -39,7 +40,7 @@ def reduce_duplicates(scenes: Iterable[Scene]) -> tuple[list[Scene], list[LeftOu
         strips = _strips(group)
         chosen = _choose(strips)
         main, *parts = sorted(chosen, key=lambda s: (-_covered(s), s.id))
-        kept.append(replace(main, parts=tuple(parts)) if parts else main)
+        kept.append(_with(main, parts, _editions(strips, main)))
         for strip in strips:
             best = next((s for s in strip if any(s is c for c in chosen)), None)
             left_out += [(s, _why(s, best, main)) for s in strip if s is not best]
@@ -159,6 +160,31 @@ def _choose(strips: Sequence[Sequence[Scene]]) -> list[Scene]:
             newest = max((s for s in strip if _kind(s) == kind), key=_newness)
             alike.setdefault(kind, []).append(newest)
     return max(alike.values(), key=lambda pieces: (len(pieces), max(map(_newness, pieces))))
+
+
+def _with(main: Scene, parts: Sequence[Scene], editions: tuple[Scene, ...] = ()) -> Scene:
+    """Put one acquisition together; what `main` already brings stays where nothing else was found."""
+    return replace(main, parts=tuple(parts) or main.parts, editions=editions or main.editions)
+
+
+def _editions(strips: Sequence[Sequence[Scene]], main: Scene) -> tuple[Scene, ...]:
+    """The whole acquisition in each other baseline that can be read as `main` can, newest first."""
+    result = []
+    baselines = {s.baseline for strip in strips for s in strip if s.baseline} - {main.baseline}
+    for baseline in sorted(baselines, reverse=True):
+        alike = [[s for s in strip if s.baseline == baseline and _fits(s, main)] for strip in strips]
+        if not all(alike):
+            continue
+        pieces = [max(strip, key=_newness) for strip in alike]
+        if len({_kind(piece) for piece in pieces}) == 1:
+            first, *parts = sorted(pieces, key=lambda s: (-_covered(s), s.id))
+            result.append(replace(_with(first, parts), time=main.time, editions=()))
+    return tuple(result)
+
+
+def _fits(scene: Scene, main: Scene) -> bool:
+    grids = [{band: asset.grid for band, asset in s.assets.items()} for s in (scene, main)]
+    return scene.level == main.level and grids[0] == grids[1]
 
 
 def _kind(scene: Scene) -> str:

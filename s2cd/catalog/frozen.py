@@ -18,7 +18,7 @@ from s2cd.catalog.scene import Scene
 from s2cd.catalog.static import fetch, is_url
 from s2cd.errors import CatalogError, NoScenesError, OutputError
 
-PART_OF = "s2cd:part_of"
+PART_OF, EDITION_OF = "s2cd:part_of", "s2cd:edition_of"
 
 
 def freeze(scenes: Iterable[Scene], path: str | PathLike[str]) -> None:
@@ -51,16 +51,27 @@ def read_frozen(path: str | PathLike[str]) -> list[Scene]:
         raise CatalogError(f"{source}: cannot be read as stac-geoparquet: {error}") from error
     base = source if "://" in source else str(Path(source).absolute())
     items = [_without_nulls(item) for item in found["features"]]
-    parts: dict[str, list[Scene]] = {}
-    wholes = []
-    for item in items:
-        scene = scene_from_item(item, base=base)
-        owner = item["properties"].get(PART_OF)
-        if owner is None:
-            wholes.append(scene)
-        else:
-            parts.setdefault(owner, []).append(scene)
-    return [replace(s, parts=tuple(parts[s.id])) if s.id in parts else s for s in wholes]
+    read = [(scene_from_item(item, base=base), item["properties"]) for item in items]
+    parts, editions = (_by_owner(read, relation) for relation in (PART_OF, EDITION_OF))
+    wholes = [
+        replace(scene, parts=tuple(parts.get(scene.id, ()))) for scene, stated in read if stated.get(PART_OF) is None
+    ]
+    by_id = {scene.id: scene for scene in wholes}
+    others = {scene.id for found in editions.values() for scene in found}
+    return [
+        replace(scene, editions=tuple(by_id[e.id] for e in editions.get(scene.id, ())))
+        for scene in wholes
+        if scene.id not in others
+    ]
+
+
+def _by_owner(read: list[tuple[Scene, dict[str, Any]]], relation: str) -> dict[str, list[Scene]]:
+    """Scenes that state to be a part or an edition of another, by that one's id."""
+    found: dict[str, list[Scene]] = {}
+    for scene, stated in read:
+        if stated.get(relation) is not None:
+            found.setdefault(stated[relation], []).append(scene)
+    return found
 
 
 def _read(source: str) -> dict[str, Any]:
@@ -77,7 +88,10 @@ def _items(scene: Scene) -> list[dict[str, Any]]:
     pieces = [scene_to_item(part) for part in scene.parts]
     for piece in pieces:
         piece["properties"][PART_OF] = scene.id
-    return [scene_to_item(scene), *pieces]
+    editions = [_items(edition) for edition in scene.editions]
+    for edition, *_ in editions:
+        edition["properties"][EDITION_OF] = scene.id
+    return [scene_to_item(scene), *pieces, *(item for items in editions for item in items)]
 
 
 def _without_nulls(value: Any) -> Any:

@@ -55,6 +55,7 @@ class Scene:
     processed     when the product was generated, None where nothing states it
     strip_start   sensing start of the datastrip the product was cut from, None where nothing states it
     address       URL or path of the item (of the product, where there is no item), None where nothing states it
+    editions      the same acquisition in other processing baselines, newest first, for dates that have no newer one
     """
 
     id: str
@@ -74,3 +75,4 @@ class Scene:
     processed: datetime | None = None
     strip_start: datetime | None = None
     address: str | None = None
+    editions: tuple[Scene, ...] = ()
