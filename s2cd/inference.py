@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import dask
 import dask.array as da
 import numpy as np
 import xarray as xr
 from dask.array.overlap import overlap
-from dask.delayed import Delayed
+from dask.typing import Key
 
 from s2cd.catalog.scene import Grid, Scene
 from s2cd.cube import common_grid, cube_grid
@@ -128,11 +129,12 @@ def change_blocks(
     chunk: int,
     *,
     reasons: bool = False,
-) -> list[list[Delayed]]:
-    """Probability codes of several pairs of one field of view, lazily, each source block read once.
+) -> tuple[dict[Key, Any], list[list[Key]]]:
+    """Return a graph for the codes of several pairs of one field of view, each source block read once, and its keys.
 
-    Returns rows of chunks of `chunk` pixels along y and x, each a delayed `Block` of all pairs. With `reasons` the
-    codes tell which date does not show a pixel. Tasks fail with ReadError or GridError where a source does.
+    The keys lie in rows as the chunks of `chunk` pixels along y and x do; each stands for a `Block` of all pairs.
+    With `reasons` the codes tell which date does not show a pixel. Tasks fail with ReadError or GridError where a
+    source does.
     """
     network = ref.load()
     scenes = {s.id: s for pair in pairs for s in (pair.before, pair.after)}
@@ -147,9 +149,10 @@ def change_blocks(
     )
     tiling = Tiling(grid.shape, chunk, _halo(network, mask, series.dates))
     infer = partial(_infer_block, series=series, tiling=tiling, mask=mask, ref=ref, reasons=reasons)
-    infer = dask.delayed(infer, pure=False, traverse=False)
+    name = f"infer_block-{uuid4().hex}"
     rows, cols = tiling.blocks
-    return [[infer(row, col) for col in range(cols)] for row in range(rows)]
+    graph: dict[Key, Any] = {(name, row, col): (infer, row, col) for row in range(rows) for col in range(cols)}
+    return graph, [[(name, row, col) for col in range(cols)] for row in range(rows)]
 
 
 def auto_chunk(shape: tuple[int, int], stride: int) -> int:

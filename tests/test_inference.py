@@ -6,10 +6,12 @@ import pickle
 from dataclasses import replace
 
 import dask
+import dask.threaded
 import numpy as np
 import pytest
 import rasterio
 import torch
+from dask.order import order
 
 import s2cd
 from s2cd import reader
@@ -36,7 +38,7 @@ def surveys_of(scenes):
 
 def run_codes(scenes, chunk):
     pairs = consecutive_pairs(scenes)
-    blocks = dask.compute(*change_blocks(pairs, surveys_of(scenes), REF, MASK, chunk), scheduler="threads")
+    blocks = dask.threaded.get(*change_blocks(pairs, surveys_of(scenes), REF, MASK, chunk))
     return np.block([[block.codes for block in row] for row in blocks])
 
 
@@ -165,9 +167,9 @@ def test_invariant_4_a_failed_read_names_the_asset(make_series):
     surveys = surveys_of(scenes)
     content = open(scenes[1].assets["nir"].href, "rb").read()
     open(scenes[1].assets["nir"].href, "wb").write(content[: len(content) // 2])
-    blocks = change_blocks(consecutive_pairs(scenes), surveys, REF, MASK, 128)
+    graph, keys = change_blocks(consecutive_pairs(scenes), surveys, REF, MASK, 128)
     with pytest.raises(ReadError, match=r"001/nir\.tif"):
-        dask.compute(blocks, scheduler="threads")
+        dask.threaded.get(graph, keys)
 
 
 def test_invariant_5_a_run_decodes_each_date_once(make_series, monkeypatch):
@@ -185,19 +187,29 @@ def test_displacement_is_measured_on_pixels_that_are_read_anyway(make_series, mo
     surveys = surveys_of(scenes)
     monkeypatch.setattr(reader, "COUNTS", reader.Counts())
     monkeypatch.setattr(reader, "BLOCKS", reader.BlockCache())
-    (rows,) = dask.compute(change_blocks(consecutive_pairs(scenes), surveys, REF, MASK, 256), scheduler="threads")
+    rows = dask.threaded.get(*change_blocks(consecutive_pairs(scenes), surveys, REF, MASK, 256))
     assert reader.COUNTS.decoded == unique_bytes(scenes)
     (shift,) = rows[0][0].shifts
     assert (shift.dy, shift.dx) == pytest.approx((2, -3), abs=0.1)
     assert sum(block.shifts is not None for row in rows for block in row) == 1
 
 
+def test_chunks_are_worked_row_by_row_so_that_few_blocks_are_kept(make_series):
+    """Dask orders equal tasks by their keys: random ones would scatter the work, and blocks be decoded again."""
+    scenes = make_series(shape=(400, 1500), dates=2)
+    graph, keys = change_blocks(consecutive_pairs(scenes), surveys_of(scenes), REF, MASK, 128)
+    graph["map"] = (list, keys)
+    priorities = order(graph)
+    worked = sorted(graph.keys() - {"map"}, key=priorities.get)
+    assert [key[1:] for key in worked] == sorted((key[1:] for key in worked), reverse=worked[0][1] > 0)
+
+
 def test_invariant_7_the_graph_carries_urls_and_a_hash_only(make_series):
     scenes = make_series(shape=(261, 333), dates=3)
     change = detect_changes(open_cube(scenes), consecutive_pairs(scenes), device="cpu")
-    blocks = change_blocks(consecutive_pairs(scenes), surveys_of(scenes), REF, MASK, 128)
-    for collections in ([change.data], [block for row in blocks for block in row]):
-        graph = pickle.dumps([dict(collection.__dask_graph__()) for collection in collections])
+    blocks, _ = change_blocks(consecutive_pairs(scenes), surveys_of(scenes), REF, MASK, 128)
+    for collection in (dict(change.data.__dask_graph__()), blocks):
+        graph = pickle.dumps(collection)
         assert REF.hash.encode() in graph
         assert b"Polygon" not in graph
         assert len(graph) < 200_000
