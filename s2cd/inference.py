@@ -149,10 +149,10 @@ def change_blocks(
     )
     tiling = Tiling(grid.shape, chunk, _halo(network, mask, series.dates))
     infer = partial(_infer_block, series=series, tiling=tiling, mask=mask, ref=ref, reasons=reasons)
-    name = f"infer_block-{uuid4().hex}"
-    rows, cols = tiling.blocks
-    graph: dict[Key, Any] = {(name, row, col): (infer, row, col) for row in range(rows) for col in range(cols)}
-    return graph, [[(name, row, col) for col in range(cols)] for row in range(rows)]
+    name, (rows, cols) = f"infer_block-{uuid4().hex}", tiling.blocks
+    # Dask works equal tasks in the order of their keys as text: row by row, so that few decoded blocks are kept.
+    keys: list[list[Key]] = [[(name, f"{row:04d}", f"{col:04d}") for col in range(cols)] for row in range(rows)]
+    return {keys[row][col]: (infer, row, col) for row in range(rows) for col in range(cols)}, keys
 
 
 def auto_chunk(shape: tuple[int, int], stride: int) -> int:
