@@ -172,7 +172,8 @@ def _notes(before: Scene, after: Scene) -> tuple[str, ...]:
         warnings.warn(f"{before.id} and {after.id}: {notes[-1]}", BaselineWarning, stacklevel=4)
     if before.orbit != after.orbit:
         notes.append(f"relative orbits differ: {before.orbit} and {after.orbit}")
-        warnings.warn(f"{before.id} and {after.id}: {notes[-1]}", OrbitWarning, stacklevel=4)
+        risk = "viewing angles differ, so shadows, facades and displaced summits can appear as change"
+        warnings.warn(f"{before.id} and {after.id}: {notes[-1]}: {risk}", OrbitWarning, stacklevel=4)
     if before.level != after.level:
         notes.append(f"processing levels differ: {before.level} and {after.level}")
     return tuple(notes)

@@ -19,6 +19,7 @@ from places_support import BIN, PAIRS, background, demo_catalogue, maps_of, run_
 
 import s2cd
 from s2cd.catalog.static import iter_items, read_document
+from s2cd.clusters import check_profile, show_profile
 from s2cd.errors import ClusterError, S2cdWarning
 from s2cd.outputs import validate
 from s2cd.outputs.store import open_store
@@ -129,6 +130,17 @@ def test_sources_and_maps_in_buckets_and_no_key_in_graph_log_or_item(
             assert not any(secret.encode() in text for text in texts), place
 
 
+def test_check_tries_buckets_with_the_keys_of_the_worker(buckets: str) -> None:
+    source = next(f"s3://scenes/{name}" for name, _ in open_store("s3://scenes").list() if name.endswith(".tif"))
+    report = {name: (ok, detail) for name, ok, detail in check_profile(WORKER, out="s3://maps/check", source=source)}
+    assert report["out"] == (True, "s3://maps/check: writable")
+    assert report["source"][0], report["source"]
+    report = {name: (ok, detail) for name, ok, detail in check_profile(WORKER, out="s3://nowhere/check")}
+    assert not report["out"][0]
+    assert SECRET not in repr(report)
+    assert KEY not in repr(report)
+
+
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A certificate of our own for 127.0.0.1 that vouches for itself, and another that nobody knows."""
@@ -195,7 +207,9 @@ def profile_of(address: str, certificates: dict[str, str], name: str) -> dict[st
 def test_a_scheduler_that_speaks_tls_gives_the_same_maps(
     catalog: str, expected: dict[str, bytes], scheduler: str, certificates: dict[str, str], tmp_path: Path
 ) -> None:
-    with s2cd.cluster(profile_of(scheduler, certificates, "cluster")) as client:
+    profile = profile_of(scheduler, certificates, "cluster")
+    assert f"--tls-key {certificates['cluster.key']}" in show_profile(profile)
+    with s2cd.cluster(profile) as client:
         assert run_in_small_parts(catalog, tmp_path, client).ok
         info = client.scheduler_info(n_workers=-1)
         assert all(worker.startswith("tls://") for worker in info["workers"])

@@ -68,7 +68,7 @@ def test_unknown_orbit_is_its_own_field_of_view():
 def test_pairs_across_orbits_only_when_asked_and_with_a_warning():
     scenes = [scene(0), scene(3, orbit=94)]
     assert not consecutive_pairs(scenes)
-    with pytest.warns(OrbitWarning, match="relative orbits differ: 51 and 94"):
+    with pytest.warns(OrbitWarning, match="relative orbits differ: 51 and 94: viewing angles differ, so shadows"):
         (pair,) = consecutive_pairs(scenes, orbit="any")
     assert pair.orbit == "R051-094"
     assert pair.notes == ("relative orbits differ: 51 and 94",)

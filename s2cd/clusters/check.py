@@ -52,6 +52,9 @@ def show_profile(profile: str | Path | Profile | dict[str, Any]) -> str:
         address = settings.address or settings.scheduler_file or "$DASK_SCHEDULER_ADDRESS"
         command = f"# connects to {address}; start its workers like this:\n"
         command += _worker_command(1, threads, "auto", address)
+        if settings.tls is not None:
+            tls = settings.tls
+            command += f" --tls-ca-file {tls.ca_file} --tls-cert {tls.cert} --tls-key {tls.key}"
     variables = worker_environment(threads) | settings.environment
     exports = "\n".join(f"export {key}={value}" for key, value in variables.items())
     return f"{exports}\n{command}\n"
@@ -164,8 +167,9 @@ def _write(out: str) -> str:
 
 def _read(source: str) -> str:
     from s2cd.catalog.access import open_dataset
+    from s2cd.catalog.providers import provider_of
 
-    with open_dataset("static", source) as dataset:
+    with open_dataset(provider_of(source), source) as dataset:
         return f"{source}: {dataset.width} x {dataset.height} px, {dataset.dtypes[0]}"
 
 
