@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import dask
 import numpy as np
 import psutil
 from distributed import Client
@@ -31,6 +32,7 @@ from benchmarks.measure import ROOT, BenchmarkError, memory
 from s2cd import inference, runner
 from s2cd.catalog.bands import BANDS, SCL
 from s2cd.catalog.scene import Asset, Grid, Scene
+from s2cd.clusters.start import SCHEDULING
 from s2cd.config import RunConfig
 
 TILES = 1300
@@ -236,7 +238,9 @@ def _scheduler() -> Iterator[tuple[psutil.Process, str]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = ("scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard", "--no-jupyter")
-    with _started("dask", *arguments) as process:
+    with dask.config.set(SCHEDULING):
+        settings = dask.config.serialize(dask.config.config)
+    with _started("dask", *arguments, extra={"DASK_INTERNAL_INHERIT_CONFIG": settings}) as process:
         yield psutil.Process(process.pid), f"tcp://127.0.0.1:{port}"
 
 

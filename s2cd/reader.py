@@ -235,7 +235,7 @@ class BlockCache:
     has had it. `max_bytes` bounds what a lost neighbour would leave behind: the oldest go first and are read again.
     """
 
-    def __init__(self, max_bytes: int = 2 << 30):
+    def __init__(self, max_bytes: int = 3 << 30):
         self.max_bytes = max_bytes
         self._entries: OrderedDict[tuple[str, int, int], _Entry] = OrderedDict()
         self._bytes = 0

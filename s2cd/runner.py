@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
+from dask.highlevelgraph import HighLevelGraph
 from dask.typing import Key
 from distributed import Client, Future, wait
 
@@ -227,7 +228,10 @@ class _Submission:
         ]
 
     def _submit(self, unit: _Unit) -> None:
-        futures = self.client.get(*_unit_graph(unit, self.context), sync=False)
+        graph, maps = _unit_graph(unit, self.context)
+        # As a layer: of a plain dictionary Dask would hash every argument of every task.
+        layer = HighLevelGraph({str(maps[0]): graph}, {str(maps[0]): set()})
+        futures = self.client.get(layer, maps, sync=False)
         self.pending.update(zip(futures, ((unit, pair) for pair in unit.pairs), strict=True))
 
     def _collect(self) -> None:

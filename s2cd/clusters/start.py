@@ -35,13 +35,16 @@ from s2cd.errors import ClusterError
 log = logging.getLogger(__name__)
 
 # Tasks last from seconds to minutes and are few. An unknown one counts as ten seconds of work, so that scaling
-# asks for a core for each instead of one for ten; a lost worker is replaced after seconds.
-_SCHEDULING = {
+# asks for a core for each instead of one for ten; a lost worker is replaced after seconds. The scheduler's logs for
+# its developers hold whole tasks, a thousand messages of each worker: kept short, its memory does not grow in a run.
+SCHEDULING = {
     "distributed.scheduler.unknown-task-duration": "10s",
     "distributed.adaptive.target-duration": "10s",
     "distributed.adaptive.interval": "1s",
     "distributed.adaptive.wait-count": 3,
     "distributed.deploy.lost-worker-timeout": "5s",
+    "distributed.admin.low-level-log-length": 20,
+    "distributed.diagnostics.computations.max-history": 10,
 }
 _LIFETIME, _STAGGER = 0.85, 0.05  # of the walltime: workers hand over before the batch system kills them
 _WORKER_SHARE = 0.85  # of the memory; the rest is the client's, the scheduler's and the page cache's
@@ -57,7 +60,7 @@ def cluster(profile: str | Path | Profile | dict[str, Any] = "local") -> Iterato
     Raises ClusterError if the profile is wrong, something it needs is absent, or no scheduler answers.
     """
     settings = load_profile(profile)
-    with dask.config.set(_SCHEDULING), contextlib.ExitStack() as stack:
+    with dask.config.set(SCHEDULING), contextlib.ExitStack() as stack:
         if isinstance(settings, ExistingProfile):
             client = stack.enter_context(_connect(settings))
         else:
