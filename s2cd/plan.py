@@ -11,7 +11,7 @@ from s2cd.catalog.scene import Grid, Scene
 from s2cd.config import RunConfig
 from s2cd.cube import common_grid
 from s2cd.errors import NoScenesError
-from s2cd.inference import auto_chunk
+from s2cd.inference import DEFAULT_CHUNK, auto_chunk
 from s2cd.masks import Mask, extra_assets
 from s2cd.model import Model, load_model
 from s2cd.pairs import LeftOut, PairList, consecutive_pairs, fields_of_view, select_scenes
@@ -92,6 +92,7 @@ def describe_plan(plan: Plan) -> PlanTable:
     require_model_bands(plan, model)
     mask = mask_of(plan.config)
     rows, tasks, total, decoded = [], 0, 0, 0
+    chunks: dict[str, None] = {}  # in order, each once
     left_out = list(plan.left_out)
     for view in plan.fields:
         pairs = pairs_of(view, plan.config)
@@ -99,6 +100,7 @@ def describe_plan(plan: Plan) -> PlanTable:
         grid = common_grid(view.scenes[:1], model.bands)
         chunk = chunk_edge(plan.config, grid, model)
         tiling = Tiling(grid.shape, chunk, model.halo)
+        chunks[_explain_chunk(plan.config, tiling)] = None
         units = -(-len(pairs) // (plan.config.dates_per_task - 1))
         tasks += units * tiling.blocks[0] * tiling.blocks[1] + len(pairs) + len(view.scenes)
         total += len(pairs)
@@ -117,6 +119,7 @@ def describe_plan(plan: Plan) -> PlanTable:
         )
     notes = [
         f"model {model.name} ({model.hash[:12]}): bands {', '.join(model.bands)}, halo {model.halo} px",
+        *chunks,
         f"{tasks / max(total, 1):.1f} tasks a pair, {decoded / 1e9:.2f} GB to decode, each block once a unit",
         "pixels may still rule out dates with less than "
         f"{plan.config.min_valid:.0%} valid: their neighbours are then paired",
@@ -153,6 +156,18 @@ def chunk_edge(config: RunConfig, grid: Grid, model: Model) -> int:
     if config.chunk == "auto":
         return auto_chunk(grid.shape, model.stride)
     return -(-config.chunk // model.stride) * model.stride
+
+
+def _explain_chunk(config: RunConfig, tiling: Tiling) -> str:
+    """Say where a chunk's edge comes from, and what its halo costs."""
+    rows, cols = tiling.blocks
+    spans = [tiling.read(row, 0)[0] for row in range(rows)], [tiling.read(0, col)[1] for col in range(cols)]
+    read = [sum(span.stop - span.start for span in axis) for axis in spans]
+    more = read[0] * read[1] / (tiling.shape[0] * tiling.shape[1]) - 1
+    origin = f"auto: equal parts of about {DEFAULT_CHUNK} px" if config.chunk == "auto" else "as asked for"
+    return (
+        f"chunks of {tiling.chunk} px ({origin}); their halos of {tiling.halo} px add {more:.0%} to the network's work"
+    )
 
 
 def _decoded_bytes(scene: Scene, bands: Sequence[str], mask: str) -> int:
