@@ -79,7 +79,7 @@ def test_run_and_compare_record_results_that_the_report_shows(data, folder, monk
     assert run["parts"]["engine"]["maps"] == 2
     assert {e[1] for e in run["parts"]["engine"]["gantt"]} >= {"decode", "network", "encode"}
     compare = next(d for d in documents if d["kind"] == "compare")
-    assert max(compare["parts"]["compare"]["largest_difference"].values()) <= suite.TOLERANCE
+    assert max(compare["parts"]["compare"]["largest_difference"].values()) <= 0.01
     assert not any(str(folder) in path.read_text() for path in tmp_path.glob("*.json"))
     invoke("report")
     page = (tmp_path / "report.md").read_text()
