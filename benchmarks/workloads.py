@@ -209,7 +209,7 @@ def _network_alone(scenes: list[Scene], window: int, size: int) -> float:
         model.encode(pixels[0], affine, valid)
 
     def decode() -> None:
-        model.decode(*features)
+        model.decode(*features, 1.0)
 
     encode()  # the first call sets torch up
     features = [model.encode(p, affine, valid) for p in pixels]

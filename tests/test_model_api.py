@@ -82,13 +82,14 @@ def test_chunks_with_halo_equal_the_whole(model):
     shape, edge = (345, 421), 160
     images = ground(shape), ground(shape, 1)
     stats = tuple(model.statistics(i) for i in images)
-    whole = model.predict(*images, statistics=stats)
+    level = model.background(*(model.sketch(i, s) for i, s in zip(images, stats, strict=True)))
+    whole = model.predict(*images, statistics=stats, background=level)
     assert edge % model.stride == 0
     for y in range(0, shape[0], edge):
         for x in range(0, shape[1], edge):
             y0, x0 = max(0, y - model.halo), max(0, x - model.halo)
             part = (slice(None), slice(y0, y + edge + model.halo), slice(x0, x + edge + model.halo))
-            chunk = model.predict(*(i[part] for i in images), statistics=stats)
+            chunk = model.predict(*(i[part] for i in images), statistics=stats, background=level)
             inner = chunk[y - y0 : y - y0 + edge, x - x0 : x - x0 + edge]
             np.testing.assert_allclose(inner, whole[y : y + edge, x : x + edge], atol=1e-5)
 
@@ -119,9 +120,9 @@ def test_background_is_the_usual_difference_of_two_dates():
 def test_a_distant_pixel_has_no_influence(model):
     before, after = ground((64, 320)), ground((64, 320), 1)
     stats = (model.statistics(before), model.statistics(after))
-    result = model.predict(before, after, statistics=stats)
+    result = model.predict(before, after, statistics=stats, background=1.0)
     after[:, :, 160] += 0.5
-    moved = np.abs(model.predict(before, after, statistics=stats) - result).max(axis=0)
+    moved = np.abs(model.predict(before, after, statistics=stats, background=1.0) - result).max(axis=0)
     assert moved[160] > 0
     assert moved[: 160 - HALO].max() == 0
     assert moved[160 + HALO + 1 :].max() == 0

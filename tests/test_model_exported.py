@@ -62,7 +62,7 @@ def test_an_exported_program_is_a_model(program, tmp_path):
     numbers = [np.nan_to_num(d * 10000 + 1000).astype(np.float32) for d in (before, after)]
     affine = model.affine(model.statistics(before), 1e-4, -0.1)
     a, b = (model.encode(n, affine, np.isfinite(after).all(axis=0)) for n in numbers)
-    np.testing.assert_allclose(model.decode(a, b)[8:, 8:], result[8:, 8:], atol=1e-4)
+    np.testing.assert_allclose(model.decode(a, b, 1.0)[8:, 8:], result[8:, 8:], atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,10 @@ def test_the_input_of_training_is_that_of_the_model(catalogue):
 def test_samples_are_finite_and_labelled(catalogue, kind):
     cities = load_cities(catalogue)
     sampler = LabelledSampler(cities, 64) if kind == "labelled" else SimulatedSampler(places(cities), [], 64)
-    before, after, truth, weight = batch(sampler, 12, np.random.default_rng(1))
+    before, after, level, truth, weight = batch(sampler, 12, np.random.default_rng(1))
     assert before.shape == after.shape == (12, 20, 32, 32)
+    assert level.shape == (12, 1, 1, 1)
+    assert (level > 0).all()
     assert np.isfinite(before.numpy()).all()
     assert 0 < truth.mean() < 0.6
     assert 0.5 < weight.mean() <= 1

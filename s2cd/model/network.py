@@ -21,6 +21,7 @@ HALO = 64  # 10 m pixels; at least the radius of the receptive field, a multiple
 FINE_BANDS = 4  # the first bands, at 10 m
 COARSE_BANDS = 3  # the others, at 20 m
 INPUTS = 4 * FINE_BANDS + COARSE_BANDS + 1  # the last channel tells where there is an observation
+SMOOTH = 2  # times that logits are averaged over 3 x 3 pixels of 10 m, in inference
 WIDTHS = (24, 48, 64, 96)  # channels at 20, 40, 80 and 160 m
 DEPTHS = (1, 2, 1, 1)  # 3 x 3 convolutions at each level of the encoder
 
@@ -56,11 +57,14 @@ class Unit(nn.Sequential):
 
 
 class ChangeNet(nn.Module):
-    """Siamese network of four levels.
+    """Siamese network of four levels, beside it the magnitude of the change vector as a second expert.
 
     `encode` takes (n, INPUTS, h, w) on the 20 m grid, h and w multiples of 8, and returns four tensors at strides 1,
     2, 4 and 8; `decode` takes two of those and returns logits (n, 1, 2h, 2w) on the 10 m grid.
     """
+
+    discount: Tensor
+    evidence: Tensor
 
     def __init__(self, *, norm: bool = False, widths: tuple[int, ...] = WIDTHS, depths: tuple[int, ...] = DEPTHS):
         super().__init__()
@@ -79,35 +83,49 @@ class ChangeNet(nn.Module):
             for i, j in zip(levels, steps, strict=False)
         )
         self.head = nn.Conv2d(widths[0], 4, 1)
-        self.discount = nn.Parameter(torch.zeros(()))  # logits by which e times the usual difference counts less
+        self.register_buffer("discount", torch.zeros(()))  # logits by which e times the usual difference counts less
+        self.register_buffer("evidence", torch.zeros(()))  # logits that e times the magnitude adds
+        self.smooth = 0 if norm else SMOOTH
 
     def encode(self, x: Tensor) -> Features:
-        """Return the features of one date at every level."""
-        features = []
+        """Return the features of one date at every level, and the date itself."""
+        features, pixels = [], x
         x = self.stem(x)
         for level, block in enumerate(self.blocks):
             x = block(self.down[level - 1](x) if level else x)
             features.append(x)
-        return tuple(features)
+        return (*features, pixels.half())
 
     def decode(self, a: Features, b: Features, background: Tensor | float = 1.0) -> Tensor:
         """Return the logits of change between two dates, the same whichever comes first.
 
         `background` is `s2cd.model.normalise.background` of each of the n pairs, (n, 1, 1, 1), or of all.
         """
-        x = self.bottom((a[-1] - b[-1]).abs_())
+        x = self.bottom((a[-2] - b[-2]).abs_())
         for level in reversed(range(len(self.mix))):
             side = self.lateral[level]((a[level] - b[level]).abs_())
             x = functional.relu_(side.add_(functional.interpolate(x, scale_factor=2.0, mode="nearest")))
             x = self.mix[level](x)
-        logits = functional.pixel_shuffle(self.head(x), 2)
-        return logits - self.discount * torch.log(torch.as_tensor(background, device=logits.device))
+        usual = torch.log(torch.as_tensor(background, device=x.device))
+        logits = self.head(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) - self.discount * usual
+        logits = logits + self.evidence * (magnitude(a[-1], b[-1]) - usual)
+        logits = functional.pixel_shuffle(logits, 2)
+        for _ in range(self.smooth):
+            logits = functional.avg_pool2d(logits, 3, 1, 1, count_include_pad=False)
+        return logits
 
     def forward(self, before: Tensor, after: Tensor, background: Tensor | float = 1.0) -> Tensor:
         """Return logits; both dates pass the encoder in one batch, so that its statistics are those of both."""
         features = self.encode(torch.cat([before, after]))
         n = len(before)
         return self.decode(tuple(f[:n] for f in features), tuple(f[n:] for f in features), background)
+
+    def pool(self, discount: float, evidence: float) -> ChangeNet:
+        """Set what the background takes from the logits and what the magnitude adds; these two are not trained."""
+        self.discount.fill_(discount)
+        self.evidence.fill_(evidence)
+        return self
 
     @torch.no_grad()
     def folded(self, temperature: float = 1.0, bias: float = 0.0) -> ChangeNet:
@@ -121,8 +139,23 @@ class ChangeNet(nn.Module):
         assert self.head.bias is not None
         head = {"weight": self.head.weight / temperature, "bias": self.head.bias / temperature + bias}
         net.head.load_state_dict(head)
-        net.discount.copy_(self.discount / temperature)
+        net.pool(float(self.discount) / temperature, float(self.evidence) / temperature)
         return net.eval()
+
+
+def magnitude(a: Tensor, b: Tensor) -> Tensor:
+    """Return the logarithm of the length of the change vector, of each 10 m pixel and of its surroundings of 60 m.
+
+    a, b are inputs of the network (n, INPUTS, h, w); the result is float32 (n, 4, h, w), the 10 m pixels in the order
+    of `pixel_shuffle`. Change-vector analysis: Malila, 1980.
+    """
+    difference = (a[:, :-1] - b[:, :-1]).float() * torch.minimum(a[:, -1:], b[:, -1:])
+    fine, coarse = difference[:, : 4 * FINE_BANDS], difference[:, 4 * FINE_BANDS :]
+    n, _, h, w = fine.shape
+    fine = fine.reshape(n, FINE_BANDS, 4, h, w)
+    around = functional.avg_pool2d(torch.cat([fine.mean(dim=2), coarse], 1), 3, 1, 1, count_include_pad=False)
+    common = coarse.square().sum(dim=1, keepdim=True) + around.square().sum(dim=1, keepdim=True)
+    return 0.5 * torch.log(fine.square().sum(dim=1) + common + 1e-3)
 
 
 def cost(net: ChangeNet) -> dict[str, float]:

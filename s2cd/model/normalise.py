@@ -27,7 +27,7 @@ ROWS = 32  # of the 20 m grid, prepared at a time
 LIMIT = 6.0  # normalised values are clipped at +- LIMIT
 SKETCH = 128  # a sketch has at least so many pixels along a side, and less than twice as many
 TYPICAL = 0.35  # normalised difference that is usual between two seasons
-LEAST_BACKGROUND = 0.3  # of TYPICAL: less is as good as none, and noise must not be stretched to change
+LEAST_BACKGROUND = 0.5  # of TYPICAL: less is as good as none, and noise must not be stretched to change
 FEWEST = 64  # pixels seen on both dates that tell a background
 
 Array = npt.NDArray[np.float32]

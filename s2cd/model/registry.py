@@ -101,7 +101,7 @@ class Model:
         x = normalise.network_input(pixels, affine, valid, FINE_BANDS, self.stride)
         return EncodedDate(self._engine.encode(x), valid.shape)
 
-    def decode(self, a: EncodedDate, b: EncodedDate, background: float = 1.0) -> npt.NDArray[np.float32]:
+    def decode(self, a: EncodedDate, b: EncodedDate, background: float) -> npt.NDArray[np.float32]:
         """Return the probability of change float32 (y, x) in [0, 1]; the order of the dates does not matter.
 
         `background` is that of the whole scenes, the same for every chunk.

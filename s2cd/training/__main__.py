@@ -37,12 +37,11 @@ def main() -> None:
 @click.option("--series", multiple=True, type=click.Path(exists=True, path_type=Path), help="Unlabelled catalogues.")
 @click.option("--folds", type=click.IntRange(1), default=1, help="Folds of the cross-validation; 1 = all cities.")
 @click.option("--fold", type=click.IntRange(0), default=0, help="The fold to hold out, from 0.")
-@click.option("--start", type=click.Path(exists=True, path_type=Path), help="Run whose weights to start from.")
+@click.option("--start", help="Shipped model, or path of a run, whose weights to start from.")
 @click.option("--simulated", type=click.FloatRange(0, 1), default=0.0, help="Share of simulated samples beside labels.")
 @click.option(
     "--blend", type=click.FloatRange(0, 1), default=1.0, help="Share of the trained weights; the rest: --start's."
 )
-@click.option("--guesses", type=click.Path(exists=True, path_type=Path), help="Run to learn from where it is sure.")
 @click.option("--steps", type=click.IntRange(1), default=Plan.steps, help="Optimisation steps.")
 @click.option("--batch-size", type=click.IntRange(1), default=Plan.batch_size, help="Crops in a step.")
 @click.option("--size", type=click.IntRange(32), default=128, help="Edge of a crop [px], a multiple of 64.")
@@ -50,8 +49,8 @@ def main() -> None:
 @click.option("--seed", type=int, default=0, help="Of all random choices.")
 @click.option("--threads", type=click.IntRange(1), default=2, help="Threads of the arithmetic.")
 def fit(
-    data: Path, out: Path, labels: bool, series: tuple[Path, ...], folds: int, fold: int, start: Path | None,
-    simulated: float, guesses: Path | None, steps: int, batch_size: int, size: int, rate: float, seed: int,
+    data: Path, out: Path, labels: bool, series: tuple[Path, ...], folds: int, fold: int, start: str | None,
+    simulated: float, steps: int, batch_size: int, size: int, rate: float, seed: int,
     threads: int, blend: float,
 ) -> None:  # fmt: skip
     """Train one network; interrupted, the same command goes on where it was."""
@@ -68,7 +67,6 @@ def fit(
         held_out=held_out,
         series=series,
         start=start,
-        guesses=guesses,
         simulated=simulated,
         blend=blend,
         size=size,
@@ -109,14 +107,17 @@ def _reports(
 @main.command()
 @DATA
 @click.argument("name")
-@click.option("--run", type=click.Path(exists=True, path_type=Path), required=True, help="The run to ship.")
+@click.option(
+    "--run", "shipped", type=click.Path(exists=True, path_type=Path), multiple=True, required=True,
+    help="The run to ship; of several the mean of their weights.",
+)  # fmt: skip
 @click.option("--runs", multiple=True, type=click.Path(exists=True, path_type=Path), help="Runs of the folds.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=WEIGHTS, help="Folder of the weights.", show_default=False
 )
-def card(data: Path, name: str, run: Path, runs: tuple[Path, ...], out: Path) -> None:
-    """Calibrate a run, and write it with its card as model NAME."""
-    document = publish(name, Run.open(run), [Run.open(p) for p in runs], load_cities(data), out)
+def card(data: Path, name: str, shipped: tuple[Path, ...], runs: tuple[Path, ...], out: Path) -> None:
+    """Calibrate runs, and write it with its card as model NAME."""
+    document = publish(name, [Run.open(p) for p in shipped], [Run.open(p) for p in runs], load_cities(data), out)
     click.echo(json.dumps(document, indent=1))
 
 

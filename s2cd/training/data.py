@@ -15,7 +15,7 @@ import rasterio
 
 from s2cd.errors import CatalogError
 from s2cd.model import BANDS
-from s2cd.model.normalise import decimation, statistics
+from s2cd.model.normalise import background, decimation, sketch, statistics
 
 CLOUDY = (0, 1, 3, 8, 9, 10)  # classes of the scene classification that are no observation
 
@@ -35,6 +35,12 @@ class Image:
         centre, spread = self.stats.T[:, :, None, None]
         return (self.reflectance - centre) / spread
 
+    @cached_property
+    def sketch(self) -> npt.NDArray[np.float16]:
+        """The small picture of the date that tells the background of its pairs."""
+        step = decimation(self.reflectance.shape[1:])
+        return sketch(self.reflectance[:, ::step, ::step], self.stats)
+
     @classmethod
     def of(cls, place: str, time: str, reflectance: npt.NDArray[np.float32]) -> Image:
         """Compute the statistics as `Model.predict` does."""
@@ -50,6 +56,11 @@ class City:
     before: Image
     after: Image
     label: npt.NDArray[np.bool_]
+
+    @cached_property
+    def background(self) -> float:
+        """How much the two dates differ everywhere."""
+        return background(self.before.sketch, self.after.sketch)
 
 
 def load_cities(root: Path) -> list[City]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from s2cd.model.device import fast_bfloat16
 from s2cd.model.network import ChangeNet
 from s2cd.training.sampling import Sampler, batch
 
@@ -63,13 +64,16 @@ def fit(
     step, checkpoint = 0, out / "checkpoint.pt"
     if checkpoint.is_file():
         step = _resume(checkpoint, net, optimizer, average, plan)
+    fast = fast_bfloat16(torch.device("cpu"))
     saved, losses, begin = time.monotonic(), [], time.monotonic()
     while step < plan.steps:
         rng = np.random.default_rng((plan.seed, step))  # so that a resumed run draws what it would have drawn
-        before, after, truth, weight = batch(sampler, plan.batch_size, rng)
+        before, after, level, truth, weight = batch(sampler, plan.batch_size, rng)
         for group in optimizer.param_groups:
             group["lr"] = plan.rate * _schedule(step, plan.steps)
-        loss = loss_of(net(before, after), truth, weight, plan)
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            logits = net(before, after, level)
+        loss = loss_of(logits.float(), truth, weight, plan)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)

@@ -10,46 +10,66 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from s2cd.model.device import Engine
 from s2cd.model.network import HALO, STRIDE, ChangeNet
-from s2cd.model.registry import Model
+from s2cd.model.registry import WEIGHTS, Model, list_models
 from s2cd.training.data import City, Image, load_cities, load_series
 from s2cd.training.fitting import Plan, fit
 from s2cd.training.metrics import Histogram
 from s2cd.training.sampling import LabelledSampler, Mixture, Sampler
 from s2cd.training.scoring import Map, Report, predictor, score
-from s2cd.training.simulated import URBAN_KINDS, Place, SimulatedSampler, ranked
+from s2cd.training.simulated import URBAN_KINDS, Place, SimulatedSampler
 
 FOLD_SEED = 4
+POOL = (3.0, 6.0)  # weights of the background and of the magnitude beside a network trained without labels
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training: `held_out` are the cities whose labels and pixels it did not see."""
+    """A finished training: `held_out` are the cities whose labels and pixels it did not see.
+
+    `norm` tells whether its network still has batch normalisation, `labels` whether it was trained on labels.
+    """
 
     path: Path
     held_out: tuple[str, ...]
+    norm: bool
+    labels: bool
 
     @classmethod
     def open(cls, path: Path) -> Run:
         """Read the run at `path`."""
-        return cls(path, tuple(json.loads((path / "run.json").read_text())["held_out"]))
+        described = json.loads((path / "run.json").read_text())
+        return cls(path, tuple(described["held_out"]), described["norm"], described["labels"])
 
     def network(self) -> ChangeNet:
-        """Return the trained network, normalisation not folded."""
-        net = ChangeNet(norm=True)
-        net.load_state_dict(load_file(self.path / "network.safetensors"))
-        return net.eval()
-
-    def model(self, threshold: float = 0.0, temperature: float = 1.0) -> Model:
-        """Return the model on the CPU after logit -> (logit - threshold) / temperature."""
-        return as_model(self.network().folded(temperature, -threshold / temperature), self.path.name)
+        """Return the trained network as it is."""
+        return _network(load_file(self.path / "network.safetensors"), norm=self.norm)
 
 
-def as_model(net: ChangeNet, name: str) -> Model:
-    """Return a folded network as a model on the CPU."""
-    engine = Engine(net, torch.device("cpu"), stride=STRIDE // 2, halo=HALO // 2)
+def averaged(runs: list[Run]) -> ChangeNet:
+    """Return the network of the mean weights of runs that started from the same ones (Wortsman et al., ICML 2022).
+
+    One that was trained without labels becomes one of two experts: the magnitude of change is the other (POOL).
+    """
+    states = [run.network().state_dict() for run in runs]
+    mean = {k: sum(s[k] for s in states) / len(states) if v.is_floating_point() else v for k, v in states[0].items()}
+    net = _network(mean, norm=runs[0].norm)
+    return net if runs[0].labels else net.pool(*POOL)
+
+
+def _network(state: dict[str, Tensor], *, norm: bool) -> ChangeNet:
+    net = ChangeNet(norm=norm)
+    net.load_state_dict(state)
+    return net.eval()
+
+
+def as_model(net: ChangeNet, name: str, threshold: float = 0.0, temperature: float = 1.0) -> Model:
+    """Return a network as a model on the CPU, after logit -> (logit - threshold) / temperature."""
+    folded = net.folded(temperature, -threshold / temperature)
+    engine = Engine(folded, torch.device("cpu"), stride=STRIDE // 2, halo=HALO // 2)
     return Model(name, "", engine, {})
 
 
@@ -68,8 +88,7 @@ def train(
     labels: bool,
     held_out: tuple[str, ...] = (),
     series: tuple[Path, ...] = (),
-    start: Path | None = None,
-    guesses: Path | None = None,
+    start: str | None = None,
     simulated: float = 0.0,
     blend: float = 1.0,
     size: int = 128,
@@ -78,66 +97,75 @@ def train(
 
     labels    train on the labels of `data`, or on simulated changes in its pixels and those of `series`
     held_out  places of `data` that are not used
-    start     run whose weights to start from
+    start     a shipped model, or the path of a run, whose weights to start from
     blend     share of the trained weights in the result, the rest are those of `start`: what fine-tuning on few places
               gains without what it forgets (WiSE-FT, Wortsman et al., CVPR 2022)
     simulated with labels: share of samples with simulated changes beside the labelled ones
-    guesses   without labels: run whose sure guesses on the pairs of `data` stand in for labels (self-training)
     """
     cities = [city for city in load_cities(data) if city.name not in held_out]
     quiet = [images for root in series for images in load_series(root).values() if len(images) > 1]
-    sampler = _labelled(cities, quiet, size, simulated) if labels else _simulated(cities, quiet, size, guesses)
+    sampler = _labelled(cities, quiet, size, simulated) if labels else _simulated(cities, quiet, size)
     torch.manual_seed(plan.seed)
-    net = Run.open(start).network() if start else ChangeNet(norm=True)
+    net = _first(start)
     first = {name: value.clone() for name, value in net.state_dict().items()}
     trained = fit(net, sampler, plan, out).state_dict()
     mixed = {k: v.lerp(first[k], 1 - blend) if v.is_floating_point() else v for k, v in trained.items()}
     save_file({k: v.contiguous() for k, v in mixed.items()}, out / "network.safetensors")
     description = {"held_out": list(held_out), "labels": labels, "plan": asdict(plan), "size": size}
-    description |= {"start": start.name if start else None, "guesses": guesses.name if guesses else None}
+    description |= {"start": Path(start).name if start else None, "norm": _has_norm(net)}
     description |= {"simulated": simulated if labels else 1.0, "blend": blend}
     (out / "run.json").write_text(json.dumps(description, indent=1))
-    return Run(out, held_out)
+    return Run.open(out)
+
+
+def _first(start: str | None) -> ChangeNet:
+    """Return the network that training starts from; a shipped one has its normalisation folded and its calibration."""
+    if start in list_models():
+        return _network(load_file(WEIGHTS / f"{start}.safetensors"), norm=False)
+    return Run.open(Path(start)).network() if start else ChangeNet(norm=True)
+
+
+def _has_norm(net: ChangeNet) -> bool:
+    return any(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
 
 
 def _labelled(cities: list[City], quiet: list[list[Image]], size: int, simulated: float) -> Sampler:
     labelled = LabelledSampler(cities, size)
     if not simulated:
         return labelled
-    places = [Place.of([c.before, c.after], c.label.astype(np.float32)) for c in cities]
-    return Mixture(labelled, SimulatedSampler(places, quiet, size, kinds=URBAN_KINDS), simulated)
+    places = [Place.of([c.before, c.after], c.label) for c in cities]
+    seasons = 1000  # dates of any season: crops come and go
+    return Mixture(
+        labelled, SimulatedSampler(places, quiet, size, kinds=URBAN_KINDS, quiet=0.4, gap=seasons), simulated
+    )
 
 
-def _simulated(cities: list[City], quiet: list[list[Image]], size: int, guesses: Path | None) -> Sampler:
-    places = [Place.of([c.before, c.after]) for c in cities]
-    if guesses is not None:
-        predict = predictor(Run.open(guesses).model())
-        for place, city in zip(places, cities, strict=True):
-            place.guess = ranked(predict(city), city.before.normalised, city.after.normalised)
-    return SimulatedSampler(places, quiet, size)
+def _simulated(cities: list[City], quiet: list[list[Image]], size: int) -> Sampler:
+    return SimulatedSampler([Place.of([c.before, c.after]) for c in cities], quiet, size)
 
 
 def cross_validate(
     runs: list[Run], cities: list[City], pictures: Path | None = None
 ) -> tuple[Report, Report, tuple[float, float]]:
-    """Score each city by the run that held it out.
+    """Score each city by the runs that held it out; several of one fold are averaged.
 
     Returns the report as trained; the report after calibration, where the threshold and temperature for the cities of
     one run come from the cities of the other runs; and (threshold, temperature) over all, for the final model.
     """
     raw: dict[str, Histogram] = {}
     maps: dict[str, Map] = {}
-    for run in runs:
-        predict = predictor(run.model())
+    folds = sorted({run.held_out for run in runs})
+    for held_out in folds:
+        predict = predictor(as_model(averaged([run for run in runs if run.held_out == held_out]), "fold"))
         for city in cities:
-            if city.name in run.held_out:
+            if city.name in held_out:
                 maps[city.name] = predict(city)
                 raw[city.name] = Histogram.of(maps[city.name], city.label)
     calibrated: dict[str, Histogram] = {}
-    for run in runs:
-        threshold, temperature = Report({n: h for n, h in raw.items() if n not in run.held_out}).pooled.calibration()
+    for held_out in folds:
+        threshold, temperature = Report({n: h for n, h in raw.items() if n not in held_out}).pooled.calibration()
         for city in cities:
-            if city.name in run.held_out:
+            if city.name in held_out:
                 probability = shifted(maps[city.name], threshold, temperature)
                 report = score(lambda _, p=probability: p, [city], pictures)  # type: ignore[misc]
                 calibrated |= report.cities

@@ -10,21 +10,29 @@ import torch
 from torch import Tensor
 
 from s2cd.model.network import FINE_BANDS
-from s2cd.model.normalise import LIMIT, Array
+from s2cd.model.normalise import LIMIT, Array, background
 from s2cd.training.data import City, Image
 from s2cd.training.nuisance import Nuisances, cloud_field, displaced
 
 Rng = np.random.Generator
+LIGHT = Nuisances(
+    gain=0.03, bias=0.04, common=0.15, contrast=0.15, field=0.05, noise=0.02, shift=0.5, shift_chance=0.2,
+    hidden_chance=0.05,
+)  # fmt: skip
 
 
 @dataclass
 class Sample:
-    """A crop: two dates normalised (band, y, x), truth (y, x) in [0, 1], weight (y, x), 0 = does not count."""
+    """A crop: two dates normalised (band, y, x), truth (y, x) in [0, 1], weight (y, x), 0 = does not count.
+
+    `background` is that of the scenes that it was cut from, or 0: of the crop itself.
+    """
 
     before: Array
     after: Array
     truth: Array
     weight: Array
+    background: float = 0.0
 
 
 def normalised(image: Image, rows: slice, cols: slice) -> Array:
@@ -63,12 +71,12 @@ class Sampler(Protocol):
 class LabelledSampler:
     """Random crops of labelled cities, half of them around a changed pixel."""
 
-    def __init__(self, cities: list[City], size: int, nuisances: Nuisances | None = None):
+    def __init__(self, cities: list[City], size: int, nuisances: Nuisances = LIGHT):
         self._cities, self._size = cities, size
         self._changed = [np.argwhere(c.label) for c in cities]
         area = np.array([c.label.size for c in cities], np.float64) ** 0.5
         self._chance = area / area.sum()
-        self._nuisances = nuisances or Nuisances()
+        self._nuisances = nuisances
 
     def sample(self, rng: Rng) -> Sample:
         """Draw one augmented crop."""
@@ -76,7 +84,7 @@ class LabelledSampler:
         if rng.random() < 0.25:
             sample = mixed(sample, self._crop(rng), rng)
         if rng.random() < 0.05:
-            sample.after, sample.truth = sample.before.copy(), np.zeros_like(sample.truth)
+            sample.after, sample.truth, sample.background = sample.before.copy(), np.zeros_like(sample.truth), 0.0
         return augmented(sample, rng, self._nuisances)
 
     def _crop(self, rng: Rng) -> Sample:
@@ -86,7 +94,7 @@ class LabelledSampler:
         rows, cols = window(city.label.shape, self._size, rng, centre)
         truth = city.label[rows, cols].astype(np.float32)
         images = [normalised(image, rows, cols) for image in (city.before, city.after)]
-        return Sample(images[0], images[1], truth, np.ones_like(truth))
+        return Sample(images[0], images[1], truth, np.ones_like(truth), city.background)
 
 
 class Mixture:
@@ -131,12 +139,14 @@ def augmented(sample: Sample, rng: Rng, nuisances: Nuisances) -> Sample:
         hidden = cloud_field(truth.shape, rng) > rng.uniform(0.5, 1.5)
         (before if rng.random() < 0.5 else after)[:, hidden] = np.nan
     weight = weight * (np.isfinite(before).all(axis=0) & np.isfinite(after).all(axis=0))
-    return Sample(before, after, truth, weight.astype(np.float32))
+    return Sample(before, after, truth, weight.astype(np.float32), sample.background)
 
 
-def batch(sampler: Sampler, count: int, rng: Rng) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return before, after (inputs of the network), truth and weight (n, 1, y, x) of `count` samples."""
+def batch(sampler: Sampler, count: int, rng: Rng) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return before, after (inputs of the network), background (n, 1, 1, 1), truth and weight (n, 1, y, x)."""
     samples = [sampler.sample(rng) for _ in range(count)]
+    levels = [s.background or background(s.before[:, ::3, ::3], s.after[:, ::3, ::3]) for s in samples]
+    level = torch.tensor(levels, dtype=torch.float32)[:, None, None, None]
     before, after = (to_tensor([getattr(s, name) for s in samples]) for name in ("before", "after"))
     truth, weight = (torch.from_numpy(np.stack([getattr(s, n) for s in samples]))[:, None] for n in ("truth", "weight"))
-    return before, after, truth, weight
+    return before, after, level, truth, weight

@@ -1,6 +1,6 @@
 """Training samples without labels: real images with simulated changes.
 
-Two dates come from one image twice, from a real pair, or from a series of close dates; then changes of known outline
+Two dates come from one image twice, from a real pair, or from a series; then changes of known outline
 are put into one of them. Construction pastes built-up texture from elsewhere; clear-cut pastes bare ground onto
 vegetation; burn and flood alter the spectrum. Crops that grow or are harvested alter whole fields too, and are
 labelled as no change: most users, and OSCD's truth, do not count them.
@@ -16,8 +16,7 @@ import numpy.typing as npt
 from scipy.ndimage import uniform_filter
 
 from s2cd.model import BANDS
-from s2cd.model.normalise import LIMIT, Array
-from s2cd.training.baselines import pca_difference
+from s2cd.model.normalise import Array, background
 from s2cd.training.data import Image
 from s2cd.training.nuisance import Nuisances, cloud_field
 from s2cd.training.sampling import Sample, augmented, normalised, window
@@ -39,30 +38,25 @@ ROOFS = np.array(
     np.float32,
 )
 KINDS = {"construction": 0.45, "buildings": 0.2, "clear": 0.08, "burn": 0.05, "flood": 0.07, "field": 0.15}
-KINDS = {"construction": 0.45, "buildings": 0.2, "clear": 0.08, "burn": 0.05, "flood": 0.07, "field": 0.15}
 URBAN_KINDS = {"construction": 0.55, "buildings": 0.2, "field": 0.25}
 STRONG = Nuisances(gain=0.12, bias=0.15, field=0.25, noise=0.08, shift=1.2, shift_chance=0.5)
-KINDS = {"construction": 0.45, "buildings": 0.2, "clear": 0.08, "burn": 0.05, "flood": 0.07, "field": 0.15}
-URBAN_KINDS = {"construction": 0.55, "buildings": 0.2, "field": 0.25}
-STRONG = Nuisances(gain=0.12, bias=0.15, field=0.25, noise=0.08, shift=1.2, shift_chance=0.5)
-SURE = (0.92, 0.98)  # ranks within a pair: below the first taken for unchanged, above the second for changed
 
 
 @dataclass
 class Place:
     """The dates of one place and, for each, where it looks built up: float32 (y, x) in [0, 1].
 
-    `guess` ranks the pixels of its first two dates by how likely they changed, (y, x) in [0, 1], to train on its ends.
+    `label` is what changed between its first two dates, bool (y, x), where that is known.
     """
 
     images: list[Image]
     built: list[Array]
-    guess: Array | None = None
+    label: Mask | None = None
 
     @classmethod
-    def of(cls, images: list[Image], guess: Array | None = None) -> Place:
+    def of(cls, images: list[Image], label: Mask | None = None) -> Place:
         """Compute the built-up scores."""
-        return cls(images, [built_up(image.reflectance) for image in images], guess)
+        return cls(images, [built_up(image.reflectance) for image in images], label)
 
 
 def vegetation(reflectance: Array) -> Array:
@@ -82,7 +76,11 @@ def built_up(reflectance: Array) -> Array:
 
 
 class SimulatedSampler:
-    """Crops of `places` (two dates each) and of `series` (many close dates, small images), with simulated changes."""
+    """Crops of `places` (two dates each) with simulated changes, and of `series` (many dates, small images) without.
+
+    quiet  share of the samples that come from `series`
+    gap    how many dates two of them lie apart at most
+    """
 
     def __init__(
         self,
@@ -91,31 +89,31 @@ class SimulatedSampler:
         size: int,
         nuisances: Nuisances = STRONG,
         kinds: Mapping[str, float] = KINDS,
+        *,
+        quiet: float = 0.15,
+        gap: int = 3,
     ):
         self._cities, self._series, self._size = places, series, size
         self._nuisances, self._kinds = nuisances, kinds
+        self._quiet, self._gap = quiet if series else 0.0, gap
 
     def sample(self, rng: Rng) -> Sample:
         """Draw one augmented crop."""
-        kind = rng.random()
-        if kind < 0.15 and self._series:
+        if rng.random() < self._quiet:
             return augmented(self._quiet_pair(rng), rng, self._nuisances)
         place = self._cities[rng.integers(len(self._cities))]
         rows, cols = window(place.images[0].reflectance.shape[1:], self._size, rng)
         first = int(rng.integers(len(place.images)))
-        second = first if kind < 0.6 else (first + 1) % len(place.images)
+        second = first if rng.random() < 0.53 else (first + 1) % len(place.images)
         before, after = (normalised(place.images[i], rows, cols) for i in (first, second))
         truth, weight = np.zeros(before.shape[1:], np.float32), np.ones(before.shape[1:], np.float32)
-        if first != second and place.guess is not None:
-            guess = place.guess[rows, cols]
-            truth, weight = (
-                (guess > SURE[1]).astype(np.float32),
-                ((guess < SURE[0]) | (guess > SURE[1])).astype(np.float32),
-            )
+        if first != second and place.label is not None:
+            truth = place.label[rows, cols].astype(np.float32)
         elif first != second:
             weight = quiet_weight(before, after)
-        sample = Sample(before, after, truth, weight)
-        if rng.random() < (0.85 if place.guess is None or first == second else 0.5):
+        level = 0.0 if first == second else background(place.images[0].sketch, place.images[1].sketch)
+        sample = Sample(before, after, truth, weight, level)
+        if rng.random() < (0.85 if place.label is None or first == second else 0.5):
             for _ in range(int(rng.integers(1, 6))):
                 self._change(sample, place.images[second], rng)
         return augmented(sample, rng, self._nuisances)
@@ -172,14 +170,14 @@ class SimulatedSampler:
         return np.ascontiguousarray(np.rot90(pixels, int(rng.integers(4)), axes=(1, 2)))
 
     def _quiet_pair(self, rng: Rng) -> Sample:
-        """Return a mosaic of close dates of small images, taken as unchanged."""
+        """Return a mosaic of two dates of small images, taken as unchanged."""
         count = self._size // 64
         before, after = (np.empty((len(BANDS), self._size, self._size), np.float32) for _ in range(2))
         for row in range(count):
             for col in range(count):
                 images = self._series[rng.integers(len(self._series))]
                 first = int(rng.integers(len(images) - 1))
-                second = min(first + int(rng.integers(1, 4)), len(images) - 1)
+                second = int(rng.integers(first + 1, min(first + self._gap, len(images) - 1) + 1))
                 part = (..., slice(64 * row, 64 * row + 64), slice(64 * col, 64 * col + 64))
                 for target, index in ((before, first), (after, second)):
                     target[part] = normalised(images[index], slice(0, 64), slice(0, 64))
@@ -191,24 +189,6 @@ def haze_of(image: Image) -> Array:
     """Return a guess of the path reflectance of a scene: a part of its dark level."""
     dark = np.nanpercentile(image.reflectance[:, ::8, ::8], 1, axis=(1, 2))
     return (0.6 * np.maximum(dark - WATER, 0)).astype(np.float32)
-
-
-def ranked(probability: Array, before: Array, after: Array) -> Array:
-    """Return the rank in [0, 1] of each pixel of a pair, from a network's probability and the change's magnitude.
-
-    Levels of probability differ from place to place, ranks do not; that a few per cent of a pair changed is assumed.
-    """
-    dates = (np.nan_to_num(date.clip(-LIMIT, LIMIT)) for date in (before, after))
-    score = np.zeros(probability.shape, np.float32)
-    for values in (np.nan_to_num(probability), pca_difference(*dates)):
-        score -= np.log(1.001 - _rank(values))
-    return _rank(uniform_filter(score, 3))
-
-
-def _rank(values: Array) -> Array:
-    order = np.empty(values.size, np.float32)
-    order[np.argsort(values, axis=None, kind="stable")] = np.linspace(0, 1, values.size, dtype=np.float32)
-    return order.reshape(values.shape)
 
 
 def quiet_weight(before: Array, after: Array) -> Array:
