@@ -22,6 +22,7 @@ FINE_BANDS = 4  # the first bands, at 10 m
 COARSE_BANDS = 3  # the others, at 20 m
 INPUTS = 4 * FINE_BANDS + COARSE_BANDS + 1  # the last channel tells where there is an observation
 SMOOTH = 2  # times that logits are averaged over 3 x 3 pixels of 10 m, in inference
+STRIP = 64  # rows of 20 m that the magnitude is computed for at a time: they stay in the processor's cache
 WIDTHS = (24, 48, 64, 96)  # channels at 20, 40, 80 and 160 m
 DEPTHS = (1, 2, 1, 1)  # 3 x 3 convolutions at each level of the encoder
 
@@ -112,7 +113,7 @@ class ChangeNet(nn.Module):
         logits = logits + self.evidence * (magnitude(a[-1], b[-1]) - usual)
         logits = functional.pixel_shuffle(logits, 2)
         for _ in range(self.smooth):
-            logits = functional.avg_pool2d(logits, 3, 1, 1, count_include_pad=False)
+            logits = box(logits)
         return logits
 
     def forward(self, before: Tensor, after: Tensor, background: Tensor | float = 1.0) -> Tensor:
@@ -147,15 +148,42 @@ def magnitude(a: Tensor, b: Tensor) -> Tensor:
     """Return the logarithm of the length of the change vector, of each 10 m pixel and of its surroundings of 60 m.
 
     a, b are inputs of the network (n, INPUTS, h, w); the result is float32 (n, 4, h, w), the 10 m pixels in the order
-    of `pixel_shuffle`. Change-vector analysis: Malila, 1980.
+    of `pixel_shuffle`. What either date does not show counts as unchanged. Change-vector analysis: Malila, 1980.
     """
-    difference = (a[:, :-1] - b[:, :-1]).float() * torch.minimum(a[:, -1:], b[:, -1:])
-    fine, coarse = difference[:, : 4 * FINE_BANDS], difference[:, 4 * FINE_BANDS :]
-    n, _, h, w = fine.shape
-    fine = fine.reshape(n, FINE_BANDS, 4, h, w)
-    around = functional.avg_pool2d(torch.cat([fine.mean(dim=2), coarse], 1), 3, 1, 1, count_include_pad=False)
-    common = coarse.square().sum(dim=1, keepdim=True) + around.square().sum(dim=1, keepdim=True)
-    return 0.5 * torch.log(fine.square().sum(dim=1) + common + 1e-3)
+    rows, parts = a.shape[2], []
+    with torch.autocast(a.device.type, enabled=False):
+        for top in range(0, rows, STRIP):  # with a row around it, for the mean of the surroundings
+            part = (..., slice(max(0, top - 1), min(top + STRIP + 1, rows)), slice(None))
+            skip = top - max(0, top - 1)
+            parts.append(_magnitude(a[part], b[part])[:, :, skip : skip + STRIP])
+    return torch.cat(parts, dim=2)
+
+
+def _magnitude(a: Tensor, b: Tensor) -> Tensor:
+    a, b = (date.permute(0, 2, 3, 1).float() for date in (a, b))
+    seen = torch.minimum(a[..., -1:], b[..., -1:])
+    difference = (a - b)[..., :-1]
+    quarters, bands = (matrix.to(a.device) for matrix in _SUMS)
+    around = box((difference @ bands * seen).permute(0, 3, 1, 2)).square().sum(dim=1, keepdim=True)
+    squares = (difference.square() @ quarters * seen).permute(0, 3, 1, 2)
+    return 0.5 * torch.log(squares + around + 1e-3)
+
+
+def box(x: Tensor) -> Tensor:
+    """Return the mean of 3 x 3 pixels of (n, channels, h, w); the outermost pixels are repeated."""
+    x = functional.pad(x, (1, 1, 1, 1), mode="replicate")
+    x = x[..., :-2] + x[..., 1:-1] + x[..., 2:]
+    return (x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]) / 9
+
+
+def _sums() -> tuple[Tensor, Tensor]:
+    """Return (channels, 4), which sums the bands of each 10 m pixel, and (channels, bands), the mean of each band."""
+    fine, coarse = torch.eye(4).repeat(FINE_BANDS, 1), torch.ones(COARSE_BANDS, 4)
+    bands = torch.block_diag(*[torch.full((4, 1), 0.25)] * FINE_BANDS, torch.eye(COARSE_BANDS))
+    return torch.cat([fine, coarse]), bands
+
+
+_SUMS = _sums()
 
 
 def cost(net: ChangeNet) -> dict[str, float]:
