@@ -14,6 +14,7 @@ from pathlib import Path
 import cloudpickle
 import dask
 import pytest
+import requests
 from distributed import Scheduler, SchedulerPlugin
 from places_support import BIN, PAIRS, background, demo_catalogue, maps_of, run_in_small_parts
 
@@ -50,6 +51,7 @@ def buckets(catalog: str) -> Iterator[str]:
     server.start()
     host, port = server.get_host_and_port()
     url = f"http://{host}:{port}"
+    requests.post(f"{url}/moto-api/reset", timeout=10)  # servers of one process share their buckets
     settings = {
         "AWS_ACCESS_KEY_ID": KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET,
