@@ -11,15 +11,16 @@ import rasterio
 from click.testing import CliRunner
 from rasterio.transform import Affine
 
-from s2cd.errors import CatalogError
+from s2cd.errors import CatalogError, ConfigError, ModelError
 from s2cd.model import BANDS, load_model
 from s2cd.training.__main__ import main
 from s2cd.training.baselines import BASELINES
+from s2cd.training.cards import publish
 from s2cd.training.data import City, load_cities
 from s2cd.training.fitting import Plan
 from s2cd.training.metrics import Histogram
 from s2cd.training.nuisance import Nuisances, displaced
-from s2cd.training.runs import fold_cities, train
+from s2cd.training.runs import Run, cross_validate, fold_cities, train
 from s2cd.training.sampling import LabelledSampler, batch, to_tensor
 from s2cd.training.simulated import Place, SimulatedSampler
 
@@ -172,6 +173,28 @@ def test_the_command_line_fits_and_scores(catalogue, tmp_path):
     result = runner.invoke(main, ["score", *data])
     assert result.exit_code == 2
     assert "--model" in result.output
+
+
+def test_the_network_compared_with_is_trained_by_the_same_command_and_not_shipped(catalogue, tmp_path):
+    runner = CliRunner()
+    fit = ["fit", "--data", str(catalogue), "--network", "fc-siam-diff", "--threads", "1", "--size", "64"]
+    small = ["--steps", "2", "--batch-size", "2", "--folds", "3"]
+    for fold in ("0", "1"):
+        result = runner.invoke(main, [*fit, *small, "--fold", fold, "--out", str(tmp_path / fold)])
+        assert result.exit_code == 0, result.output
+    runs = [Run.open(tmp_path / fold) for fold in ("0", "1")]
+    assert sum(p.numel() for p in runs[0].network().parameters()) == 1_350_577
+    cities = load_cities(catalogue)
+    raw, _, _ = cross_validate(runs, cities)
+    assert raw.pooled.counts.sum() == 2 * 137 * 141
+    with pytest.raises(ConfigError, match="found 1 fold"):
+        cross_validate(runs[:1], cities)
+    with pytest.raises(ModelError, match=r"found network 'fc-siam-diff', expected 's2cd'"):
+        publish("siam", runs, [], cities, tmp_path / "shipped")
+    assert not (tmp_path / "shipped").exists()
+    result = runner.invoke(main, [*fit, *small, "--out", str(tmp_path / "2"), "--start", "generic"])
+    assert result.exit_code == 2
+    assert "expected one of the two" in result.output
 
 
 def test_folds_hold_out_each_city_once():

@@ -22,7 +22,7 @@ FINE_BANDS = 4  # the first bands, at 10 m
 COARSE_BANDS = 3  # the others, at 20 m
 INPUTS = 4 * FINE_BANDS + COARSE_BANDS + 1  # the last channel tells where there is an observation
 SMOOTH = 2  # times that logits are averaged over 3 x 3 pixels of 10 m, in inference
-STRIP = 64  # rows of 20 m that the magnitude is computed for at a time: they stay in the processor's cache
+STRIP = 64
 WIDTHS = (24, 48, 64, 96)  # channels at 20, 40, 80 and 160 m
 DEPTHS = (1, 2, 1, 1)  # 3 x 3 convolutions at each level of the encoder
 
@@ -108,13 +108,21 @@ class ChangeNet(nn.Module):
             x = functional.relu_(side.add_(functional.interpolate(x, scale_factor=2.0, mode="nearest")))
             x = self.mix[level](x)
         usual = torch.log(torch.as_tensor(background, device=x.device))
-        logits = self.head(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) - self.discount * usual
-        logits = logits + self.evidence * (magnitude(a[-1], b[-1]) - usual)
-        logits = functional.pixel_shuffle(logits, 2)
-        for _ in range(self.smooth):
-            logits = box(logits)
-        return logits
+        return self._finished(self.head(x), a[-1], b[-1], usual)
+
+    def _finished(self, logits: Tensor, a: Tensor, b: Tensor, usual: Tensor) -> Tensor:
+        """Return the logits on the 10 m grid with the second expert's, smoothed; by strips that fit a cache."""
+        rows, parts = logits.shape[2], []
+        margin = 1 + -(-self.smooth // 2)  # rows that the surroundings and the smoothing reach
+        for top in range(0, rows, STRIP):
+            start, stop = max(0, top - margin), min(top + STRIP, rows)
+            span = (..., slice(start, min(stop + margin, rows)), slice(None))
+            x = logits[span].to(torch.promote_types(logits.dtype, torch.float32)) - self.discount * usual
+            x = functional.pixel_shuffle(x + self.evidence * (magnitude(a[span], b[span]) - usual), 2)
+            for _ in range(self.smooth):
+                x = box(x)
+            parts.append(x[:, :, 2 * (top - start) : 2 * (stop - start)])
+        return torch.cat(parts, dim=2)
 
     def forward(self, before: Tensor, after: Tensor, background: Tensor | float = 1.0) -> Tensor:
         """Return logits; both dates pass the encoder in one batch, so that its statistics are those of both."""
@@ -150,22 +158,10 @@ def magnitude(a: Tensor, b: Tensor) -> Tensor:
     a, b are inputs of the network (n, INPUTS, h, w); the result is float32 (n, 4, h, w), the 10 m pixels in the order
     of `pixel_shuffle`. What either date does not show counts as unchanged. Change-vector analysis: Malila, 1980.
     """
-    rows, parts = a.shape[2], []
-    with torch.autocast(a.device.type, enabled=False):
-        for top in range(0, rows, STRIP):  # with a row around it, for the mean of the surroundings
-            part = (..., slice(max(0, top - 1), min(top + STRIP + 1, rows)), slice(None))
-            skip = top - max(0, top - 1)
-            parts.append(_magnitude(a[part], b[part])[:, :, skip : skip + STRIP])
-    return torch.cat(parts, dim=2)
-
-
-def _magnitude(a: Tensor, b: Tensor) -> Tensor:
-    a, b = (date.permute(0, 2, 3, 1).float() for date in (a, b))
-    seen = torch.minimum(a[..., -1:], b[..., -1:])
-    difference = (a - b)[..., :-1]
-    quarters, bands = (matrix.to(a.device) for matrix in _SUMS)
-    around = box((difference @ bands * seen).permute(0, 3, 1, 2)).square().sum(dim=1, keepdim=True)
-    squares = (difference.square() @ quarters * seen).permute(0, 3, 1, 2)
+    difference = (a.float() - b.float()) * torch.minimum(a[:, -1:], b[:, -1:])
+    quarters, bands = (kernel.to(a.device) for kernel in _SUMS)
+    around = box(functional.conv2d(difference, bands).float()).square().sum(dim=1, keepdim=True)
+    squares = functional.conv2d(difference.square(), quarters).float()
     return 0.5 * torch.log(squares + around + 1e-3)
 
 
@@ -177,10 +173,12 @@ def box(x: Tensor) -> Tensor:
 
 
 def _sums() -> tuple[Tensor, Tensor]:
-    """Return (channels, 4), which sums the bands of each 10 m pixel, and (channels, bands), the mean of each band."""
-    fine, coarse = torch.eye(4).repeat(FINE_BANDS, 1), torch.ones(COARSE_BANDS, 4)
-    bands = torch.block_diag(*[torch.full((4, 1), 0.25)] * FINE_BANDS, torch.eye(COARSE_BANDS))
-    return torch.cat([fine, coarse]), bands
+    """Return kernels of 1 x 1: the sum over the bands of each 10 m pixel, (4, INPUTS), and each band's mean."""
+    fine, coarse = torch.eye(4).repeat(1, FINE_BANDS), torch.ones(4, COARSE_BANDS)
+    bands = torch.block_diag(*[torch.full((1, 4), 0.25)] * FINE_BANDS, torch.eye(COARSE_BANDS))
+    seen = (0, 1)  # the last channel takes no part
+    quarters = torch.cat([fine, coarse], dim=1)
+    return functional.pad(quarters, seen)[:, :, None, None], functional.pad(bands, seen)[:, :, None, None]
 
 
 _SUMS = _sums()

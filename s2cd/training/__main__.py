@@ -16,7 +16,7 @@ from s2cd.training.baselines import BASELINES
 from s2cd.training.cards import publish
 from s2cd.training.data import City, load_cities
 from s2cd.training.fitting import Plan
-from s2cd.training.runs import Run, cross_validate, fold_cities, train
+from s2cd.training.runs import NETWORKS, Run, cross_validate, fold_cities, train
 from s2cd.training.scoring import Report, baseline, predictor, score
 
 DATA = click.option(
@@ -47,16 +47,20 @@ def main() -> None:
 @click.option("--size", type=click.IntRange(32), default=128, help="Edge of a crop [px], a multiple of 64.")
 @click.option("--rate", type=float, default=Plan.rate, help="Largest learning rate.")
 @click.option("--seed", type=int, default=0, help="Of all random choices.")
+@click.option("--network", "kind", type=click.Choice(NETWORKS), default=NETWORKS[0], help="What to train.")
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(1), default=2, help="Threads of the arithmetic.")
 def fit(
     data: Path, out: Path, labels: bool, series: tuple[Path, ...], folds: int, fold: int, start: str | None,
     simulated: float, steps: int, batch_size: int, size: int, rate: float, seed: int,
-    threads: int, blend: float,
+    threads: int, blend: float, kind: str, device: str,
 ) -> None:  # fmt: skip
     """Train one network; interrupted, the same command goes on where it was."""
     torch.set_num_threads(threads)
     if fold >= folds:
         raise click.BadParameter(f"{fold}, expected less than --folds {folds}", param_hint="--fold")
+    if start and kind != NETWORKS[0]:
+        raise click.UsageError(f"--network {kind} does not start from --start {start}, expected one of the two")
     held_out = fold_cities([c.name for c in load_cities(data)], folds, fold) if folds > 1 else ()
     plan = Plan(steps=steps, batch_size=batch_size, rate=rate, seed=seed)
     train(
@@ -70,6 +74,8 @@ def fit(
         simulated=simulated,
         blend=blend,
         size=size,
+        kind=kind,
+        device=device,
     )
 
 

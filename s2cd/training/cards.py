@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 from scipy.special import logit
 
+from s2cd.errors import ModelError
 from s2cd.model import Model
-from s2cd.model.network import cost
+from s2cd.model.network import ChangeNet, cost
 from s2cd.training.data import City
 from s2cd.training.robustness import f1_under, false_change
-from s2cd.training.runs import Run, as_model, averaged, cross_validate
+from s2cd.training.runs import NETWORKS, Run, as_model, averaged, cross_validate
 from s2cd.training.scoring import Report, predictor, score
 
 CHANGED = 0.025  # share of pixels of two dates one to three years apart that are expected to have changed
@@ -40,8 +41,12 @@ def publish(name: str, runs: list[Run], folds: list[Run], cities: list[City], fo
 
     With `folds`, scores are those of cross-validation, and the calibration that it gives goes into the weights;
     without, `runs` have seen no labels and are calibrated without them. Disturbances are tried on every third city.
+
+    Raises ModelError for runs of a network that is only there for comparison.
     """
     net = averaged(runs)
+    if not isinstance(net, ChangeNet):
+        raise ModelError(f"{runs[0].path.name}: found network {runs[0].kind!r}, expected {NETWORKS[0]!r} to be shipped")
     if folds:
         raw, report, (threshold, temperature) = cross_validate(folds, cities)
         protocol = (

@@ -8,16 +8,17 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from s2cd.model.device import fast_bfloat16
-from s2cd.model.network import ChangeNet
+from s2cd.model.device import choose_device, fast_bfloat16
 from s2cd.training.sampling import Sampler, batch
+
+Net = TypeVar("Net", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,28 @@ def loss_of(logits: Tensor, truth: Tensor, weight: Tensor, plan: Plan) -> Tensor
 
 
 def fit(
-    net: ChangeNet, sampler: Sampler, plan: Plan, out: Path, *, save_every: float = 60, log: Any = print
-) -> ChangeNet:
-    """Train `net` and return the averaged weights; goes on from `out`/checkpoint.pt if it is there.
+    net: Net, sampler: Sampler, plan: Plan, out: Path, *, device: str = "auto", save_every: float = 60, log: Any = print
+) -> Net:
+    """Train `net` and return it on the CPU with the averaged weights; goes on from `out`/checkpoint.pt if it is there.
 
-    The curve (step, loss, seconds) goes to `out`/curve.csv.
+    The curve (step, loss, seconds) goes to `out`/curve.csv. Raises ModelError if the device is not there.
     """
+    place = choose_device(device)
     out.mkdir(parents=True, exist_ok=True)
-    net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    net.to(place, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(net.parameters(), lr=plan.rate, weight_decay=plan.decay)
     average = {k: v.detach().clone() for k, v in net.state_dict().items()}
     step, checkpoint = 0, out / "checkpoint.pt"
     if checkpoint.is_file():
         step = _resume(checkpoint, net, optimizer, average, plan)
-    fast = fast_bfloat16(torch.device("cpu"))
+    fast = fast_bfloat16(place)
     saved, losses, begin = time.monotonic(), [], time.monotonic()
     while step < plan.steps:
         rng = np.random.default_rng((plan.seed, step))  # so that a resumed run draws what it would have drawn
-        before, after, level, truth, weight = batch(sampler, plan.batch_size, rng)
+        before, after, level, truth, weight = (t.to(place) for t in batch(sampler, plan.batch_size, rng))
         for group in optimizer.param_groups:
             group["lr"] = plan.rate * _schedule(step, plan.steps)
-        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+        with torch.autocast(place.type, torch.bfloat16, enabled=fast):
             logits = net(before, after, level)
         loss = loss_of(logits.float(), truth, weight, plan)
         optimizer.zero_grad(set_to_none=True)
@@ -89,7 +91,7 @@ def fit(
             _save(checkpoint, net, optimizer, average, plan, step)
             saved = time.monotonic()
     net.load_state_dict(average)
-    return net.eval()
+    return net.cpu().eval()
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -98,7 +100,7 @@ def _schedule(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def _update_average(average: dict[str, Tensor], net: ChangeNet, decay: float) -> None:
+def _update_average(average: dict[str, Tensor], net: nn.Module, decay: float) -> None:
     for name, value in net.state_dict().items():
         if value.is_floating_point():
             average[name].lerp_(value, 1 - decay)
@@ -106,20 +108,21 @@ def _update_average(average: dict[str, Tensor], net: ChangeNet, decay: float) ->
             average[name].copy_(value)
 
 
-def _save(path: Path, net: ChangeNet, optimizer: Any, average: dict, plan: Plan, step: int) -> None:
+def _save(path: Path, net: nn.Module, optimizer: Any, average: dict, plan: Plan, step: int) -> None:
     partial = path.with_suffix(".part")
     state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
     torch.save(state | {"step": step, "plan": vars(plan)}, partial)
     os.replace(partial, path)
 
 
-def _resume(path: Path, net: ChangeNet, optimizer: Any, average: dict, plan: Plan) -> int:
-    state = torch.load(path, weights_only=True)
+def _resume(path: Path, net: nn.Module, optimizer: Any, average: dict, plan: Plan) -> int:
+    state = torch.load(path, map_location="cpu", weights_only=True)
     if state["plan"] != vars(plan):
         raise ValueError(f"{path} was written under another plan, {state['plan']}, expected {vars(plan)}")
     net.load_state_dict(state["net"])
     optimizer.load_state_dict(state["optimizer"])
-    average.update(state["average"])
+    for name, value in state["average"].items():
+        average[name].copy_(value)
     return int(state["step"])
 
 

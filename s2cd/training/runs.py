@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from s2cd.errors import ConfigError
 from s2cd.model.device import Engine
 from s2cd.model.network import HALO, STRIDE, ChangeNet
 from s2cd.model.registry import WEIGHTS, Model, list_models
 from s2cd.training.data import City, Image, load_cities, load_series
+from s2cd.training.fcsiam import FCSiamDiff
 from s2cd.training.fitting import Plan, fit
 from s2cd.training.metrics import Histogram
 from s2cd.training.sampling import LabelledSampler, Mixture, Sampler
@@ -23,50 +25,60 @@ from s2cd.training.scoring import Map, Report, predictor, score
 from s2cd.training.simulated import URBAN_KINDS, Place, SimulatedSampler
 
 FOLD_SEED = 4
+NETWORKS = ("s2cd", "fc-siam-diff")
 POOL = (3.0, 6.0)  # weights of the background and of the magnitude beside a network trained without labels
+
+Trainable = ChangeNet | FCSiamDiff
 
 
 @dataclass(frozen=True)
 class Run:
     """A finished training: `held_out` are the cities whose labels and pixels it did not see.
 
-    `norm` tells whether its network still has batch normalisation, `labels` whether it was trained on labels.
+    `norm` tells whether its network still has batch normalisation, `labels` whether it was trained on labels, `kind`
+    which of NETWORKS it is.
     """
 
     path: Path
     held_out: tuple[str, ...]
     norm: bool
     labels: bool
+    kind: str
 
     @classmethod
     def open(cls, path: Path) -> Run:
         """Read the run at `path`."""
         described = json.loads((path / "run.json").read_text())
-        return cls(path, tuple(described["held_out"]), described["norm"], described["labels"])
+        held_out = tuple(described["held_out"])
+        return cls(path, held_out, described["norm"], described["labels"], described["network"])
 
-    def network(self) -> ChangeNet:
+    def network(self) -> Trainable:
         """Return the trained network as it is."""
-        return _network(load_file(self.path / "network.safetensors"), norm=self.norm)
+        return self.loaded(load_file(self.path / "network.safetensors"))
+
+    def loaded(self, state: dict[str, Tensor]) -> Trainable:
+        """Return a network of this run's kind with these weights."""
+        net = _fresh(self.kind, norm=self.norm)
+        net.load_state_dict(state)
+        return net.eval()
 
 
-def averaged(runs: list[Run]) -> ChangeNet:
+def averaged(runs: list[Run]) -> Trainable:
     """Return the network of the mean weights of runs that started from the same ones (Wortsman et al., ICML 2022).
 
     One that was trained without labels becomes one of two experts: the magnitude of change is the other (POOL).
     """
     states = [run.network().state_dict() for run in runs]
     mean = {k: sum(s[k] for s in states) / len(states) if v.is_floating_point() else v for k, v in states[0].items()}
-    net = _network(mean, norm=runs[0].norm)
-    return net if runs[0].labels else net.pool(*POOL)
+    net = runs[0].loaded(mean)
+    return net.pool(*POOL) if isinstance(net, ChangeNet) and not runs[0].labels else net
 
 
-def _network(state: dict[str, Tensor], *, norm: bool) -> ChangeNet:
-    net = ChangeNet(norm=norm)
-    net.load_state_dict(state)
-    return net.eval()
+def _fresh(kind: str, *, norm: bool = True) -> Trainable:
+    return FCSiamDiff() if kind == "fc-siam-diff" else ChangeNet(norm=norm)
 
 
-def as_model(net: ChangeNet, name: str, threshold: float = 0.0, temperature: float = 1.0) -> Model:
+def as_model(net: Trainable, name: str, threshold: float = 0.0, temperature: float = 1.0) -> Model:
     """Return a network as a model on the CPU, after logit -> (logit - threshold) / temperature."""
     folded = net.folded(temperature, -threshold / temperature)
     engine = Engine(folded, torch.device("cpu"), stride=STRIDE // 2, halo=HALO // 2)
@@ -92,6 +104,8 @@ def train(
     simulated: float = 0.0,
     blend: float = 1.0,
     size: int = 128,
+    kind: str = NETWORKS[0],
+    device: str = "auto",
 ) -> Run:
     """Fit one network and write it to `out`, going on from a checkpoint there.
 
@@ -101,31 +115,38 @@ def train(
     blend     share of the trained weights in the result, the rest are those of `start`: what fine-tuning on few places
               gains without what it forgets (WiSE-FT, Wortsman et al., CVPR 2022)
     simulated with labels: share of samples with simulated changes beside the labelled ones
+    kind      one of NETWORKS, where there is no `start`
+    device    as in `s2cd.load_model`
+
+    Raises CatalogError for `data` without labelled pairs, ModelError if the device is not there.
     """
     cities = [city for city in load_cities(data) if city.name not in held_out]
     quiet = [images for root in series for images in load_series(root).values() if len(images) > 1]
     sampler = _labelled(cities, quiet, size, simulated) if labels else _simulated(cities, quiet, size)
     torch.manual_seed(plan.seed)
-    net = _first(start)
+    net = _first(start, kind)
     first = {name: value.clone() for name, value in net.state_dict().items()}
-    trained = fit(net, sampler, plan, out).state_dict()
+    trained = fit(net, sampler, plan, out, device=device).state_dict()
     mixed = {k: v.lerp(first[k], 1 - blend) if v.is_floating_point() else v for k, v in trained.items()}
     save_file({k: v.contiguous() for k, v in mixed.items()}, out / "network.safetensors")
     description = {"held_out": list(held_out), "labels": labels, "plan": asdict(plan), "size": size}
     description |= {"start": Path(start).name if start else None, "norm": _has_norm(net)}
     description |= {"simulated": simulated if labels else 1.0, "blend": blend}
+    description |= {"network": "fc-siam-diff" if isinstance(net, FCSiamDiff) else NETWORKS[0]}
     (out / "run.json").write_text(json.dumps(description, indent=1))
     return Run.open(out)
 
 
-def _first(start: str | None) -> ChangeNet:
+def _first(start: str | None, kind: str) -> Trainable:
     """Return the network that training starts from; a shipped one has its normalisation folded and its calibration."""
     if start in list_models():
-        return _network(load_file(WEIGHTS / f"{start}.safetensors"), norm=False)
-    return Run.open(Path(start)).network() if start else ChangeNet(norm=True)
+        net = ChangeNet(norm=False)
+        net.load_state_dict(load_file(WEIGHTS / f"{start}.safetensors"))
+        return net
+    return Run.open(Path(start)).network() if start else _fresh(kind)
 
 
-def _has_norm(net: ChangeNet) -> bool:
+def _has_norm(net: Trainable) -> bool:
     return any(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
 
 
@@ -151,10 +172,14 @@ def cross_validate(
 
     Returns the report as trained; the report after calibration, where the threshold and temperature for the cities of
     one run come from the cities of the other runs; and (threshold, temperature) over all, for the final model.
+
+    Raises ConfigError for runs of fewer than two folds.
     """
     raw: dict[str, Histogram] = {}
     maps: dict[str, Map] = {}
     folds = sorted({run.held_out for run in runs})
+    if len(folds) < 2:
+        raise ConfigError(f"--runs: found {len(folds)} fold ({', '.join(folds[0])} held out), expected at least 2")
     for held_out in folds:
         predict = predictor(as_model(averaged([run for run in runs if run.held_out == held_out]), "fold"))
         for city in cities:
