@@ -65,7 +65,7 @@ def _search_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--datetime", metavar="RANGE", help="Such as 2023-01-01/2023-12-31; '..' leaves an end open."),
             click.option("--tiles", metavar="31UDS,...", callback=_names, help="MGRS tiles."),
             click.option("--collection", help="STAC collection, where the provider has several."),
-            click.option("--orbit", default="same", metavar="same|any|1-143", callback=_orbit,
+            click.option("--orbit", default="same", metavar="same|any|1-143", callback=_number,
                          help="Pair within a relative orbit, only in one, or across orbits (risks false change)."),
             click.option("--mask", default="scl", metavar="scl|ASSET|MODULE:FUNCTION", help="What tells clouds."),
             click.option("--max-cloud", type=click.FloatRange(0, 100), default=60.0, help="Percent, by metadata."),
@@ -86,8 +86,11 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--model", default="generic", help="Shipped model, or path of an exported one."),
             click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
             click.option("--cluster", default="local", help="Kind, or a profile: cluster/slurm.yaml."),
-            click.option("--chunk", default="auto", metavar="auto|64-16384", callback=_chunk, help="Pixels."),
-            click.option("--dates-per-task", type=click.IntRange(2, 64), default=6, help="Share reads and features."),
+            click.option("--chunk", default="auto", metavar="auto|64-16384", callback=_number, help="Pixels."),
+            click.option(
+                "--dates-per-task", default="auto", metavar="auto|2-64", callback=_number,
+                help="Share reads and features.",
+            ),
             click.option("--cog-profile", type=click.Choice(["default", "zstd", "lerc", "uint8"]), default="default"),
             click.option("--quicklook/--no-quicklook", default=True, help="A PNG beside each map."),
             click.option("--validity", is_flag=True, help="A layer that tells why a pixel has no value."),
@@ -113,11 +116,7 @@ def _names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> t
     return tuple(v.strip().upper() for v in value.split(",") if v.strip()) if value else None
 
 
-def _orbit(_ctx: click.Context, _param: click.Parameter, value: str) -> str | int:
-    return int(value) if value.isdigit() else value
-
-
-def _chunk(_ctx: click.Context, _param: click.Parameter, value: str) -> str | int:
+def _number(_ctx: click.Context, _param: click.Parameter, value: str) -> str | int:
     return int(value) if value.isdigit() else value
 
 

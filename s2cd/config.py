@@ -50,8 +50,9 @@ class RunConfig(BaseModel):
     model         name of a shipped model, or path of an exported one
     device        where the network runs
     cluster       cluster profile: kind or YAML file
-    chunk         edge of a spatial chunk in pixels
-    dates_per_task   how many dates a task takes, so that their shared reads and features are used twice
+    chunk         edge of a spatial chunk in pixels; "auto": as the workers' memory allows
+    dates_per_task   how many dates a task takes, so that their shared reads and features are used twice; "auto": as
+                  many as memory allows that leave work for every thread
     cog_profile   encoding of the maps
     quicklook     write a PNG beside each map
     validity      write a layer beside each map that tells why a pixel has no value
@@ -77,7 +78,7 @@ class RunConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cluster: str = "local"
     chunk: Literal["auto"] | Annotated[int, Field(ge=64, le=16384)] = "auto"
-    dates_per_task: Annotated[int, Field(ge=2, le=64)] = 6
+    dates_per_task: Literal["auto"] | Annotated[int, Field(ge=2, le=64)] = "auto"
     cog_profile: Literal["default", "zstd", "lerc", "uint8"] = "default"
     quicklook: bool = True
     validity: bool = False

@@ -31,8 +31,6 @@ from s2cd.reader import Tiling, read_window
 from s2cd.registration import Shift, middle_span, phase_shift, shift_band
 from s2cd.survey import SceneInput, Survey, observed, scene_input, survey_scene
 
-DEFAULT_CHUNK = 1568  # a seventh of a tile: larger chunks save halo but take the cluster over 6 GB on two cores
-
 
 @dataclass(frozen=True, slots=True)
 class Series:
@@ -153,13 +151,6 @@ def change_blocks(
     # Dask works equal tasks in the order of their keys as text: row by row, so that few decoded blocks are kept.
     keys: list[list[Key]] = [[(name, f"{row:04d}", f"{col:04d}") for col in range(cols)] for row in range(rows)]
     return {keys[row][col]: (infer, row, col) for row in range(rows) for col in range(cols)}, keys
-
-
-def auto_chunk(shape: tuple[int, int], stride: int) -> int:
-    """Return the edge of a chunk: about DEFAULT_CHUNK pixels, equal parts, two or more along a side of 512 or more."""
-    longest = max(shape)
-    parts = max(2 if longest >= 512 else 1, round(longest / DEFAULT_CHUNK))
-    return -(-longest // (parts * stride)) * stride
 
 
 def infer_series(

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from s2cd import catalog, outputs
-from s2cd.catalog.scene import Grid, Scene
+from s2cd.catalog.scene import Scene
+from s2cd.clusters.profiles import load_profile
 from s2cd.config import RunConfig
 from s2cd.cube import common_grid
 from s2cd.errors import NoScenesError
-from s2cd.inference import DEFAULT_CHUNK, auto_chunk
 from s2cd.masks import Mask, extra_assets
 from s2cd.model import Model, load_model
 from s2cd.pairs import LeftOut, PairList, consecutive_pairs, fields_of_view, select_scenes
 from s2cd.reader import Tiling, require_asset
+from s2cd.sizes import Sizes, Workers, task_sizes
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,13 @@ class PlanTable:
 def describe_plan(plan: Plan) -> PlanTable:
     """Say what a plan compares, reads and writes, from metadata alone.
 
-    Raises ConfigError for a band of the model that a scene does not offer, ModelError for an unknown model.
+    Raises ConfigError for a band of the model that a scene does not offer, ModelError for an unknown model,
+    ClusterError for a wrong cluster profile.
     """
     model = load_model(plan.config.model, device="cpu")
     require_model_bands(plan, model)
     mask = mask_of(plan.config)
+    workers = Workers.of_profile(load_profile(plan.config.cluster), plan.config.device)
     rows, tasks, total, decoded = [], 0, 0, 0
     chunks: dict[str, None] = {}  # in order, each once
     left_out = list(plan.left_out)
@@ -98,10 +101,10 @@ def describe_plan(plan: Plan) -> PlanTable:
         pairs = pairs_of(view, plan.config)
         left_out += pairs.left_out
         grid = common_grid(view.scenes[:1], model.bands)
-        chunk = chunk_edge(plan.config, grid, model)
-        tiling = Tiling(grid.shape, chunk, model.halo)
-        chunks[_explain_chunk(plan.config, tiling)] = None
-        units = -(-len(pairs) // (plan.config.dates_per_task - 1))
+        sizes = task_sizes(plan.config, grid.shape, len(pairs), model, workers)
+        tiling = Tiling(grid.shape, sizes.chunk, model.halo)
+        chunks[_explain(plan.config, tiling, sizes, workers)] = None
+        units = -(-len(pairs) // (sizes.dates - 1))
         tasks += units * tiling.blocks[0] * tiling.blocks[1] + len(pairs) + len(view.scenes)
         total += len(pairs)
         decoded += sum(_decoded_bytes(scene, model.bands, mask.band) for scene in view.scenes)
@@ -114,7 +117,7 @@ def describe_plan(plan: Plan) -> PlanTable:
                 "pairs": len(pairs),
                 "finished": sum(pair.name in plan.finished for pair in pairs),
                 "pixels": f"{grid.shape[0]} x {grid.shape[1]}",
-                "chunks": f"{tiling.blocks[0]} x {tiling.blocks[1]} of {chunk}",
+                "chunks": f"{tiling.blocks[0]} x {tiling.blocks[1]} of {sizes.chunk}",
             }
         )
     notes = [
@@ -151,22 +154,22 @@ def pairs_of(view: FieldOfView, config: RunConfig, valid_fractions: dict[str, fl
     )
 
 
-def chunk_edge(config: RunConfig, grid: Grid, model: Model) -> int:
-    """Edge of a chunk; one that is asked for is rounded up to the stride of the network."""
-    if config.chunk == "auto":
-        return auto_chunk(grid.shape, model.stride)
-    return -(-config.chunk // model.stride) * model.stride
-
-
-def _explain_chunk(config: RunConfig, tiling: Tiling) -> str:
-    """Say where a chunk's edge comes from, and what its halo costs."""
+def _explain(config: RunConfig, tiling: Tiling, sizes: Sizes, workers: Workers) -> str:
+    """Say where the size of a task comes from, and what the halo of a chunk costs."""
     rows, cols = tiling.blocks
     spans = [tiling.read(row, 0)[0] for row in range(rows)], [tiling.read(0, col)[1] for col in range(cols)]
     read = [sum(span.stop - span.start for span in axis) for axis in spans]
     more = read[0] * read[1] / (tiling.shape[0] * tiling.shape[1]) - 1
-    origin = f"auto: equal parts of about {DEFAULT_CHUNK} px" if config.chunk == "auto" else "as asked for"
+    chunk, dates = ("auto" if option == "auto" else "as asked for" for option in (config.chunk, config.dates_per_task))
+    offered = [
+        f"{size / 1e9:.1f} GB of {where}"
+        for size, where in ((workers.memory, "memory"), (workers.device, "its GPU"))
+        if size is not None
+    ]
     return (
-        f"chunks of {tiling.chunk} px ({origin}); their halos of {tiling.halo} px add {more:.0%} to the network's work"
+        f"chunks of {tiling.chunk} px ({chunk}), {sizes.dates} dates a task ({dates}): about {sizes.need / 1e9:.2f} GB"
+        f" a thread, of {' and '.join(offered) or 'an unknown size'}; halos of {tiling.halo} px add {more:.0%} to the"
+        " network's work"
     )
 
 

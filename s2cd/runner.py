@@ -34,8 +34,9 @@ from s2cd.masks import Mask
 from s2cd.model import Model, ModelRef, load_model
 from s2cd.outputs.store import open_store
 from s2cd.pairs import LeftOut, Pair
-from s2cd.plan import FieldOfView, Plan, chunk_edge, make_plan, mask_of, pairs_of, require_model_bands
+from s2cd.plan import FieldOfView, Plan, make_plan, mask_of, pairs_of, require_model_bands
 from s2cd.radiometry import check_offsets
+from s2cd.sizes import Sizes, Workers, task_sizes
 from s2cd.survey import Survey, scene_input, survey_scene
 
 Progress = Callable[[str, int, int], None]
@@ -84,6 +85,7 @@ class _Context:
     ref: ModelRef
     model: Model
     mask: Mask
+    workers: Workers
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class _Unit:
     view: str
     pairs: tuple[Pair, ...]
     surveys: dict[str, Survey]
+    sizes: Sizes
 
 
 def run(
@@ -116,13 +119,17 @@ def run(
     outputs.check_writable(config.out)
     with _strictness(config.strict), ExitStack() as stack:
         plan = make_plan(config, scenes)
-        context = _Context(config, ModelRef(config.model, model.hash, config.device), model, mask_of(config))
         require_model_bands(plan, model)
         outputs.save_run(config.out, config.dump(), plan.scenes)
+        workers = Workers()
         if client is None:
-            from s2cd.clusters import cluster
+            from s2cd.clusters import cluster, load_profile
 
+            workers = Workers.of_profile(load_profile(config.cluster), config.device)
             client = stack.enter_context(cluster(config.cluster))
+        workers = Workers.of_client(client, config.device) or workers
+        ref = ModelRef(config.model, model.hash, config.device)
+        context = _Context(config, ref, model, mask_of(config), workers)
         report = Report(config.out, left_out=list(plan.left_out))
         with client.as_current():
             _Submission(client, context, plan, report, progress or (lambda *_: None)).run()
@@ -197,13 +204,14 @@ class _Submission:
     def _units_of(self, view: FieldOfView, futures: list[Future]) -> Iterator[_Unit]:
         surveys, errors = _results(view.scenes, futures)
         pairs = self._pairs(view, surveys, errors)
-        size = self.context.config.dates_per_task - 1
         todo = [pair for pair in pairs if pair.name not in self.plan.finished]
         self.report.maps += [MapRecord(p.name, "kept") for p in pairs if p.name in self.plan.finished]
         self.total += len(todo)
-        for start in range(0, len(todo), size):
-            part = tuple(todo[start : start + size])
-            yield _Unit(view.name, part, surveys)
+        context = self.context
+        grid = common_grid(view.scenes[:1], context.model.bands)
+        sizes = task_sizes(context.config, grid.shape, len(todo), context.model, context.workers)
+        for start in range(0, len(todo), sizes.dates - 1):
+            yield _Unit(view.name, tuple(todo[start : start + sizes.dates - 1]), surveys, sizes)
 
     def _pairs(self, view: FieldOfView, surveys: dict[str, Survey], errors: dict[str, str]) -> list[Pair]:
         """Pair the dates of a field of view; a date that cannot be read fails its pairs, not the others."""
@@ -253,7 +261,7 @@ class _Submission:
             else:
                 again.setdefault(id(unit), (unit, []))[1].append(pair)
         for unit, pairs in again.values():
-            self._submit(_Unit(unit.view, tuple(sorted(pairs, key=lambda p: p.after.time)), unit.surveys))
+            self._submit(replace(unit, pairs=tuple(sorted(pairs, key=lambda p: p.after.time))))
         self.progress("maps", self.total - len(self.pending), self.total)
 
     def _written(self, pair: Pair, figures: dict[str, Any]) -> None:
@@ -290,8 +298,9 @@ def _unit_graph(unit: _Unit, context: _Context) -> tuple[dict[Key, Any], list[Ke
     config = context.config
     bands = context.model.bands
     grid = common_grid([unit.pairs[0].before], bands)
-    chunk = chunk_edge(config, grid, context.model)
-    graph, blocks = change_blocks(unit.pairs, unit.surveys, context.ref, context.mask, chunk, reasons=config.validity)
+    graph, blocks = change_blocks(
+        unit.pairs, unit.surveys, context.ref, context.mask, unit.sizes.chunk, reasons=config.validity
+    )
     name = f"write_pair-{uuid4().hex}"
     maps: list[Key] = [(name, position) for position in range(len(unit.pairs))]
     for position, (key, pair) in enumerate(zip(maps, unit.pairs, strict=True)):

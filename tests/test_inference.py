@@ -16,7 +16,7 @@ import s2cd
 from s2cd import reader
 from s2cd.cube import common_grid, open_cube
 from s2cd.errors import ConfigError, GridError, ReadError
-from s2cd.inference import _aligned_chunks, auto_chunk, change_blocks, detect_changes
+from s2cd.inference import _aligned_chunks, change_blocks, detect_changes
 from s2cd.masks import Mask
 from s2cd.model import ModelRef, load_model, normalise
 from s2cd.outputs.codes import decode_codes
@@ -230,14 +230,6 @@ def test_cube_that_lacks_a_band_or_a_date(make_series):
         detect_changes(open_cube(scenes, bands=["B02", "B03", "B04", "B08", "B8A"]), pairs, device="cpu")
     with pytest.raises(ConfigError, match="needs scene-001 and scene-002"):
         detect_changes(open_cube(scenes[:2]), pairs, device="cpu")
-
-
-@pytest.mark.parametrize("size", [1, 63, 64, 511, 512, 1023, 1024, 1025, 10980])
-def test_auto_chunk_is_aligned_and_covers(size):
-    chunk = auto_chunk((size, max(1, size // 2)), 8)
-    assert chunk % 8 == 0
-    assert chunk <= 2048
-    assert -(-size // chunk) * chunk >= size
 
 
 @pytest.mark.parametrize("size", [5, 64, 100, 130, 1025])

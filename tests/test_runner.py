@@ -182,7 +182,10 @@ def test_plan_says_what_is_compared_before_anything_is_read(make_series, config,
     assert table.pairs == 2
     assert table.rows[0]["field of view"] == "31UDS R051"
     assert "cloud cover 90.0 %" in table.left_out[0].reason
-    assert any(note.startswith("chunks of 240 px (auto: ") for note in table.notes), table.notes
+    assert any(
+        note.startswith("chunks of 240 px (auto), ") and " dates a task (auto): about 0.03 GB" in note
+        for note in table.notes
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -23,7 +23,7 @@ COARSE_BANDS = 3  # the others, at 20 m
 INPUTS = 4 * FINE_BANDS + COARSE_BANDS + 1  # the last channel tells where there is an observation
 SMOOTH = 2  # times that logits are averaged over 3 x 3 pixels of 10 m, in inference
 STRIP = 64
-WIDTHS = (24, 48, 64, 96)  # channels at 20, 40, 80 and 160 m
+WIDTHS = (16, 32, 48, 64)  # channels at 20, 40, 80 and 160 m
 DEPTHS = (1, 2, 1, 1)  # 3 x 3 convolutions at each level of the encoder
 
 Features = tuple[Tensor, ...]
@@ -103,26 +103,35 @@ class ChangeNet(nn.Module):
         `background` is `s2cd.model.normalise.background` of each of the n pairs, (n, 1, 1, 1), or of all.
         """
         x = self.bottom((a[-2] - b[-2]).abs_())
-        for level in reversed(range(len(self.mix))):
-            side = self.lateral[level]((a[level] - b[level]).abs_())
-            x = functional.relu_(side.add_(functional.interpolate(x, scale_factor=2.0, mode="nearest")))
-            x = self.mix[level](x)
+        for level in reversed(range(1, len(self.mix))):
+            x = self._merged(level, a[level], b[level], x)
         usual = torch.log(torch.as_tensor(background, device=x.device))
-        return self._finished(self.head(x), a[-1], b[-1], usual)
-
-    def _finished(self, logits: Tensor, a: Tensor, b: Tensor, usual: Tensor) -> Tensor:
-        """Return the logits on the 10 m grid with the second expert's, smoothed; by strips that fit a cache."""
-        rows, parts = logits.shape[2], []
-        margin = 1 + -(-self.smooth // 2)  # rows that the surroundings and the smoothing reach
-        for top in range(0, rows, STRIP):
-            start, stop = max(0, top - margin), min(top + STRIP, rows)
+        rows, parts = a[0].shape[2], []
+        strip = rows if self.training else STRIP
+        margin = 2 * -(-(4 + self.smooth) // 4)  # rows that convolution, surroundings and smoothing reach, even
+        for top in range(0, rows, strip):
+            start, stop = max(0, top - margin), min(top + strip, rows)
             span = (..., slice(start, min(stop + margin, rows)), slice(None))
-            x = logits[span].to(torch.promote_types(logits.dtype, torch.float32)) - self.discount * usual
-            x = functional.pixel_shuffle(x + self.evidence * (magnitude(a[span], b[span]) - usual), 2)
-            for _ in range(self.smooth):
-                x = box(x)
-            parts.append(x[:, :, 2 * (top - start) : 2 * (stop - start)])
+            below = x[..., start // 2 : (stop + margin) // 2, :]
+            part = self._finest(below, [f[span] for f in (a[0], b[0], a[-1], b[-1])], usual)
+            parts.append(part[:, :, 2 * (top - start) : 2 * (stop - start)])
         return torch.cat(parts, dim=2)
+
+    def _merged(self, level: int, a: Tensor, b: Tensor, below: Tensor) -> Tensor:
+        """Return what a level of the decoder hands up, from its features and from what the level below did."""
+        side = self.lateral[level]((a - b).abs_())
+        up = functional.interpolate(below, scale_factor=2.0, mode="nearest")
+        return self.mix[level](functional.relu_(side.add_(up)))
+
+    def _finest(self, below: Tensor, dates: list[Tensor], usual: Tensor) -> Tensor:
+        """Return the logits of both experts, smoothed, on the 10 m grid."""
+        a, b, pixels_a, pixels_b = dates
+        logits = self.head(self._merged(0, a, b, below))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) - self.discount * usual
+        x = _shuffled(logits + self.evidence * (magnitude(pixels_a, pixels_b) - usual))
+        for _ in range(self.smooth):
+            x = box(x)
+        return x
 
     def forward(self, before: Tensor, after: Tensor, background: Tensor | float = 1.0) -> Tensor:
         """Return logits; both dates pass the encoder in one batch, so that its statistics are those of both."""
@@ -170,6 +179,15 @@ def box(x: Tensor) -> Tensor:
     x = functional.pad(x, (1, 1, 1, 1), mode="replicate")
     x = x[..., :-2] + x[..., 1:-1] + x[..., 2:]
     return (x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]) / 9
+
+
+def _shuffled(x: Tensor) -> Tensor:
+    """Return `pixel_shuffle(x, 2)` of (n, 4, h, w): several times faster where channels lie last."""
+    n, _, h, w = x.shape
+    out = x.new_empty((n, 1, 2 * h, 2 * w))
+    for k in range(4):
+        out[..., k // 2 :: 2, k % 2 :: 2] = x[:, k : k + 1]
+    return out
 
 
 def _sums() -> tuple[Tensor, Tensor]:

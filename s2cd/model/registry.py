@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,6 +70,14 @@ class Model:
     def __reduce__(self) -> tuple[Any, tuple[str, str]]:
         """Pickle as a name and a device: weights never travel."""
         return load_model, (self.name, str(self._engine.device))
+
+    @cached_property
+    def feature_bytes(self) -> float:
+        """Bytes that the features of a date take for each 10 m pixel."""
+        edge = 4 * self.stride
+        blank = np.zeros((len(self.bands), edge, edge), np.float32), np.ones((edge, edge), np.bool_)
+        encoded = self.encode(blank[0], self.affine(np.ones((len(self.bands), 2), np.float32)), blank[1])
+        return sum(f.numel() * f.element_size() for f in encoded.features) / edge**2
 
     def statistics(self, reflectance: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return float32 (band, 2), centre and spread of reflectance (band, y, x) with NaN = no observation."""

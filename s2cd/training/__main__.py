@@ -87,13 +87,18 @@ def fit(
     "--runs", multiple=True, type=click.Path(exists=True, path_type=Path), help="Folds, for cross-validation."
 )
 @click.option("--pictures", type=click.Path(path_type=Path), help="Folder for a picture of each city.")
+@click.option(
+    "--share", type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="A last row: the pooled scores where this share of the pixels has changed.",
+)  # fmt: skip
 def score_command(
-    data: Path, model: str | None, method: str | None, runs: tuple[Path, ...], pictures: Path | None
-) -> None:
+    data: Path, model: str | None, method: str | None, runs: tuple[Path, ...], pictures: Path | None,
+    share: float | None,
+) -> None:  # fmt: skip
     """Print precision, recall, F1, AP and ECE per city and pooled."""
     cities = load_cities(data)
     for title, report in _reports(cities, model, method, runs, pictures).items():
-        click.echo(f"\n{title}\n\n{report.table()}")
+        click.echo(f"\n{title}\n\n{report.table(share)}")
 
 
 def _reports(

@@ -10,6 +10,8 @@ from scipy.special import expit, logit
 
 BINS = 2000
 LOGIT_RANGE = 12.0
+CENTRES = (np.arange(BINS) + 0.5) / BINS * 2 * LOGIT_RANGE - LOGIT_RANGE
+SLACK = 0.005  # of F1
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Scores:
 class Histogram:
     """Counts of pixels by the logit of their probability: unchanged and changed, each (BINS,)."""
 
-    counts: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64] | npt.NDArray[np.float64]
 
     @classmethod
     def of(cls, probability: npt.NDArray[np.float32], truth: npt.NDArray[np.bool_]) -> Histogram:
@@ -51,12 +53,9 @@ class Histogram:
 
     def scores(self, threshold: float = 0.0, temperature: float = 1.0) -> Scores:
         """Return the scores after logit -> (logit - threshold) / temperature."""
-        centres = (np.arange(BINS) + 0.5) / BINS * 2 * LOGIT_RANGE - LOGIT_RANGE
-        logits = (centres - threshold) / temperature
-        unchanged, changed = self.counts
-        hits = np.cumsum(changed[::-1])[::-1].astype(np.float64)
-        alarms = hits + np.cumsum(unchanged[::-1])[::-1]
-        total = max(float(changed.sum()), 1.0)
+        logits = (CENTRES - threshold) / temperature
+        changed = self.counts[1]
+        hits, alarms, total = self._found()
         f1 = 2 * hits / np.maximum(alarms + total, 1)
         precision, recall = hits / np.maximum(alarms, 1), hits / total
         at = int(np.searchsorted(logits, 0.0))
@@ -81,10 +80,26 @@ class Histogram:
         found = np.bincount(group, self.counts[1], minlength=15)
         return float(np.abs(predicted - found).sum() / max(pixels.sum(), 1))
 
+    def with_share(self, share: float) -> Histogram:
+        """Return the histogram of places where `share` of the pixels has changed, each kind found as often as here."""
+        unchanged, changed = self.counts
+        weight = share * unchanged.sum() / max((1 - share) * changed.sum(), 1e-9)
+        return Histogram(np.stack([unchanged, changed * weight]))
+
+    def _found(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
+        """Return the hits and the alarms above each bin's lower edge, and the number of changed pixels, at least 1."""
+        unchanged, changed = self.counts
+        hits = np.cumsum(changed[::-1])[::-1].astype(np.float64)
+        return hits, hits + np.cumsum(unchanged[::-1])[::-1], max(float(changed.sum()), 1.0)
+
     def calibration(self) -> tuple[float, float]:
-        """Return (threshold, temperature): the logit of best F1, and the temperature of least ECE around it."""
-        best = self.scores().best_threshold
-        threshold = float(logit(best))
+        """Return (threshold, temperature): the lowest logit of about the best F1, the temperature of least ECE there.
+
+        F1 is flat around its best; of thresholds within SLACK of it the lowest serves places where more has changed.
+        """
+        hits, alarms, total = self._found()
+        f1 = 2 * hits / np.maximum(alarms + total, 1)
+        threshold = float(CENTRES[np.argmax(f1 >= f1.max() - SLACK)])
         temperatures = np.geomspace(0.25, 4, 33)
         errors = [self.scores(threshold, t).ece for t in temperatures]
         return threshold, float(temperatures[int(np.argmin(errors))])

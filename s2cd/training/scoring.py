@@ -29,9 +29,11 @@ class Report:
         """All cities together."""
         return Histogram(np.sum([h.counts for h in self.cities.values()], axis=0))
 
-    def table(self) -> str:
-        """Return a Markdown table of the scores at threshold 0.5, pooled last."""
+    def table(self, share: float | None = None) -> str:
+        """Return a Markdown table of the scores at threshold 0.5, pooled last; then as if `share` had changed."""
         rows = [(name, h.scores()) for name, h in self.cities.items()] + [("**pooled**", self.pooled.scores())]
+        if share is not None:
+            rows.append(("reweighted", self.pooled.with_share(share).scores()))
         return "\n".join([HEADER, *(f"| {name} | {_cells(scores)} |" for name, scores in rows)])
 
 

@@ -1,0 +1,131 @@
+"""How large a piece of work is, from what the workers offer: `chunk="auto"` and `dates_per_task="auto"`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from s2cd.clusters.profiles import Profile
+    from s2cd.config import RunConfig
+    from s2cd.model import Model
+
+LARGEST_CHUNK = 1568  # a seventh of a tile: larger chunks save halo but take the cluster over 6 GB on two cores
+LARGEST_SERIES = 6  # dates: more save the second reading of a unit's last date, and keep more maps in memory
+SMALLEST_CHUNK = 256
+TASK_SHARE = 0.5  # of a thread's memory for its task; the rest is for decoded blocks and unwritten maps
+CODES_SHARE = 0.2  # of all memory for maps that are not written yet
+FEATURE_COPIES = (
+    8  # two dates, and what the network holds meanwhile: measured, in a task's peak, as 7 times a date's features
+)
+PIXEL_BYTES = 40  # of a task beside the features: pixels, the network's input, probabilities, codes
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What a cluster offers: `count` processes, `threads` in all, and bytes for each thread, None where unknown.
+
+    memory  of the host, on the worker that has least
+    device  of the GPU that the threads of a worker share; None without one
+    """
+
+    count: int = 1
+    threads: int = 1
+    memory: float | None = None
+    device: float | None = None
+
+    @classmethod
+    def of_client(cls, client: Client, device: str) -> Workers | None:
+        """Ask the workers that are there; None if there are none yet."""
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        if not workers:
+            return None
+        limits = [w["memory_limit"] / w["nthreads"] for w in workers if w["memory_limit"]]
+        devices = [] if device == "cpu" else [size for size in client.run(device_memory).values() if size]
+        threads = [w["nthreads"] for w in workers]
+        return cls(
+            count=len(threads),
+            threads=sum(threads),
+            memory=min(limits, default=None),
+            device=min(devices) / max(threads) if devices else None,
+        )
+
+    @classmethod
+    def of_profile(cls, profile: Profile, device: str) -> Workers:
+        """Tell what a profile will start; nothing is known of a cluster that is only connected to."""
+        from s2cd.clusters.profiles import CudaProfile, LocalProfile, PbsProfile, SlurmProfile
+        from s2cd.clusters.start import batch_threads, local_resources
+
+        here = 0 if device == "cpu" else device_memory()
+        if isinstance(profile, LocalProfile):
+            threads, memory = local_resources(profile)
+            return cls(profile.processes, profile.processes * threads, memory / threads, here / threads or None)
+        if isinstance(profile, SlurmProfile | PbsProfile):
+            threads, jobs = batch_threads(profile), profile.jobs.maximum
+            return cls(jobs, jobs * threads, profile.memory / threads)
+        if isinstance(profile, CudaProfile):
+            limit = None if profile.memory == "auto" else profile.memory / profile.threads
+            return cls(1, profile.threads, limit, here / profile.threads or None)
+        return cls()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """`chunk` [pixels, the edge] and `dates` of a task, and the bytes that a thread is taken to need for it."""
+
+    chunk: int
+    dates: int
+    need: float
+
+
+def device_memory() -> int:
+    """Bytes of this process's GPU, 0 without one."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+
+
+def task_sizes(config: RunConfig, shape: tuple[int, int], pairs: int, model: Model, workers: Workers) -> Sizes:
+    """Choose what `config` leaves open, for a field of view of `shape` pixels and `pairs` pairs.
+
+    A chunk is a multiple of the network's stride, no larger than half a thread's memory holds, on the host or on the
+    device; a series has no more dates than a fifth of all memory holds maps, and few enough to keep all threads busy.
+    """
+    chunk = _chunk(config, shape, model, workers)
+    edge = min(chunk, max(shape)) + 2 * model.halo
+    need = edge**2 * _bytes_per_pixel(model)
+    blocks = -(-shape[0] // chunk) * -(-shape[1] // chunk)
+    return Sizes(chunk, _dates(config, shape, pairs, blocks, workers), need)
+
+
+def auto_chunk(shape: tuple[int, int], stride: int, largest: float = LARGEST_CHUNK) -> int:
+    """Return the edge of a chunk: about `largest` pixels, equal parts, two or more along a side of 512 or more."""
+    longest = max(shape)
+    parts = max(2 if longest >= 512 else 1, round(longest / largest))
+    return -(-longest // (parts * stride)) * stride
+
+
+def _chunk(config: RunConfig, shape: tuple[int, int], model: Model, workers: Workers) -> int:
+    if config.chunk != "auto":
+        return -(-config.chunk // model.stride) * model.stride
+    room = min(m for m in (workers.memory, workers.device, float("inf")) if m is not None) * TASK_SHARE
+    largest = (room / _bytes_per_pixel(model)) ** 0.5 - 2 * model.halo
+    return auto_chunk(shape, model.stride, min(max(largest, SMALLEST_CHUNK), LARGEST_CHUNK))
+
+
+def _dates(config: RunConfig, shape: tuple[int, int], pairs: int, blocks: int, workers: Workers) -> int:
+    if config.dates_per_task != "auto":
+        return config.dates_per_task
+    most = LARGEST_SERIES - 1
+    if workers.memory is not None:
+        maps = CODES_SHARE * workers.memory * workers.threads / (2 * shape[0] * shape[1])
+        most = min(most, int(maps / (workers.count + 1)))
+    while most > 1 and -(-pairs // most) * blocks < workers.threads:
+        most -= 1
+    return max(most, 1) + 1
+
+
+def _bytes_per_pixel(model: Model) -> float:
+    return FEATURE_COPIES * model.feature_bytes + PIXEL_BYTES

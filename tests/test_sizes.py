@@ -1,0 +1,83 @@
+"""What a task takes, from what the workers offer."""
+
+from __future__ import annotations
+
+import pytest
+from distributed import Client
+from hypothesis import given
+from hypothesis import strategies as st
+
+from s2cd.clusters import load_profile
+from s2cd.config import RunConfig
+from s2cd.model import load_model
+from s2cd.sizes import LARGEST_SERIES, TASK_SHARE, Workers, auto_chunk, task_sizes
+
+TILE = (10980, 10980)
+GB = 1e9
+
+
+def sizes(workers: Workers, shape: tuple[int, int] = TILE, pairs: int = 71, **options: object):
+    config = RunConfig(catalog="any", out="maps", **options)
+    return task_sizes(config, shape, pairs, load_model("generic", "cpu"), workers)
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 511, 512, 1023, 1024, 1025, 10980])
+def test_auto_chunk_is_aligned_and_covers(size):
+    chunk = auto_chunk((size, max(1, size // 2)), 8)
+    assert chunk % 8 == 0
+    assert chunk <= 2048
+    assert -(-size // chunk) * chunk >= size
+
+
+def test_ample_memory_gives_the_default_sizes_and_so_does_an_unknown_one():
+    for workers in (Workers(), Workers(1, 2, 10 * GB), Workers(64, 1024, 8 * GB, device=5 * GB)):
+        found = sizes(workers, pairs=10**6)
+        assert (found.chunk, found.dates) == (1584, LARGEST_SERIES)
+
+
+@pytest.mark.parametrize("workers", [Workers(1, 8, 0.6 * GB), Workers(1, 16, 8 * GB, device=0.5 * GB)])
+def test_little_memory_on_the_host_or_the_device_gives_smaller_chunks(workers):
+    found = sizes(workers)
+    assert found.chunk < 1200
+    assert found.need <= 1.2 * TASK_SHARE * min(m for m in (workers.memory, workers.device) if m)
+
+
+def test_little_memory_gives_fewer_dates_and_many_threads_too():
+    assert sizes(Workers(1, 4, 2 * GB)).dates == 4
+    assert sizes(Workers(1, 4, 0.2 * GB)).dates == 2
+    small = (1830, 1830)
+    assert sizes(Workers(1, 2, 8 * GB), small, pairs=10).dates == LARGEST_SERIES
+    assert sizes(Workers(8, 40, 8 * GB), small, pairs=10).dates == 2
+
+
+def test_what_is_asked_for_is_taken_rounded_up_to_the_stride():
+    found = sizes(Workers(1, 8, 0.1 * GB), chunk=1000, dates_per_task=9)
+    assert (found.chunk, found.dates) == (1008, 9)
+
+
+@given(
+    st.integers(1, 12000), st.integers(1, 12000), st.integers(1, 200), st.integers(1, 64), st.integers(1, 64),
+    st.none() | st.floats(1e6, 1e12), st.none() | st.floats(1e6, 1e11),
+)  # fmt: skip
+def test_any_cluster_and_field_of_view_gives_a_usable_task(rows, cols, pairs, count, threads, memory, device):
+    found = sizes(Workers(count, count * threads, memory, device), (rows, cols), pairs)
+    assert found.chunk % load_model("generic", "cpu").stride == 0
+    assert found.chunk > 0
+    assert 2 <= found.dates <= LARGEST_SERIES
+
+
+def test_workers_are_asked_and_none_is_told_from_some():
+    with Client(n_workers=2, threads_per_worker=2, memory_limit="3 GB", processes=False, dashboard_address=None) as c:
+        assert Workers.of_client(c, "auto") == Workers(2, 4, 1.5 * GB)
+    with Client(n_workers=0, processes=False, dashboard_address=None) as client:
+        assert Workers.of_client(client, "cpu") is None
+
+
+def test_profiles_tell_what_they_will_offer(tmp_path):
+    local = Workers.of_profile(load_profile({"kind": "local", "processes": 2, "threads": 3, "memory": "6 GB"}), "cpu")
+    assert local == Workers(2, 6, 2 * GB)
+    slurm = load_profile({"kind": "slurm", "cores": 8, "memory": "32 GB", "jobs": {"maximum": 5}})
+    assert Workers.of_profile(slurm, "cpu") == Workers(5, 40, 4 * GB)
+    cuda = load_profile({"kind": "cuda", "threads": 4, "memory": "16 GB"})
+    assert Workers.of_profile(cuda, "cpu") == Workers(1, 4, 4 * GB)
+    assert Workers.of_profile(load_profile({"kind": "existing", "address": "tcp://host:8786"}), "cpu") == Workers()
