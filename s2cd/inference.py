@@ -27,7 +27,7 @@ from s2cd.masks import Mask
 from s2cd.model import Model, ModelRef
 from s2cd.outputs.codes import encode_codes
 from s2cd.pairs import Pair
-from s2cd.reader import Tiling, read_window
+from s2cd.reader import Tiling, read_bands, read_window
 from s2cd.registration import Shift, middle_span, phase_shift, shift_band
 from s2cd.survey import SceneInput, Survey, observed, scene_input, survey_scene
 
@@ -221,7 +221,7 @@ def _shifts(views: Sequence[_View], pairs: Sequence[tuple[int, int]]) -> tuple[S
 
 
 def _read_date(date: SceneInput, window: tuple[slice, slice], tiling: Tiling) -> tuple[np.ndarray, np.ndarray | None]:
-    pixels = np.stack([read_window(source, date.grid, window, tiling) for source in date.sources])
+    pixels = read_bands(date.sources, date.grid, window, tiling)
     classes = None if date.classes is None else read_window(date.classes, date.grid, window, tiling)
     return pixels, classes
 

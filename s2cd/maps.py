@@ -14,6 +14,7 @@ import xarray as xr
 
 from s2cd import outputs
 from s2cd.catalog.scene import Grid
+from s2cd.clusters.machine import available_cores
 from s2cd.config import RunConfig
 from s2cd.cube import cube_grid
 from s2cd.errors import ConfigError
@@ -28,6 +29,7 @@ from s2cd.registration import Shift, middle_span, phase_shift, shift_band
 from s2cd.thumbnails import thumbnail
 
 LEAST_QUALITY = 0.3
+COMPRESSING = 4  # threads at most: the last maps of a run find cores idle, and the others share theirs
 LARGEST_SHIFT = 0.5  # pixels: Sentinel-2's multi-temporal registration is specified to be better
 
 
@@ -104,7 +106,15 @@ def _write_codes(
     info = outputs.MapInfo(model=ref.name, model_hash=ref.hash, bands=bands, extra=extra)
     rgb = (thumbnail(pair.before), thumbnail(pair.after)) if config.quicklook else None
     return outputs.write_map(
-        codes, pair, grid, info, config.out, quicklook_rgb=rgb, profile=config.cog_profile, validity=validity
+        codes,
+        pair,
+        grid,
+        info,
+        config.out,
+        quicklook_rgb=rgb,
+        profile=config.cog_profile,
+        threads=min(COMPRESSING, available_cores()),
+        validity=validity,
     )
 
 

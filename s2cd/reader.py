@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -91,22 +91,43 @@ def require_asset(scene: Scene, band: str) -> Asset:
         raise ConfigError(f"scene {scene.id} offers no band {band!r}, only {offered}") from None
 
 
-def read_window(source: Source, grid: Grid, window: tuple[slice, slice], tiling: Tiling | None = None) -> np.ndarray:
+def read_window(
+    source: Source,
+    grid: Grid,
+    window: tuple[slice, slice],
+    tiling: Tiling | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """Read a window of one band on the cube's grid.
 
     Bands of a coarser grid are replicated (nearest neighbour, exact). With `tiling` the blocks that other chunks
-    need as well are kept for them.
+    need as well are kept for them. The pixels go to `out` (y, x), if that is given and has the file's dtype.
 
     Returns an array (y, x) of the file's dtype. Raises ReadError if the asset cannot be read and GridError if its
     grid is not the cube's grid or a whole-number coarsening of it.
     """
-    result = _read_one(source.hrefs[0], source.provider, grid, window, tiling)
+    result = _read_one(source.hrefs[0], source.provider, grid, window, tiling, out)
     for href in source.hrefs[1:]:
         empty = result == source.nodata
         if not empty.any():
             break
         np.copyto(result, _read_one(href, source.provider, grid, window, tiling), where=empty)
     return result
+
+
+def read_bands(
+    sources: Sequence[Source], grid: Grid, window: tuple[slice, slice], tiling: Tiling | None = None
+) -> np.ndarray:
+    """Read a window of several bands, as `read_window` does each; returns (band, y, x) of a dtype that holds all."""
+    first = read_window(sources[0], grid, window, tiling)
+    out = np.empty((len(sources), *first.shape), first.dtype)
+    out[0] = first
+    for number, source in enumerate(sources[1:], 1):
+        band = read_window(source, grid, window, tiling, out[number])
+        if band.base is not out:
+            out = out.astype(np.result_type(out, band), copy=False)
+            out[number] = band
+    return out
 
 
 def read_overview(source: Source, grid: Grid, factor: int) -> np.ndarray:
@@ -129,7 +150,14 @@ def read_overview(source: Source, grid: Grid, factor: int) -> np.ndarray:
     return result
 
 
-def _read_one(href: str, provider: str, grid: Grid, window: tuple[slice, slice], tiling: Tiling | None) -> np.ndarray:
+def _read_one(
+    href: str,
+    provider: str,
+    grid: Grid,
+    window: tuple[slice, slice],
+    tiling: Tiling | None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     def read(dataset: rasterio.DatasetReader) -> np.ndarray:
         factor = _coarsening(dataset, grid, href)
         rows, cols = (
@@ -139,7 +167,8 @@ def _read_one(href: str, provider: str, grid: Grid, window: tuple[slice, slice],
         if tiling is None:
             data = _decode(dataset, rows, cols)
         else:
-            data = BLOCKS.read(href, dataset, rows, cols, _counter(tiling, factor))
+            place = out if factor == 1 and out is not None and out.dtype == dataset.dtypes[0] else None
+            data = BLOCKS.read(href, dataset, rows, cols, _counter(tiling, factor), place)
         return _replicate(data, factor, window)
 
     return _with_dataset(href, provider, read)
@@ -248,12 +277,14 @@ class BlockCache:
         rows: slice,
         cols: slice,
         readers: Callable[[int, slice], int],
+        out: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Read pixels [rows, cols) of `dataset`; `readers(axis, span)` counts the chunks that read a span."""
+        """Read pixels [rows, cols) of `dataset`, to `out` if given; `readers(axis, span)` counts who reads a span."""
         layout = _Layout(dataset.shape, dataset.block_shapes[0])
         blocks = list(layout.covering(rows, cols))
         wanted = {b: readers(0, layout.span(0, b[0])) * readers(1, layout.span(1, b[1])) for b in blocks}
-        out = np.empty((rows.stop - rows.start, cols.stop - cols.start), dataset.dtypes[0])
+        if out is None:
+            out = np.empty((rows.stop - rows.start, cols.stop - cols.start), dataset.dtypes[0])
         mine, held = self._claim(href, blocks, wanted)
         try:
             for first, last in _rectangles(set(mine)):

@@ -11,6 +11,8 @@ from scipy import fft, ndimage, optimize
 MIN_SIZE = 16
 SEARCH = 8
 VIEW = 1024  # pixels along a side that are looked at
+HIGHEST = 0.25  # frequency that is compared, in cycles a pixel
+FREQUENCIES = (fft.fftfreq, fft.rfftfreq)
 
 
 class Shift(NamedTuple):
@@ -113,16 +115,18 @@ def _overlap(first: np.ndarray, second: np.ndarray, shift: tuple[int, int]) -> t
 def _rest(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     """Shift of less than about a pixel, where the low frequencies' correlation is greatest."""
     cross = _cross_power(first, second)
-    height = fft.next_fast_len(first.shape[0], real=True)
-    width = fft.next_fast_len(first.shape[1], real=True)
-    fy, fx = fft.fftfreq(height)[:, None], fft.rfftfreq(width)[None, :]
+    fy, fx = (
+        frequencies(fft.next_fast_len(n, real=True)) for n, frequencies in zip(first.shape, FREQUENCIES, strict=True)
+    )
     # High frequencies are aliased and noisy; above half of Nyquist two Sentinel-2 dates hardly agree.
-    used = (np.hypot(fy, fx) < 0.25) & (np.hypot(fy, fx) > 0)
-    cross, fy, fx = cross[used], np.broadcast_to(fy, used.shape)[used], np.broadcast_to(fx, used.shape)[used]
+    cross = cross[np.abs(fy) < HIGHEST][:, fx < HIGHEST]
+    fy, fx = fy[np.abs(fy) < HIGHEST], fx[fx < HIGHEST]
+    radius = np.hypot(fy[:, None], fx[None, :])
+    cross[(radius >= HIGHEST) | (radius == 0)] = 0
     cross /= np.sqrt(np.abs(cross)) + 1e-12 * np.abs(cross).max()
 
     def negative(shift: np.ndarray) -> float:
-        return -float(np.real(cross * np.exp(2j * np.pi * (fy * shift[0] + fx * shift[1]))).sum())
+        return -float(np.real(np.exp(2j * np.pi * fy * shift[0]) @ cross @ np.exp(2j * np.pi * fx * shift[1])))
 
     simplex = [(0.0, 0.0), (0.4, 0.0), (0.0, 0.4)]
     options = {"initial_simplex": simplex, "xatol": 1e-3, "fatol": 1e-9 * max(abs(negative(np.zeros(2))), 1e-300)}

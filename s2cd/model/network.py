@@ -22,7 +22,7 @@ FINE_BANDS = 4  # the first bands, at 10 m
 COARSE_BANDS = 3  # the others, at 20 m
 INPUTS = 4 * FINE_BANDS + COARSE_BANDS + 1  # the last channel tells where there is an observation
 SMOOTH = 2  # times that logits are averaged over 3 x 3 pixels of 10 m, in inference
-STRIP = 64
+STRIP = 128  # rows of 20 m that the finest level is decoded for at a time, so that little memory is touched
 WIDTHS = (16, 32, 48, 64)  # channels at 20, 40, 80 and 160 m
 DEPTHS = (1, 2, 1, 1)  # 3 x 3 convolutions at each level of the encoder
 
@@ -167,10 +167,12 @@ def magnitude(a: Tensor, b: Tensor) -> Tensor:
     a, b are inputs of the network (n, INPUTS, h, w); the result is float32 (n, 4, h, w), the 10 m pixels in the order
     of `pixel_shuffle`. What either date does not show counts as unchanged. Change-vector analysis: Malila, 1980.
     """
-    difference = (a.float() - b.float()) * torch.minimum(a[:, -1:], b[:, -1:])
+    difference, seen = (a - b).float(), torch.minimum(a[:, -1:], b[:, -1:]).float()
+    if torch.is_autocast_enabled(a.device.type):
+        difference = difference.to(torch.get_autocast_dtype(a.device.type))  # once for both kernels
     quarters, bands = (kernel.to(a.device) for kernel in _SUMS)
-    around = box(functional.conv2d(difference, bands).float()).square().sum(dim=1, keepdim=True)
-    squares = functional.conv2d(difference.square(), quarters).float()
+    around = box(functional.conv2d(difference, bands).float() * seen).square().sum(dim=1, keepdim=True)
+    squares = functional.conv2d(difference.square(), quarters).float() * seen
     return 0.5 * torch.log(squares + around + 1e-3)
 
 
