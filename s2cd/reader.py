@@ -6,12 +6,14 @@ decoded blocks at chunk borders stay in `BlockCache` until every chunk that over
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import rasterio
@@ -20,6 +22,9 @@ from rasterio.windows import Window
 from s2cd.catalog import access
 from s2cd.catalog.scene import Asset, Grid, Scene
 from s2cd.errors import ConfigError, GridError
+
+Result = TypeVar("Result")
+_Finish = Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,25 +111,29 @@ def read_window(
     Returns an array (y, x) of the file's dtype. Raises ReadError if the asset cannot be read and GridError if its
     grid is not the cube's grid or a whole-number coarsening of it.
     """
-    result = _read_one(source.hrefs[0], source.provider, grid, window, tiling, out)
-    for href in source.hrefs[1:]:
-        empty = result == source.nodata
-        if not empty.any():
-            break
-        np.copyto(result, _read_one(href, source.provider, grid, window, tiling), where=empty)
-    return result
+    return _start(source, grid, window, tiling, out)()
 
 
 def read_bands(
     sources: Sequence[Source], grid: Grid, window: tuple[slice, slice], tiling: Tiling | None = None
 ) -> np.ndarray:
-    """Read a window of several bands, as `read_window` does each; returns (band, y, x) of a dtype that holds all."""
-    first = read_window(sources[0], grid, window, tiling)
-    out = np.empty((len(sources), *first.shape), first.dtype)
-    out[0] = first
-    for number, source in enumerate(sources[1:], 1):
-        band = read_window(source, grid, window, tiling, out[number])
-        if band.base is not out:
+    """Read a window of several bands, as `read_window` does each; returns (band, y, x) of a dtype that holds all.
+
+    Blocks that another chunk is decoding are waited for last, when all others are there.
+    """
+    out = np.empty((len(sources), *(s.stop - s.start for s in window)), np.uint16)  # as Sentinel-2's bands are
+    finish: list[_Finish] = []
+    try:
+        for source, place in zip(sources, out, strict=True):
+            finish.append(_start(source, grid, window, tiling, place))
+    except BaseException:
+        for complete in finish:  # so that nothing is kept for this chunk
+            with contextlib.suppress(Exception):
+                complete()
+        raise
+    for number, complete in enumerate(finish):
+        band = complete()
+        if not np.may_share_memory(band, out):
             out = out.astype(np.result_type(out, band), copy=False)
             out[number] = band
     return out
@@ -150,15 +159,33 @@ def read_overview(source: Source, grid: Grid, factor: int) -> np.ndarray:
     return result
 
 
-def _read_one(
+def _start(
+    source: Source, grid: Grid, window: tuple[slice, slice], tiling: Tiling | None, out: np.ndarray | None
+) -> _Finish:
+    """Decode what `read_window` has to; what this returns waits for the rest and gives the pixels."""
+    finish = _start_one(source.hrefs[0], source.provider, grid, window, tiling, out)
+
+    def complete() -> np.ndarray:
+        result = finish()
+        for href in source.hrefs[1:]:
+            empty = result == source.nodata
+            if not empty.any():
+                break
+            np.copyto(result, _start_one(href, source.provider, grid, window, tiling)(), where=empty)
+        return result
+
+    return complete
+
+
+def _start_one(
     href: str,
     provider: str,
     grid: Grid,
     window: tuple[slice, slice],
     tiling: Tiling | None,
     out: np.ndarray | None = None,
-) -> np.ndarray:
-    def read(dataset: rasterio.DatasetReader) -> np.ndarray:
+) -> _Finish:
+    def start(dataset: rasterio.DatasetReader) -> _Finish:
         factor = _coarsening(dataset, grid, href)
         rows, cols = (
             slice(s.start // factor, min(math.ceil(s.stop / factor), size))
@@ -166,12 +193,20 @@ def _read_one(
         )
         if tiling is None:
             data = _decode(dataset, rows, cols)
-        else:
-            place = out if factor == 1 and out is not None and out.dtype == dataset.dtypes[0] else None
-            data = BLOCKS.read(href, dataset, rows, cols, _counter(tiling, factor), place)
-        return _replicate(data, factor, window)
+            return lambda: _replicate(data, factor, window)
+        place = out if factor == 1 and out is not None and out.dtype == dataset.dtypes[0] else None
+        finish = BLOCKS.start(href, dataset, rows, cols, _counter(tiling, factor), place)
+        return lambda: _replicate(finish(), factor, window)
 
-    return _with_dataset(href, provider, read)
+    finish = _with_dataset(href, provider, start)
+
+    def complete() -> np.ndarray:
+        try:
+            return finish()
+        except Exception:  # of a neighbour that could not decode a block: now it is this one's
+            return _with_dataset(href, provider, lambda dataset: start(dataset)())
+
+    return complete
 
 
 def _counter(tiling: Tiling, factor: int) -> Callable[[int, slice], int]:
@@ -192,8 +227,8 @@ def _replicate(data: np.ndarray, factor: int, window: tuple[slice, slice]) -> np
     return np.pad(data, short, mode="edge") if any(n for _, n in short) else data
 
 
-def _with_dataset(href: str, provider: str, read: Callable[[rasterio.DatasetReader], np.ndarray]) -> np.ndarray:
-    def attempt() -> np.ndarray:
+def _with_dataset(href: str, provider: str, read: Callable[[rasterio.DatasetReader], Result]) -> Result:
+    def attempt() -> Result:
         with access.open_dataset(provider, href) as dataset:
             return read(dataset)
 
@@ -270,7 +305,7 @@ class BlockCache:
         self._bytes = 0
         self._lock = threading.Lock()
 
-    def read(
+    def start(
         self,
         href: str,
         dataset: rasterio.DatasetReader,
@@ -278,8 +313,11 @@ class BlockCache:
         cols: slice,
         readers: Callable[[int, slice], int],
         out: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Read pixels [rows, cols) of `dataset`, to `out` if given; `readers(axis, span)` counts who reads a span."""
+    ) -> _Finish:
+        """Read pixels [rows, cols) of `dataset`, to `out` if given; `readers(axis, span)` counts who reads a span.
+
+        Decodes the blocks that nobody else has; what this returns waits for those that others decode.
+        """
         layout = _Layout(dataset.shape, dataset.block_shapes[0])
         blocks = list(layout.covering(rows, cols))
         wanted = {b: readers(0, layout.span(0, b[0])) * readers(1, layout.span(1, b[1])) for b in blocks}
@@ -295,11 +333,15 @@ class BlockCache:
         except BaseException as error:
             self._abandon(href, mine, error)
             raise
-        for block, entry in held.items():
-            span = layout.span(0, block[0]), layout.span(1, block[1])
-            _paste(out, rows, cols, entry.pixels.result(), span)
-        self._release(href, {**mine, **held})
-        return out
+
+        def finish() -> np.ndarray:
+            for block, entry in held.items():
+                span = layout.span(0, block[0]), layout.span(1, block[1])
+                _paste(out, rows, cols, entry.pixels.result(), span)
+            self._release(href, {**mine, **held})
+            return out
+
+        return finish
 
     def _claim(
         self, href: str, blocks: list[_Block], wanted: dict[_Block, int]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +62,8 @@ def cluster(profile: str | Path | Profile | dict[str, Any] = "local") -> Iterato
     Raises ClusterError if the profile is wrong, something it needs is absent, or no scheduler answers.
     """
     settings = load_profile(profile)
+    # A run loads the network here too; meanwhile workers start.
+    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
     with dask.config.set(SCHEDULING), contextlib.ExitStack() as stack:
         if isinstance(settings, ExistingProfile):
             client = stack.enter_context(_connect(settings))

@@ -1,4 +1,8 @@
-"""Running a network on a device: memory layout, precision, one call at a time on a GPU, blocks split if need be."""
+"""Running a network on a device: memory layout, precision, one call at a time on a GPU, blocks split if need be.
+
+On a GPU blocks travel through pinned memory on streams of their own, and a call only queues its work: while one thread
+waits for its result, the network computes for another.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from s2cd.model.registry import Network
 
 _locks: dict[str, threading.Lock] = {}
+_streams: dict[tuple[str, str], torch.cuda.Stream] = {}
 _locks_guard = threading.Lock()
 
 
@@ -63,9 +68,11 @@ class Engine:
 
     def encode(self, x: npt.NDArray[np.float32]) -> Features:
         """Return features of an input (h, w, channels) on the 20 m grid; they stay on the device."""
-        batch = torch.from_numpy(x).permute(2, 0, 1).unsqueeze(0)  # channels last, without a copy
+        sent, wait = self._send(torch.from_numpy(x))
+        batch = sent.permute(2, 0, 1).unsqueeze(0)  # channels last, without a copy
         with self._running():
-            return self._split((batch.to(self.device),), lambda t: self._network.encode(t[0]))
+            wait()
+            return self._split((batch,), lambda t: self._network.encode(t[0]))
 
     def decode(self, a: Features, b: Features, background: float) -> npt.NDArray[np.float32]:
         """Return probabilities (2h, 2w) float32 between two dates that differ by `background` everywhere."""
@@ -76,7 +83,37 @@ class Engine:
 
         with self._running():
             (result,) = self._split((*a, *b), probability)
-            return result[0, 0].cpu().numpy()
+            fetched, wait = self._fetch(result[0, 0])
+        wait()
+        return fetched.numpy()
+
+    def _send(self, block: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """Return the block on the device, and what makes the network wait until it is there."""
+        if self.device.type != "cuda":
+            return block, _nothing
+        stream = _stream(self.device, "up")
+        with torch.cuda.stream(stream):
+            there = block.pin_memory().to(self.device, non_blocking=True)
+            arrived = stream.record_event()
+
+        def wait() -> None:
+            compute = torch.cuda.current_stream(self.device)
+            compute.wait_event(arrived)
+            there.record_stream(compute)  # or its memory would be given away while the network reads it
+
+        return there, wait
+
+    def _fetch(self, result: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """Return the result in host memory, and what waits until it is there."""
+        if self.device.type != "cuda":
+            return result, _nothing
+        stream = _stream(self.device, "down")
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            here = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+            here.copy_(result, non_blocking=True)
+        result.record_stream(stream)
+        return here, stream.record_event().synchronize
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
@@ -120,6 +157,19 @@ def split_rows(inputs: Features, call: Callable[[Features], Features], stride: i
     lower = call(tuple(part(t, middle - halo, rows) for t in inputs))
     lower = tuple(low[:, :, low.shape[2] * halo // (rows - middle + halo) :] for low in lower)
     return tuple(torch.cat(halves, dim=2) for halves in zip(upper, lower, strict=True))
+
+
+def _nothing() -> None:
+    """What is to be waited for on a CPU."""
+
+
+def _stream(device: torch.device, direction: str) -> torch.cuda.Stream:
+    """Return the stream of `device` that carries blocks "up" to it or "down" from it."""
+    with _locks_guard:
+        key = (str(device), direction)
+        if key not in _streams:
+            _streams[key] = torch.cuda.Stream(device)
+        return _streams[key]
 
 
 def device_lock(device: torch.device) -> threading.Lock:

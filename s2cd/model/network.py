@@ -2,7 +2,7 @@
 
 Inside, everything lies on the 20 m grid: the four 10 m bands come as 2 x 2 blocks (16 channels) beside the three
 20 m bands, so that no band is resampled, and the head writes four values per 20 m pixel, one for each 10 m pixel.
-It follows the FC-Siam-diff of Daudt et al. (ICIP 2018) at a fifth of its arithmetic; |a - b| makes the result
+It follows the FC-Siam-diff of Daudt et al. (ICIP 2018) at a ninth of its arithmetic; |a - b| makes the result
 symmetric in time, to the bit.
 
 There is no global context, and batch normalisation exists in training only (`ChangeNet.folded`), so a pixel depends
