@@ -11,6 +11,7 @@ from typing import Any
 import dask
 import numpy as np
 import xarray as xr
+from distributed import get_worker
 
 from s2cd import outputs
 from s2cd.catalog.scene import Grid
@@ -113,9 +114,17 @@ def _write_codes(
         config.out,
         quicklook_rgb=rgb,
         profile=config.cog_profile,
-        threads=min(COMPRESSING, available_cores()),
+        threads=min(COMPRESSING, _threads()),
         validity=validity,
     )
+
+
+def _threads() -> int:
+    """Threads of the Dask worker that this runs on, or the cores of a process that is none."""
+    try:
+        return int(get_worker().state.nthreads)
+    except ValueError:
+        return available_cores()
 
 
 def measure_shift(pair: Pair, bands: Sequence[str]) -> Shift:
