@@ -11,7 +11,7 @@ import json
 import math
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -167,6 +167,7 @@ class _Submission:
         self.report = report
         self.progress = progress
         self.pending: dict[Future, tuple[_Unit, Pair]] = {}
+        self.places: dict[int, str | None] = {}  # of each unit, the worker that it was sent to
         self.total = 0
         self.strict = context.config.strict
 
@@ -174,7 +175,7 @@ class _Submission:
         """Work through the plan; on an interrupt cancel what is under way and leave finished maps alone."""
         try:
             for unit in self._units():
-                while self._units_under_way() >= self._limit():
+                while len(self._units_under_way()) >= self._limit():
                     self._collect()
                 self._submit(unit)
             while self.pending:
@@ -239,7 +240,9 @@ class _Submission:
         graph, maps = _unit_graph(unit, self.context)
         # As a layer: of a plain dictionary Dask would hash every argument of every task.
         layer = HighLevelGraph({str(maps[0]): graph}, {str(maps[0]): set()})
-        futures = self.client.get(layer, maps, sync=False)
+        place = self._least_loaded(unit)
+        futures = self.client.get(layer, maps, sync=False, workers=place, allow_other_workers=True)
+        self.places[id(unit)] = place
         self.pending.update(zip(futures, ((unit, pair) for pair in unit.pairs), strict=True))
 
     def _collect(self) -> None:
@@ -274,8 +277,19 @@ class _Submission:
     def _failed(self, pair: Pair, error: str) -> None:
         self.report.maps.append(MapRecord(pair.name, "failed", error=error))
 
-    def _units_under_way(self) -> int:
-        return len({id(unit) for unit, _ in self.pending.values()})
+    def _units_under_way(self) -> set[int]:
+        return {id(unit) for unit, _ in self.pending.values()}
+
+    def _least_loaded(self, unit: _Unit) -> str | None:
+        """Return the worker with the fewest units: chunks of one unit share decoded blocks, and maps gather chunks.
+
+        Idle workers still take tasks from it. None, for any worker, where there are fewer units than workers.
+        """
+        workers, pairs = self.client.nthreads(), sum(len(view.scenes) - 1 for view in self.plan.fields)
+        if pairs / (unit.sizes.dates - 1) < len(workers):
+            return None
+        units = Counter(self.places[number] for number in self._units_under_way())
+        return min(workers, key=lambda worker: units[worker], default=None)
 
     def _limit(self) -> int:
         """One unit a worker and one to follow: workers stay busy, memory stays bounded."""
