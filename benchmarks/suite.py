@@ -35,7 +35,7 @@ class Settings:
     dates: int = 6
     source: str = "auto"
     small: int = 1830
-    scaling_size: int = 5490
+    scaling_size: int = 10980
 
     def series(self, **changes: Any) -> dict[str, Any]:
         """Arguments of a workload."""

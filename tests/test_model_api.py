@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -195,6 +197,20 @@ def test_cuda_equals_cpu_to_bfloat16(model):
     images = ground((785, 799)), ground((785, 799), 1)
     found = load_model(model.name, device="cuda").predict(*images)
     assert np.abs(found - model.predict(*images)).mean() < 0.01
+
+
+@pytest.mark.gpu
+def test_threads_that_share_a_gpu_get_their_own_maps(model):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    there = load_model(model.name, device="cuda")
+    images = [ground((785, 799), seed) for seed in range(8)]
+    pairs = list(pairwise(images))
+    alone = [there.predict(*pair) for pair in pairs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda pair: there.predict(*pair), pairs * 5))
+    for found, expected in zip(together, alone * 5, strict=True):
+        np.testing.assert_allclose(found, expected, atol=0.01)
 
 
 def test_reach_is_as_far_as_a_pixel_beyond_an_aligned_edge_matters():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import defaultdict
 from dataclasses import replace
 
+import dask
 import numpy as np
 import pystac
 import pytest
 import rasterio
-from distributed import Client
+from distributed import Client, get_task_stream
 
 import s2cd
 from s2cd.catalog import freeze
@@ -54,6 +56,25 @@ def test_invariant_6_a_rerun_does_nothing_and_goes_on_where_it_stopped(make_seri
     repaired = run(config, client, scenes=scenes)
     assert (repaired.count("kept"), repaired.count("written")) == (3, 1)
     assert tiffs[1].read_bytes() == content
+
+
+@pytest.mark.parametrize(("dates", "together"), [(7, True), (3, False)])
+def test_a_series_goes_to_one_worker_where_there_are_enough_of_them(make_series, config, dates, together):
+    scenes = make_series(dates=dates)
+    config = config.model_copy(update={"chunk": 64, "dates_per_task": 3})
+    with (
+        dask.config.set({"distributed.scheduler.work-stealing": False}),
+        Client(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=None) as two,
+        get_task_stream(two) as stream,
+    ):
+        assert run(config, two, scenes=scenes).ok
+    workers = defaultdict(set)
+    for task in stream.data:
+        if "infer_block" in task["key"]:
+            workers[task["key"].split("'")[1]].add(task["worker"])
+    assert len(workers) == (dates - 1) // 2
+    assert all((len(found) == 1) == together for found in workers.values())
+    assert len(set.union(*workers.values())) == 2
 
 
 def test_outputs_are_maps_items_quicklooks_and_a_catalogue(make_series, config, client, tmp_path):
