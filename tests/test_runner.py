@@ -70,8 +70,9 @@ def test_a_series_goes_to_one_worker_where_there_are_enough_of_them(make_series,
         assert run(config, two, scenes=scenes).ok
     workers = defaultdict(set)
     for task in stream.data:
-        if "infer_block" in task["key"]:
-            workers[task["key"].split("'")[1]].add(task["worker"])
+        name = str(task["key"]).split("'")[1:2]
+        if name and name[0].startswith("infer_block"):
+            workers[name[0]].add(task["worker"])
     assert len(workers) == (dates - 1) // 2
     assert all((len(found) == 1) == together for found in workers.values())
     assert len(set.union(*workers.values())) == 2
