@@ -162,7 +162,15 @@ def _stages_block(parts: Parts) -> str:
         if name in alone or name in within
     ]
     return "\n".join(
-        ["## Stages, core-seconds of the whole series", "", "| stage | alone | within a run |", "|---|---|---|", *rows]
+        [
+            "## Stages, core-seconds of the whole series",
+            "",
+            "Within a run, those of the threads that call a stage, not those that GDAL compresses maps with.",
+            "",
+            "| stage | alone | within a run |",
+            "|---|---|---|",
+            *rows,
+        ]
     )
 
 
