@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -41,6 +43,7 @@ from s2cd.survey import Survey, scene_input, survey_scene
 
 Progress = Callable[[str, int, int], None]
 VIEWS = "views"
+HEED = 0.5  # seconds between looks for an interrupt
 
 
 @dataclass(frozen=True)
@@ -168,18 +171,20 @@ class _Submission:
         self.progress = progress
         self.pending: dict[Future, tuple[_Unit, Pair]] = {}
         self.places: dict[int, str | None] = {}  # of each unit, the worker that it was sent to
+        self.interrupted = threading.Event()
         self.total = 0
         self.strict = context.config.strict
 
     def run(self) -> None:
         """Work through the plan; on an interrupt cancel what is under way and leave finished maps alone."""
         try:
-            for unit in self._units():
-                while len(self._units_under_way()) >= self._limit():
+            with _noted_interrupts(self.interrupted):
+                for unit in self._units():
+                    while len(self._units_under_way()) >= self._limit():
+                        self._collect()
+                    self._submit(unit)
+                while self.pending:
                     self._collect()
-                self._submit(unit)
-            while self.pending:
-                self._collect()
         except BaseException:
             self.client.cancel(list(self.pending), force=True)
             raise
@@ -203,7 +208,7 @@ class _Submission:
         return self.client.map(survey_scene, inputs, mask=context.mask, model=context.ref, priority=10, pure=False)
 
     def _units_of(self, view: FieldOfView, futures: list[Future]) -> Iterator[_Unit]:
-        surveys, errors = _results(view.scenes, futures)
+        surveys, errors = self._results(view.scenes, futures)
         pairs = self._pairs(view, surveys, errors)
         todo = [pair for pair in pairs if pair.name not in self.plan.finished]
         self.report.maps += [MapRecord(p.name, "kept") for p in pairs if p.name in self.plan.finished]
@@ -223,7 +228,7 @@ class _Submission:
         store = open_store(config.out)
         store.put(view_path(view.name), json.dumps(document).encode())
         editions = {s.id: s for p in pairs for s in (p.before, p.after) if s.id not in surveys and s.id not in errors}
-        found, failed = _results(editions.values(), self._survey(editions.values()))
+        found, failed = self._results(editions.values(), self._survey(editions.values()))
         surveys |= found
         errors |= failed
         for pair in pairs:
@@ -247,10 +252,10 @@ class _Submission:
 
     def _collect(self) -> None:
         """Wait for the next maps; a date that cannot be read takes only its own pairs with it."""
-        done = set(wait(list(self.pending), return_when="FIRST_COMPLETED").done)
+        done = self._wait(list(self.pending), "FIRST_COMPLETED")
         broken = {id(self.pending[future][0]) for future in done if future.status != "finished"}
         siblings = [future for future, (unit, _) in self.pending.items() if id(unit) in broken]
-        done |= set(wait(siblings).done) if siblings else set()
+        done |= self._wait(siblings, "ALL_COMPLETED") if siblings else set()
         again: dict[int, tuple[_Unit, list[Pair]]] = {}
         for future in done:
             unit, pair = self.pending.pop(future)
@@ -266,6 +271,21 @@ class _Submission:
         for unit, pairs in again.values():
             self._submit(replace(unit, pairs=tuple(sorted(pairs, key=lambda p: p.after.time))))
         self.progress("maps", self.total - len(self.pending), self.total)
+
+    def _results(self, scenes: Iterable[Scene], futures: list[Future]) -> tuple[dict[str, Survey], dict[str, str]]:
+        """Surveys by scene id, and what kept others from being read."""
+        self._wait(futures, "ALL_COMPLETED")
+        ended = dict(zip((scene.id for scene in scenes), futures, strict=True))
+        surveys = {name: future.result() for name, future in ended.items() if future.status == "finished"}
+        return surveys, {name: _message(future.exception()) for name, future in ended.items() if name not in surveys}
+
+    def _wait(self, futures: list[Future], return_when: str) -> set[Future]:
+        """Return those that ended. Raises KeyboardInterrupt, within a moment, after an interrupt."""
+        while True:
+            if self.interrupted.is_set():
+                raise KeyboardInterrupt
+            with suppress(TimeoutError):
+                return set(wait(futures, timeout=HEED, return_when=return_when).done)
 
     def _written(self, pair: Pair, figures: dict[str, Any]) -> None:
         record = MapRecord(pair.name, "written", **figures)
@@ -296,14 +316,6 @@ class _Submission:
         return len(self.client.nthreads()) + 1
 
 
-def _results(scenes: Iterable[Scene], futures: list[Future]) -> tuple[dict[str, Survey], dict[str, str]]:
-    """Surveys by scene id, and what kept others from being read."""
-    wait(futures)
-    ended = dict(zip((scene.id for scene in scenes), futures, strict=True))
-    surveys = {name: future.result() for name, future in ended.items() if future.status == "finished"}
-    return surveys, {name: _message(future.exception()) for name, future in ended.items() if name not in surveys}
-
-
 def _unit_graph(unit: _Unit, context: _Context) -> tuple[dict[Key, Any], list[Key]]:
     """One map a pair; the chunks that several pairs share are computed once.
 
@@ -330,6 +342,28 @@ def _checked(pair: Pair, surveys: dict[str, Survey], strict: bool) -> Pair:
         return pair
     note = f"darkest pixels differ by {found:+.3f} in every band: an offset may be applied to one date only"
     return replace(pair, notes=(*pair.notes, note))
+
+
+@contextmanager
+def _noted_interrupts(interrupted: threading.Event) -> Iterator[None]:
+    """Note the first Ctrl-C instead of raising it anywhere: Python drops one that hits while it frees an object.
+
+    A second one is raised where it hits. Handlers that others installed, and other threads, are left alone.
+    """
+    default = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not default:
+        yield
+        return
+
+    def note(_number: int, _frame: Any) -> None:
+        signal.signal(signal.SIGINT, default)
+        interrupted.set()
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, default)
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def test_an_affine_change_of_a_date_cancels(gain, offset):
     model = load_model("generic", device="cpu")
     before, after = ground((64, 80)), ground((64, 80), 1)
     changed = (after * np.float32(gain) + np.float32(offset)).astype(np.float32)
-    np.testing.assert_allclose(model.predict(before, changed), model.predict(before, after), atol=1e-4)
+    np.testing.assert_allclose(model.predict(before, changed), model.predict(before, after), atol=2e-3)
 
 
 def test_pixels_without_observation_are_nan_and_no_others(model):
