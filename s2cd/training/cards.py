@@ -51,7 +51,8 @@ def publish(name: str, runs: list[Run], folds: list[Run], cities: list[City], fo
     if folds:
         raw, report, (threshold, temperature) = cross_validate(folds, cities)
         protocol = (
-            f"leave-cities-out cross-validation, {len(folds)} folds: labels of a city never reach the network that is "
+            f"leave-cities-out cross-validation, {len({run.held_out for run in folds})} folds, mean weights of "
+            f"{len(folds)} runs in all: labels of a city never reach the network that is "
             "scored on it (the network they start from saw its pixels, without labels); threshold and temperature "
             "from the cities of the other folds"
         )
