@@ -20,6 +20,8 @@ from s2cd.cli import main
 from s2cd.simulate import simulate
 
 COMMAND = [sys.executable, "-c", "from s2cd.cli import main; main()"]
+# A background job of a shell, and what it starts, ignores interrupts until told otherwise.
+HEEDING = [*COMMAND[:2], "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); " + COMMAND[2]]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,7 @@ def test_an_interrupt_stops_the_workers_and_leaves_finished_maps(tmp_path):
     catalog = simulate(tmp_path / "scenes", size=512, dates=16, orbits=(51,), seed=2, clouds=False)
     out = tmp_path / "maps"
     arguments = ["run", str(catalog), "--out", str(out), "--dates-per-task", "2", "-q"]
-    process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*HEEDING, *arguments], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(out.rglob("S2CD_*.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
