@@ -96,22 +96,16 @@ def require_asset(scene: Scene, band: str) -> Asset:
         raise ConfigError(f"scene {scene.id} offers no band {band!r}, only {offered}") from None
 
 
-def read_window(
-    source: Source,
-    grid: Grid,
-    window: tuple[slice, slice],
-    tiling: Tiling | None = None,
-    out: np.ndarray | None = None,
-) -> np.ndarray:
+def read_window(source: Source, grid: Grid, window: tuple[slice, slice], tiling: Tiling | None = None) -> np.ndarray:
     """Read a window of one band on the cube's grid.
 
     Bands of a coarser grid are replicated (nearest neighbour, exact). With `tiling` the blocks that other chunks
-    need as well are kept for them. The pixels go to `out` (y, x), if that is given and has the file's dtype.
+    need as well are kept for them.
 
     Returns an array (y, x) of the file's dtype. Raises ReadError if the asset cannot be read and GridError if its
     grid is not the cube's grid or a whole-number coarsening of it.
     """
-    return _start(source, grid, window, tiling, out)()
+    return _start(source, grid, window, tiling, None)()
 
 
 def read_bands(
@@ -203,7 +197,7 @@ def _start_one(
     def complete() -> np.ndarray:
         try:
             return finish()
-        except Exception:  # of a neighbour that could not decode a block: now it is this one's
+        except _NeighbourFailed:  # whatever the reason was, this chunk now meets it itself, or does not
             return _with_dataset(href, provider, lambda dataset: start(dataset)())
 
     return complete
@@ -292,6 +286,10 @@ class _Entry:
 _Block = tuple[int, int]
 
 
+class _NeighbourFailed(Exception):
+    """Another chunk was to decode a block that this one waits for, and could not."""
+
+
 class BlockCache:
     """Decoded source blocks at chunk borders, shared by the threads of one process.
 
@@ -337,6 +335,9 @@ class BlockCache:
         def finish() -> np.ndarray:
             for block, entry in held.items():
                 span = layout.span(0, block[0]), layout.span(1, block[1])
+                failure = entry.pixels.exception()
+                if failure is not None:
+                    raise _NeighbourFailed(str(failure)) from failure
                 _paste(out, rows, cols, entry.pixels.result(), span)
             self._release(href, {**mine, **held})
             return out

@@ -99,6 +99,7 @@ class _Unit:
     pairs: tuple[Pair, ...]
     surveys: dict[str, Survey]
     sizes: Sizes
+    place: str | None = None  # the worker that it was sent to
 
 
 def run(
@@ -170,8 +171,8 @@ class _Submission:
         self.report = report
         self.progress = progress
         self.pending: dict[Future, tuple[_Unit, Pair]] = {}
-        self.places: dict[int, str | None] = {}  # of each unit, the worker that it was sent to
         self.interrupted = threading.Event()
+        self.steps = sum(len(view.scenes) - 1 for view in plan.fields)  # pairs, before pixels rule out dates
         self.total = 0
         self.strict = context.config.strict
 
@@ -242,12 +243,11 @@ class _Submission:
         ]
 
     def _submit(self, unit: _Unit) -> None:
+        unit = replace(unit, place=self._least_loaded(unit))
         graph, maps = _unit_graph(unit, self.context)
         # As a layer: of a plain dictionary Dask would hash every argument of every task.
         layer = HighLevelGraph({str(maps[0]): graph}, {str(maps[0]): set()})
-        place = self._least_loaded(unit)
-        futures = self.client.get(layer, maps, sync=False, workers=place, allow_other_workers=True)
-        self.places[id(unit)] = place
+        futures = self.client.get(layer, maps, sync=False, workers=unit.place, allow_other_workers=True)
         self.pending.update(zip(futures, ((unit, pair) for pair in unit.pairs), strict=True))
 
     def _collect(self) -> None:
@@ -297,18 +297,18 @@ class _Submission:
     def _failed(self, pair: Pair, error: str) -> None:
         self.report.maps.append(MapRecord(pair.name, "failed", error=error))
 
-    def _units_under_way(self) -> set[int]:
-        return {id(unit) for unit, _ in self.pending.values()}
+    def _units_under_way(self) -> list[_Unit]:
+        return list({id(unit): unit for unit, _ in self.pending.values()}.values())
 
     def _least_loaded(self, unit: _Unit) -> str | None:
         """Return the worker with the fewest units: chunks of one unit share decoded blocks, and maps gather chunks.
 
         Idle workers still take tasks from it. None, for any worker, where there are fewer units than workers.
         """
-        workers, pairs = self.client.nthreads(), sum(len(view.scenes) - 1 for view in self.plan.fields)
-        if pairs / (unit.sizes.dates - 1) < len(workers):
+        workers = self.client.nthreads()
+        if self.steps / (unit.sizes.dates - 1) < len(workers):
             return None
-        units = Counter(self.places[number] for number in self._units_under_way())
+        units = Counter(other.place for other in self._units_under_way())
         return min(workers, key=lambda worker: units[worker], default=None)
 
     def _limit(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
+from s2cd.model.device import device_memory
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -80,11 +80,6 @@ class Sizes:
     chunk: int
     dates: int
     need: float
-
-
-def device_memory() -> int:
-    """Bytes of this process's GPU, 0 without one."""
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
 
 
 def task_sizes(config: RunConfig, shape: tuple[int, int], pairs: int, model: Model, workers: Workers) -> Sizes:

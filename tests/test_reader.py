@@ -89,6 +89,27 @@ def test_a_failed_read_leaves_no_block_behind(make_series, monkeypatch, tmp_path
     assert not reader.BLOCKS._entries
 
 
+def test_a_block_that_a_neighbour_could_not_decode_is_decoded_here(make_series, monkeypatch):
+    monkeypatch.setattr(reader, "BLOCKS", BlockCache())
+    scene = make_series(shape=(300, 333), dates=1, block=64)[0]
+    grid, source, expected = scene.assets["red"].grid, band_source(scene, "red"), whole(scene, "red")
+    tiling = Tiling(grid.shape, 128, 16)
+    window, href = tiling.read(1, 1), source.hrefs[0]
+    theirs, _ = reader.BLOCKS._claim(href, [(1, 1)], {(1, 1): 4})  # a neighbour's, and not decoded yet
+    finish = reader._start(source, grid, window, tiling, None)
+    reader.BLOCKS._abandon(href, theirs, OSError("the neighbour's connection broke"))
+    np.testing.assert_array_equal(finish(), expected[window])
+
+
+def test_a_mistake_in_waiting_is_not_taken_for_a_neighbours_failure(make_series, monkeypatch):
+    monkeypatch.setattr(reader, "BLOCKS", BlockCache())
+    scene = make_series(shape=(300, 333), dates=1, block=64)[0]
+    grid, tiling = scene.assets["red"].grid, Tiling((300, 333), 128, 16)
+    monkeypatch.setattr(reader, "_replicate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        read_window(band_source(scene, "red"), grid, tiling.read(1, 1), tiling)
+
+
 def test_missing_asset_is_a_read_error_naming_it(make_series):
     scene = make_series(dates=1)[0]
     source = replace(band_source(scene, "red"), hrefs=("nowhere/B04.tif",))

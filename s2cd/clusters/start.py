@@ -63,7 +63,7 @@ def cluster(profile: str | Path | Profile | dict[str, Any] = "local") -> Iterato
     """
     settings = load_profile(profile)
     # A run loads the network here too; meanwhile workers start.
-    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
+    threading.Thread(target=importlib.import_module, args=("s2cd.model",), daemon=True).start()
     with dask.config.set(SCHEDULING), contextlib.ExitStack() as stack:
         if isinstance(settings, ExistingProfile):
             client = stack.enter_context(_connect(settings))

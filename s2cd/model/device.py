@@ -45,6 +45,11 @@ def choose_device(device: str) -> torch.device:
     return torch.device("cuda", place.index or 0)
 
 
+def device_memory() -> int:
+    """Bytes of this process's first GPU, 0 without one."""
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
+
+
 def fast_bfloat16(device: torch.device) -> bool:
     """Tell whether bfloat16 is native: on CUDA from compute capability 8, on processors with AVX-512 BF16 or AMX."""
     if device.type == "cuda":
@@ -61,7 +66,7 @@ class Engine:
 
     def __init__(self, network: Network, device: torch.device, *, stride: int, halo: int, bfloat16: bool = True):
         if isinstance(network, torch.nn.Module):
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
         self._network, self.device = network, device
         self._stride, self._halo = stride, halo
         self._bfloat16 = bfloat16 and fast_bfloat16(device)

@@ -60,7 +60,7 @@ def fit(
     """
     place = choose_device(device)
     out.mkdir(parents=True, exist_ok=True)
-    net.to(place, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    net.to(place, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # not in torch's stubs
     optimizer = torch.optim.AdamW(net.parameters(), lr=plan.rate, weight_decay=plan.decay)
     average = {k: v.detach().clone() for k, v in net.state_dict().items()}
     step, checkpoint = 0, out / "checkpoint.pt"
