@@ -13,12 +13,15 @@ import time
 from collections import defaultdict
 from typing import Any
 
+import dask
 import numpy as np
 from distributed import Worker, get_worker
 
 from s2cd.inference import Block
 from s2cd.survey import Survey
 
+# What a real node does with cores of its own and many simulated ones must share: watching their process twice a second.
+QUIET = {"distributed.admin.system-monitor.interval": "60s", "distributed.worker.profile.enabled": False}
 TIMES = ("survey", "read", "network", "encode")
 _devices: dict[str, threading.Lock] = defaultdict(threading.Lock)
 
@@ -52,6 +55,7 @@ def write_pair(blocks: list[list[Block]], **_: Any) -> dict[str, Any]:
 
 async def serve(address: str, nodes: int, threads: int) -> None:
     """Run `nodes` workers of `threads` threads each until the scheduler goes."""
+    dask.config.set(QUIET)
     workers = [
         await Worker(address, nthreads=threads, memory_limit=0, heartbeat_interval="5s", dashboard=False)
         for _ in range(nodes)

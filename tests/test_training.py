@@ -10,9 +10,12 @@ import pytest
 import rasterio
 from click.testing import CliRunner
 from rasterio.transform import Affine
+from safetensors.torch import load_file
+from scipy.special import logit
 
 from s2cd.errors import CatalogError, ConfigError, ModelError
 from s2cd.model import BANDS, load_model
+from s2cd.model.network import cost, network_of
 from s2cd.training.__main__ import main
 from s2cd.training.baselines import BASELINES
 from s2cd.training.cards import publish
@@ -20,7 +23,7 @@ from s2cd.training.data import City, load_cities
 from s2cd.training.fitting import Plan
 from s2cd.training.metrics import Histogram
 from s2cd.training.nuisance import Nuisances, displaced
-from s2cd.training.runs import Run, cross_validate, fold_cities, train
+from s2cd.training.runs import HALF_POOL, Run, as_model, averaged, combined, cross_validate, fold_cities, train
 from s2cd.training.sampling import LabelledSampler, batch, to_tensor
 from s2cd.training.simulated import Place, SimulatedSampler
 
@@ -155,7 +158,7 @@ def _interrupted(catalogue: Path, out: Path, plan: Plan) -> None:
 
     torch.manual_seed(plan.seed)
     cities = [c for c in load_cities(catalogue) if c.name != "como"]
-    fit(ChangeNet(norm=True), Stopping(cities, 64), plan, out, save_every=0)
+    fit(ChangeNet(norm=True).pool(*HALF_POOL), Stopping(cities, 64), plan, out, save_every=0)
 
 
 def test_the_command_line_fits_and_scores(catalogue, tmp_path):
@@ -190,11 +193,36 @@ def test_the_network_compared_with_is_trained_by_the_same_command_and_not_shippe
     with pytest.raises(ConfigError, match="found 1 fold"):
         cross_validate(runs[:1], cities)
     with pytest.raises(ModelError, match=r"found network 'fc-siam-diff', expected 's2cd'"):
-        publish("siam", runs, [], cities, tmp_path / "shipped")
+        publish("siam", runs[:1], [], cities, tmp_path / "shipped")
     assert not (tmp_path / "shipped").exists()
     result = runner.invoke(main, [*fit, *small, "--out", str(tmp_path / "2"), "--start", "generic"])
     assert result.exit_code == 2
     assert "expected one of the two" in result.output
+
+
+def test_runs_of_one_start_are_averaged_and_others_form_a_committee(catalogue, tmp_path):
+    small = {"steps": 2, "batch_size": 2}
+    tuned = [
+        train(catalogue, tmp_path / f"tuned-{s}", Plan(**small, seed=s), labels=True, size=64, start="generic")
+        for s in (0, 1)
+    ]
+    fresh = train(catalogue, tmp_path / "fresh", Plan(**small), labels=True, size=64)
+    city = load_cities(catalogue)[0]
+
+    def logits(net) -> np.ndarray:  # type: ignore[no-untyped-def]
+        return logit(as_model(net, "x").predict(city.before.reflectance, city.after.reflectance).astype(np.float64))
+
+    net = combined([*tuned, fresh])
+    expected = (logits(averaged(tuned)) + logits(averaged([fresh]))) / 2
+    np.testing.assert_allclose(logits(net), expected, atol=1e-3)
+    card = publish("mine", [*tuned, fresh], [], load_cities(catalogue), tmp_path / "shipped")
+    assert card["architecture"].startswith("mean of 2")
+    assert [run["start"] for run in card["training"]] == ["generic", "generic", None]
+    weights = load_file(tmp_path / "shipped" / "mine.safetensors")
+    assert cost(network_of(weights))["parameters"] == card["cost"]["parameters"] == 2 * 117_428
+    siam = train(catalogue, tmp_path / "siam", Plan(**small), labels=True, size=64, kind="fc-siam-diff")
+    with pytest.raises(ConfigError, match="siam: found a fc-siam-diff, expected single networks 's2cd'"):
+        combined([fresh, siam])
 
 
 def test_folds_hold_out_each_city_once():

@@ -11,6 +11,9 @@ on nothing beyond `HALO` and a chunk gives what the whole image gives.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -161,6 +164,44 @@ class ChangeNet(nn.Module):
         return net.eval()
 
 
+class Committee(nn.Module):
+    """Networks that look at the same dates; the mean of their logits counts (logarithmic opinion pool).
+
+    Takes and gives what `ChangeNet` does; the features of a date are those of all members, and the date itself once.
+    """
+
+    def __init__(self, members: Iterable[ChangeNet]):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    @property
+    def networks(self) -> list[ChangeNet]:
+        """The members."""
+        return [member for member in self.members if isinstance(member, ChangeNet)]
+
+    def encode(self, x: Tensor) -> Features:
+        """Return the features of one date, member by member, and the date itself."""
+        features = [member.encode(x) for member in self.networks]
+        return (*itertools.chain.from_iterable(part[:-1] for part in features), features[0][-1])
+
+    def decode(self, a: Features, b: Features, background: Tensor | float = 1.0) -> Tensor:
+        """Return the logits of change between two dates, the same whichever comes first."""
+        size = (len(a) - 1) // len(self.members)
+        votes = []
+        for i, member in enumerate(self.networks):
+            part = slice(i * size, (i + 1) * size)
+            votes.append(member.decode((*a[part], a[-1]), (*b[part], b[-1]), background))
+        return torch.stack(votes).mean(dim=0)
+
+    def forward(self, before: Tensor, after: Tensor, background: Tensor | float = 1.0) -> Tensor:
+        """Return logits."""
+        return self.decode(self.encode(before), self.encode(after), background)
+
+    def folded(self, temperature: float = 1.0, bias: float = 0.0) -> Committee:
+        """Return the committee for inference, as `ChangeNet.folded` does."""
+        return Committee(member.folded(temperature, bias) for member in self.networks).eval()
+
+
 def magnitude(a: Tensor, b: Tensor) -> Tensor:
     """Return the logarithm of the length of the change vector, of each 10 m pixel and of its surroundings of 60 m.
 
@@ -204,8 +245,22 @@ def _sums() -> tuple[Tensor, Tensor]:
 _SUMS = _sums()
 
 
-def cost(net: ChangeNet) -> dict[str, float]:
+def network_of(weights: Mapping[str, Tensor], *, norm: bool = False) -> ChangeNet | Committee:
+    """Return the network that has these weights, as its `state_dict` gives them.
+
+    Raises RuntimeError if they fit neither a `ChangeNet` nor a `Committee` of such.
+    """
+    members = {name.split(".")[1] for name in weights if name.startswith("members.")}
+    network = Committee(ChangeNet(norm=norm) for _ in members) if members else ChangeNet(norm=norm)
+    network.load_state_dict(dict(weights))
+    return network.eval()
+
+
+def cost(net: ChangeNet | Committee) -> dict[str, float]:
     """Return the arithmetic per 10 m pixel [FLOP, a multiply-add is 2] of `encode` and `decode`, and `parameters`."""
+    if isinstance(net, Committee):
+        costs = [cost(member) for member in net.networks]
+        return {what: sum(part[what] for part in costs) for what in costs[0]}
     total = {"encode": 0.0, "decode": 0.0}
     for name, conv in net.named_modules():
         if not isinstance(conv, nn.Conv2d):

@@ -19,7 +19,7 @@ from torch import Tensor
 from s2cd.errors import ModelError
 from s2cd.model import normalise
 from s2cd.model.device import Engine, choose_device
-from s2cd.model.network import FINE_BANDS, HALO, REACH, STRIDE, ChangeNet, Features
+from s2cd.model.network import FINE_BANDS, HALO, REACH, STRIDE, ChangeNet, Committee, Features, network_of
 
 BANDS = ("blue", "green", "red", "nir", "nir08", "swir16", "swir22")
 WEIGHTS = Path(__file__).parent / "weights"
@@ -219,16 +219,13 @@ def _load(name: str, device: torch.device) -> Model:
     )
 
 
-def _network(name: str, data: bytes) -> ChangeNet:
+def _network(name: str, data: bytes) -> ChangeNet | Committee:
     try:
-        weights = load_tensors(data)
-        network = ChangeNet()
-        network.load_state_dict(weights)
+        network = network_of(load_tensors(data))
     except (SafetensorError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"weights of model {name!r} are damaged or of another version: {reason}") from None
-    network.eval().requires_grad_(False)
-    return network
+    return network.requires_grad_(False)
 
 
 def read_json(path: Path) -> dict[str, Any]:

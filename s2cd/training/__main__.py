@@ -120,7 +120,7 @@ def _reports(
 @click.argument("name")
 @click.option(
     "--run", "shipped", type=click.Path(exists=True, path_type=Path), multiple=True, required=True,
-    help="The run to ship; of several the mean of their weights.",
+    help="The run to ship; of several with one start the mean of their weights, of others a committee.",
 )  # fmt: skip
 @click.option("--runs", multiple=True, type=click.Path(exists=True, path_type=Path), help="Runs of the folds.")
 @click.option(

@@ -13,10 +13,11 @@ from scipy.special import logit
 
 from s2cd.errors import ModelError
 from s2cd.model import Model
-from s2cd.model.network import ChangeNet, cost
+from s2cd.model.network import Committee, cost
 from s2cd.training.data import City
+from s2cd.training.fcsiam import FCSiamDiff
 from s2cd.training.robustness import f1_under, false_change
-from s2cd.training.runs import NETWORKS, Run, as_model, averaged, cross_validate
+from s2cd.training.runs import NETWORKS, Run, as_model, combined, cross_validate
 from s2cd.training.scoring import Report, predictor, score
 
 CHANGED = 0.025  # share of pixels of two dates one to three years apart that are expected to have changed
@@ -38,20 +39,20 @@ SUMMARY = {
 
 
 def publish(name: str, runs: list[Run], folds: list[Run], cities: list[City], folder: Path) -> dict[str, Any]:
-    """Write the mean weights of `runs` and their card to `folder` and return the card.
+    """Write the network of `runs` (see `combined`) and its card to `folder` and return the card.
 
     With `folds`, scores are those of cross-validation, and the calibration that it gives goes into the weights;
     without, `runs` have seen no labels and are calibrated without them. Disturbances are tried on every third city.
 
     Raises ModelError for runs of a network that is only there for comparison.
     """
-    net = averaged(runs)
-    if not isinstance(net, ChangeNet):
+    net = combined(runs)
+    if isinstance(net, FCSiamDiff):
         raise ModelError(f"{runs[0].path.name}: found network {runs[0].kind!r}, expected {NETWORKS[0]!r} to be shipped")
     if folds:
         raw, report, (threshold, temperature) = cross_validate(folds, cities)
         protocol = (
-            f"leave-cities-out cross-validation, {len({run.held_out for run in folds})} folds, mean weights of "
+            f"leave-cities-out cross-validation, {len({run.held_out for run in folds})} folds, "
             f"{len(folds)} runs in all: labels of a city never reach the network that is "
             "scored on it (the network they start from saw its pixels, without labels); threshold and temperature "
             "from the cities of the other folds"
@@ -64,12 +65,13 @@ def publish(name: str, runs: list[Run], folds: list[Run], cities: list[City], fo
             "the weights of the pool were chosen by F1 on these cities; best F1 picks the threshold on their labels too"
         )
     model = as_model(net, name, threshold, temperature)
+    number = f"mean of {len(net.members)}: " if isinstance(net, Committee) else ""
     card: dict[str, Any] = {"name": name, **SUMMARY.get(name, {})}
     card |= {
-        "architecture": "siamese U-Net, absolute difference at every scale, 20 m grid inside",
+        "architecture": f"{number}siamese U-Net, absolute difference at every scale, 20 m grid inside",
         "framework_version": torch.__version__.split("+")[0],
         "cost": cost(net.folded()),
-        "training": json.loads((runs[0].path / "run.json").read_text()) | {"runs_averaged": len(runs)},
+        "training": [json.loads((run.path / "run.json").read_text()) for run in runs],
         "calibration": {"threshold_logit": round(threshold, 4), "temperature": round(temperature, 4)},
         "scores": scores(report, protocol) | {"pooled_uncalibrated": raw.pooled.scores().rounded()},
         "disturbed": [city.name for city in cities[::3]],

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from s2cd.errors import ConfigError
 from s2cd.model.device import Engine
-from s2cd.model.network import HALO, STRIDE, ChangeNet
+from s2cd.model.network import HALO, STRIDE, ChangeNet, Committee, network_of
 from s2cd.model.registry import WEIGHTS, Model, list_models
 from s2cd.training.data import City, Image, load_cities, load_series
 from s2cd.training.fcsiam import FCSiamDiff
@@ -27,8 +27,9 @@ from s2cd.training.simulated import URBAN_KINDS, Place, SimulatedSampler
 FOLD_SEED = 4
 NETWORKS = ("s2cd", "fc-siam-diff")
 POOL = (3.0, 6.0)  # weights of the background and of the magnitude beside a network trained without labels
+HALF_POOL = (POOL[0] / 2, POOL[1] / 2)  # beside one that learns from labels what they leave open; calibrated alike
 
-Trainable = ChangeNet | FCSiamDiff
+Trainable = ChangeNet | Committee | FCSiamDiff
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Run:
     """A finished training: `held_out` are the cities whose labels and pixels it did not see.
 
     `norm` tells whether its network still has batch normalisation, `labels` whether it was trained on labels, `kind`
-    which of NETWORKS it is.
+    which of NETWORKS it is, `start` whose weights it started from, None for random ones.
     """
 
     path: Path
@@ -44,13 +45,15 @@ class Run:
     norm: bool
     labels: bool
     kind: str
+    start: str | None
 
     @classmethod
     def open(cls, path: Path) -> Run:
         """Read the run at `path`."""
         described = json.loads((path / "run.json").read_text())
         held_out = tuple(described["held_out"])
-        return cls(path, held_out, described["norm"], described["labels"], described["network"])
+        figures = (described[name] for name in ("norm", "labels", "network", "start"))
+        return cls(path, held_out, *figures)
 
     def network(self) -> Trainable:
         """Return the trained network as it is."""
@@ -58,9 +61,29 @@ class Run:
 
     def loaded(self, state: dict[str, Tensor]) -> Trainable:
         """Return a network of this run's kind with these weights."""
-        net = _fresh(self.kind, norm=self.norm)
+        if self.kind == NETWORKS[0]:
+            return network_of(state, norm=self.norm)
+        net = FCSiamDiff()
         net.load_state_dict(state)
         return net.eval()
+
+
+def combined(runs: list[Run]) -> Trainable:
+    """Return the network of several runs: mean weights of those that started from the same ones, a committee of these.
+
+    Raises ConfigError for a committee with networks other than `ChangeNet`.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.start or str(run.path), []).append(run)
+    members = [averaged(group) for group in groups.values()]
+    if len(members) == 1:
+        return members[0]
+    for group, member in zip(groups.values(), members, strict=True):
+        if not isinstance(member, ChangeNet):
+            kind = group[0].kind if isinstance(member, FCSiamDiff) else "committee"
+            raise ConfigError(f"{group[0].path.name}: found a {kind}, expected single networks {NETWORKS[0]!r}")
+    return Committee(member for member in members if isinstance(member, ChangeNet))
 
 
 def averaged(runs: list[Run]) -> Trainable:
@@ -72,10 +95,6 @@ def averaged(runs: list[Run]) -> Trainable:
     mean = {k: sum(s[k] for s in states) / len(states) if v.is_floating_point() else v for k, v in states[0].items()}
     net = runs[0].loaded(mean)
     return net.pool(*POOL) if isinstance(net, ChangeNet) and not runs[0].labels else net
-
-
-def _fresh(kind: str, *, norm: bool = True) -> Trainable:
-    return FCSiamDiff() if kind == "fc-siam-diff" else ChangeNet(norm=norm)
 
 
 def as_model(net: Trainable, name: str, threshold: float = 0.0, temperature: float = 1.0) -> Model:
@@ -124,7 +143,7 @@ def train(
     quiet = [images for root in series for images in load_series(root).values() if len(images) > 1]
     sampler = _labelled(cities, quiet, size, simulated) if labels else _simulated(cities, quiet, size)
     torch.manual_seed(plan.seed)
-    net = _first(start, kind)
+    net = _first(start, kind, labels=labels)
     first = {name: value.clone() for name, value in net.state_dict().items()}
     trained = fit(net, sampler, plan, out, device=device).state_dict()
     mixed = {k: v.lerp(first[k], 1 - blend) if v.is_floating_point() else v for k, v in trained.items()}
@@ -137,13 +156,15 @@ def train(
     return Run.open(out)
 
 
-def _first(start: str | None, kind: str) -> Trainable:
+def _first(start: str | None, kind: str, *, labels: bool) -> Trainable:
     """Return the network that training starts from; a shipped one has its normalisation folded and its calibration."""
     if start in list_models():
-        net = ChangeNet(norm=False)
-        net.load_state_dict(load_file(WEIGHTS / f"{start}.safetensors"))
-        return net
-    return Run.open(Path(start)).network() if start else _fresh(kind)
+        return network_of(load_file(WEIGHTS / f"{start}.safetensors"))
+    if start:
+        return Run.open(Path(start)).network()
+    if kind != NETWORKS[0]:
+        return FCSiamDiff()
+    return ChangeNet(norm=True).pool(*HALF_POOL) if labels else ChangeNet(norm=True)
 
 
 def _has_norm(net: Trainable) -> bool:
@@ -168,7 +189,7 @@ def _simulated(cities: list[City], quiet: list[list[Image]], size: int) -> Sampl
 def cross_validate(
     runs: list[Run], cities: list[City], pictures: Path | None = None
 ) -> tuple[Report, Report, tuple[float, float]]:
-    """Score each city by the runs that held it out; several of one fold are averaged.
+    """Score each city by the runs that held it out, several of one fold together (`combined`).
 
     Returns the report as trained; the report after calibration, where the threshold and temperature for the cities of
     one run come from the cities of the other runs; and (threshold, temperature) over all, for the final model.
@@ -181,7 +202,7 @@ def cross_validate(
     if len(folds) < 2:
         raise ConfigError(f"--runs: found {len(folds)} fold ({', '.join(folds[0])} held out), expected at least 2")
     for held_out in folds:
-        predict = predictor(as_model(averaged([run for run in runs if run.held_out == held_out]), "fold"))
+        predict = predictor(as_model(combined([run for run in runs if run.held_out == held_out]), "fold"))
         for city in cities:
             if city.name in held_out:
                 maps[city.name] = predict(city)
