@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from s2cd.catalog import freeze, load_scenes, scene_from_item, scene_rows, scene_to_item, search
 from s2cd.catalog.filters import check_bbox, intersects, parse_interval
+from s2cd.catalog.frozen import BATCH
 from s2cd.errors import CatalogError, ConfigError, NoScenesError, OutputError, S2cdWarning
 
 
@@ -131,6 +133,16 @@ def test_frozen_search_is_equal_to_the_bit(shared_data: Path, tmp_path: Path, na
     freeze(scenes, tmp_path / "scenes.parquet")
     assert search(tmp_path / "scenes.parquet") == scenes
     assert [p.name for p in tmp_path.iterdir()] == ["scenes.parquet"]
+
+
+def test_frozen_batches_keep_what_only_one_scene_has(shared_data: Path, tmp_path: Path) -> None:
+    first, *_ = load_scenes(shared_data / "flanders")
+    late = first.time + timedelta(days=1)
+    scenes = [replace(first, id=f"{n:04d}", cloud_cover=10, processed=None) for n in range(2 * BATCH + 1)]
+    cloud = replace(first.assets["scl"], band="cloud")
+    scenes[-1] = replace(scenes[-1], assets={**first.assets, "cloud": cloud}, cloud_cover=10.25, processed=late)
+    freeze(scenes, tmp_path / "scenes.parquet")
+    assert search(tmp_path / "scenes.parquet") == scenes
 
 
 def test_item_round_trip(shared_data: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from os import PathLike, fspath
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +22,7 @@ from s2cd.catalog.static import fetch, is_url
 from s2cd.errors import CatalogError, NoScenesError, OutputError
 
 PART_OF, EDITION_OF = "s2cd:part_of", "s2cd:edition_of"
+BATCH = 250  # items written at a time: those of a continent are gigabytes
 
 
 def freeze(scenes: Iterable[Scene], path: str | PathLike[str]) -> None:
@@ -26,18 +30,52 @@ def freeze(scenes: Iterable[Scene], path: str | PathLike[str]) -> None:
 
     Raises NoScenesError without scenes and OutputError if the file cannot be written.
     """
-    items = [item for scene in scenes for item in _items(scene)]
-    if not items:
+    scenes = tuple(scenes)
+    if not scenes:
         raise NoScenesError(f"{fspath(path)}: no scenes to freeze, expected at least one")
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial.parquet")
     try:
-        rustac.write_sync(str(partial), items)
+        with ThreadPoolExecutor(1) as thread:  # a notebook has an event loop of its own
+            thread.submit(asyncio.run, _write(scenes, str(partial))).result()
         partial.replace(target)
     except (OSError, rustac.RustacError) as error:
         with suppress(OSError):
             partial.unlink()
         raise OutputError(f"{target}: cannot be written: {error}") from error
+
+
+async def _write(scenes: Sequence[Scene], path: str) -> None:
+    """Write the items of `scenes`; columns and their types follow from the first batch, so that must show them all."""
+    examples = _examples(_all_items(scenes))
+    rest = (item for number, item in enumerate(_all_items(scenes)) if number not in examples)
+    async with rustac.geoparquet_writer(list(examples.values()), path) as writer:
+        while batch := list(islice(rest, BATCH)):
+            await writer.write(batch)
+
+
+def _examples(items: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Return, by their number, items that between them have every field of all `items` in every type."""
+    known: set[tuple[Any, ...]] = set()
+    examples = {}
+    for number, item in enumerate(items):
+        fields = set(_fields({name: part for name, part in item.items() if name != "geometry"}))
+        if not fields <= known:
+            known |= fields
+            examples[number] = item
+    return examples
+
+
+def _fields(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path and the type of every value in a JSON document."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _fields(part, (*path, name))
+    elif isinstance(value, list):
+        for part in value:
+            yield from _fields(part, (*path, "[]"))
+    else:
+        yield (*path, type(value))
 
 
 def read_frozen(path: str | PathLike[str]) -> list[Scene]:
@@ -82,6 +120,10 @@ def _read(source: str) -> dict[str, Any]:
         copy = Path(folder) / "items.parquet"
         copy.write_bytes(fetch(source))
         return rustac.read_sync(str(copy))
+
+
+def _all_items(scenes: Iterable[Scene]) -> Iterator[dict[str, Any]]:
+    return (item for scene in scenes for item in _items(scene))
 
 
 def _items(scene: Scene) -> list[dict[str, Any]]:
