@@ -184,9 +184,9 @@ def describe(runs: list[dict[str, Any]]) -> str:
     """Say what runs of the simulation mean, in Markdown."""
     node = Node(**runs[0]["node"])
     rate, bound = node.pairs_per_hour()
-    worst = max(runs, key=lambda r: r["pairs"])
-    central = 3.6e6 / max(worst["scheduler_cpu_ms_per_pair"], worst["driver_cpu_ms_per_pair"])
-    name = "scheduler" if worst["scheduler_cpu_ms_per_pair"] >= worst["driver_cpu_ms_per_pair"] else "driver"
+    widest, longest = (max(runs, key=lambda r: r[what]) for what in ("nodes", "pairs"))
+    central = 3.6e6 / max(widest["scheduler_cpu_ms_per_pair"], widest["driver_cpu_ms_per_pair"])
+    name = "scheduler" if widest["scheduler_cpu_ms_per_pair"] >= widest["driver_cpu_ms_per_pair"] else "driver"
     lines = [
         f"A node: {node.cores} cores; a full tile takes {node.read:.1f} core-s to read and decode a date and "
         f"{node.encode:.1f} core-s to encode a map (measured), {node.network:g} s of the device a pair (assumed): "
@@ -214,8 +214,9 @@ def describe(runs: list[dict[str, Any]]) -> str:
             f"{r['busy']:.0%}",
         )
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Memory while it runs, MB:", "", "| fields of view | driver | scheduler |", "|---|---|---|"]
-    rows = worst["memory"]
+    lines += ["", f"Memory while {longest['tiles']} tiles run, MB:", ""]
+    lines += ["| fields of view | driver | scheduler |", "|---|---|---|"]
+    rows = longest["memory"]
     for row in rows[:: max(1, len(rows) // 8)]:
         lines.append(f"| {row['fields']:.0f} | {row['driver_mb']:.0f} | {row['scheduler_mb']:.0f} |")
     return "\n".join(lines)

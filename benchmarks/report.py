@@ -107,13 +107,21 @@ def table(parts: Parts, *, all_rows: bool = False) -> str:
 
 
 def latest(results: Path) -> tuple[Parts, dict[str, dict[str, Any]]]:
-    """Return the newest recording of each part at full size, and the document that each came from."""
-    parts, origins = {}, {}
+    """Return the newest recording of each part, of Europe's of each size, and the document that each came from."""
+    parts: Parts = {}
+    origins = {}
     for path in sorted(results.glob("*.json")):
         document = json.loads(path.read_text())
         for name, part in document["parts"].items():
-            parts[name], origins[name] = part, {**document, "file": path.name}
+            before = parts.get(name, {})
+            parts[name] = _with_runs(before, part) if name == "europe" else part
+            origins[name] = {**document, "file": path.name}
     return parts, origins
+
+
+def _with_runs(before: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    runs = [*before.get("runs", []), *part["runs"]]
+    return {"runs": list({(run["tiles"], run["nodes"]): run for run in runs}.values())}
 
 
 def write_report(results: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from benchmarks import europe, suite
 from benchmarks.__main__ import main
 from benchmarks.data import prepare, repeated
-from benchmarks.report import NOT_MEASURED, table
+from benchmarks.report import NOT_MEASURED, latest, table
 from s2cd.pairs import consecutive_pairs
 
 TINY = {"size": 512, "dates": 3}
@@ -116,3 +116,18 @@ def test_europe_draws_about_100_000_pairs_and_its_tasks_run():
     result = europe.simulate(1, 2, europe.Node(cores=4), motion=0.0005)
     assert result["pairs"] > 10
     assert result["memory"][0]["driver_mb"] > 0
+
+
+def test_the_report_keeps_the_newest_run_of_europe_of_each_size(tmp_path):
+    def record(day, **changes):
+        run = {"tiles": 2, "nodes": 4, "pairs": 50, "scheduler_cpu_ms_per_pair": 8.0, **changes}
+        part = {"europe": {"runs": [run]}}
+        (tmp_path / f"2026010{day}-europe.json").write_text(json.dumps({"date": f"2026-01-0{day}", "parts": part}))
+
+    record(1)
+    record(2, nodes=64, scheduler_cpu_ms_per_pair=20.0)
+    record(3, scheduler_cpu_ms_per_pair=9.0)
+    parts, origins = latest(tmp_path)
+    found = {(run["tiles"], run["nodes"]): run["scheduler_cpu_ms_per_pair"] for run in parts["europe"]["runs"]}
+    assert found == {(2, 4): 9.0, (2, 64): 20.0}
+    assert origins["europe"]["date"] == "2026-01-03"
