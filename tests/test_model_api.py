@@ -12,11 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from s2cd.errors import ModelError
 from s2cd.model import BANDS, list_models, load_model, normalise, registry
 from s2cd.model.device import fast_bfloat16
-from s2cd.model.network import HALO, INPUTS, REACH, STRIDE, ChangeNet, cost
+from s2cd.model.network import HALO, INPUTS, REACH, STRIDE, ChangeNet, cost, network_of
 
 
 def ground(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
@@ -131,11 +132,16 @@ def test_a_distant_pixel_has_no_influence(model):
     assert moved[160 + HALO + 1 :].max() == 0
 
 
-def test_cost_is_within_the_budget():
-    found = cost(ChangeNet())
-    assert 2 * found["encode"] + found["decode"] <= 36_000
-    assert found["encode"] + found["decode"] <= 20_000
+def shipped_cost(name: str) -> dict[str, float]:
+    return cost(network_of(load_file(registry.WEIGHTS / f"{name}.safetensors")))
+
+
+@pytest.mark.parametrize(("name", "flop"), [("generic", 20_000), ("urban", 40_000)])
+def test_cost_is_within_the_budget(name, flop):
+    found = shipped_cost(name)
+    assert 2 * found["encode"] + found["decode"] <= flop
     assert found["parameters"] <= 2_000_000
+    assert found == load_model(name, device="cpu").card["cost"]
     assert HALO <= 64
     assert HALO % STRIDE == 0
 
@@ -187,7 +193,7 @@ def test_mlm_metadata_states_bands_and_shapes(model):
     found = model.mlm()
     assert found["mlm:name"] == model.name
     assert [i["bands"] for i in found["mlm:input"]] == [list(BANDS)] * 2
-    assert found["mlm:total_parameters"] == cost(ChangeNet())["parameters"]
+    assert found["mlm:total_parameters"] == shipped_cost(model.name)["parameters"]
 
 
 @pytest.fixture
