@@ -15,7 +15,8 @@ from scipy.special import logit
 
 from s2cd.errors import CatalogError, ConfigError, ModelError
 from s2cd.model import BANDS, load_model
-from s2cd.model.network import cost, network_of
+from s2cd.model.network import ChangeNet, Committee, cost, network_of
+from s2cd.model.registry import WEIGHTS
 from s2cd.training.__main__ import main
 from s2cd.training.baselines import BASELINES
 from s2cd.training.cards import publish
@@ -142,7 +143,6 @@ def test_a_resumed_run_goes_on_where_it_was(catalogue, tmp_path):
 
 
 def _interrupted(catalogue: Path, out: Path, plan: Plan) -> None:
-    from s2cd.model.network import ChangeNet
     from s2cd.training.fitting import fit
 
     class Stopping(LabelledSampler):
@@ -200,6 +200,10 @@ def test_the_network_compared_with_is_trained_by_the_same_command_and_not_shippe
     assert "expected one of the two" in result.output
 
 
+def load_network(name: str) -> Committee | ChangeNet:
+    return network_of(load_file(WEIGHTS / f"{name}.safetensors"))
+
+
 def test_runs_of_one_start_are_averaged_and_others_form_a_committee(catalogue, tmp_path):
     small = {"steps": 2, "batch_size": 2}
     tuned = [
@@ -223,6 +227,10 @@ def test_runs_of_one_start_are_averaged_and_others_form_a_committee(catalogue, t
     siam = train(catalogue, tmp_path / "siam", Plan(**small), labels=True, size=64, kind="fc-siam-diff")
     with pytest.raises(ConfigError, match="siam: found a fc-siam-diff, expected single networks 's2cd'"):
         combined([fresh, siam])
+    again = train(catalogue, tmp_path / "again", Plan(**small, rate=1e-6), labels=True, size=64, start="urban")
+    assert np.abs(logits(combined([again])) - logits(load_network("urban"))).max() < 0.1
+    with pytest.raises(ConfigError, match="again: found a committee, expected single networks 's2cd'"):
+        combined([fresh, again])
 
 
 def test_folds_hold_out_each_city_once():
