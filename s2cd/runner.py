@@ -14,13 +14,14 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 from uuid import uuid4
 
+import dask
 from dask.highlevelgraph import HighLevelGraph
 from dask.typing import Key
 from distributed import Client, Future, wait
@@ -247,7 +248,9 @@ class _Submission:
         graph, maps = _unit_graph(unit, self.context)
         # As a layer: of a plain dictionary Dask would hash every argument of every task.
         layer = HighLevelGraph({str(maps[0]): graph}, {str(maps[0]): set()})
-        futures = self.client.get(layer, maps, sync=False, workers=unit.place, allow_other_workers=True)
+        workers = [unit.place] if unit.place else sorted(self.client.nthreads())
+        with dask.annotate(workers=places(graph, maps, workers).get, allow_other_workers=True):
+            futures = self.client.get(layer, maps, sync=False)
         self.pending.update(zip(futures, ((unit, pair) for pair in unit.pairs), strict=True))
 
     def _collect(self) -> None:
@@ -303,7 +306,7 @@ class _Submission:
     def _least_loaded(self, unit: _Unit) -> str | None:
         """Return the worker with the fewest units: chunks of one unit share decoded blocks, and maps gather chunks.
 
-        Idle workers still take tasks from it. None, for any worker, where there are fewer units than workers.
+        Idle workers still take tasks from it. None, for all workers, where there are fewer units than workers.
         """
         workers = self.client.nthreads()
         if self.steps / (unit.sizes.dates - 1) < len(workers):
@@ -333,6 +336,19 @@ def _unit_graph(unit: _Unit, context: _Context) -> tuple[dict[Key, Any], list[Ke
         write = partial(write_pair, position=position, pair=pair, grid=grid, ref=context.ref, config=config)
         graph[key] = (write, blocks)
     return graph, maps
+
+
+def places(graph: Iterable[Key], maps: Sequence[Key], workers: Sequence[str]) -> dict[Key, Sequence[str]]:
+    """Return the worker of each task: a run of neighbouring chunks, which share blocks, for each; maps in turn.
+
+    Without any worker, as when batch jobs wait for work, the tasks have no place.
+    """
+    if not workers:
+        return dict.fromkeys(graph, ())
+    chunks = [key for key in graph if key not in maps]
+    turns = {key: i * len(workers) // len(chunks) for i, key in enumerate(chunks)}
+    turns |= {key: i % len(workers) for i, key in enumerate(maps)}
+    return {key: (workers[turn],) for key, turn in turns.items()}
 
 
 def _checked(pair: Pair, surveys: dict[str, Survey], strict: bool) -> Pair:

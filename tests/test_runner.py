@@ -6,6 +6,7 @@ import json
 import warnings
 from collections import defaultdict
 from dataclasses import replace
+from itertools import pairwise
 
 import dask
 import numpy as np
@@ -19,7 +20,7 @@ from s2cd.catalog import freeze
 from s2cd.errors import ConfigError, NoScenesError, OutputError, S2cdError, S2cdWarning
 from s2cd.outputs import validate
 from s2cd.plan import describe_plan, make_plan
-from s2cd.runner import run
+from s2cd.runner import places, run
 from s2cd.simulate import simulate
 
 
@@ -59,7 +60,7 @@ def test_invariant_6_a_rerun_does_nothing_and_goes_on_where_it_stopped(make_seri
 
 
 @pytest.mark.parametrize(("dates", "together"), [(7, True), (3, False)])
-def test_a_series_goes_to_one_worker_where_there_are_enough_of_them(make_series, config, dates, together):
+def test_a_series_goes_to_one_worker_or_each_gets_neighbouring_chunks(make_series, config, dates, together):
     scenes = make_series(dates=dates)
     config = config.model_copy(update={"chunk": 64, "dates_per_task": 3})
     with (
@@ -68,14 +69,18 @@ def test_a_series_goes_to_one_worker_where_there_are_enough_of_them(make_series,
         get_task_stream(two) as stream,
     ):
         assert run(config, two, scenes=scenes).ok
-    workers = defaultdict(set)
-    for task in stream.data:
-        name = str(task["key"]).split("'")[1:2]
+    workers = defaultdict(list)
+    for name, place in sorted((str(task["key"]).split("'")[1::2], task["worker"]) for task in stream.data):
         if name and name[0].startswith("infer_block"):
-            workers[name[0]].add(task["worker"])
+            workers[name[0]].append(place)
     assert len(workers) == (dates - 1) // 2
-    assert all((len(found) == 1) == together for found in workers.values())
-    assert len(set.union(*workers.values())) == 2
+    changes = [sum(a != b for a, b in pairwise(found)) for found in workers.values()]
+    assert changes == ([0, 0, 0] if together else [1])
+    assert len(set().union(*workers.values())) == 2
+
+
+def test_tasks_have_no_place_while_there_are_no_workers():
+    assert places({"chunk": 0, "map": 0}, ["map"], []) == {"chunk": (), "map": ()}
 
 
 def test_outputs_are_maps_items_quicklooks_and_a_catalogue(make_series, config, client, tmp_path):
