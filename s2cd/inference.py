@@ -147,9 +147,12 @@ def change_blocks(
     )
     tiling = Tiling(grid.shape, chunk, _halo(network, mask, series.dates))
     infer = partial(_infer_block, series=series, tiling=tiling, mask=mask, ref=ref, reasons=reasons)
-    name, (rows, cols) = f"infer_block-{uuid4().hex}", tiling.blocks
-    # Dask works equal tasks in the order of their keys as text: row by row, so that few decoded blocks are kept.
-    keys: list[list[Key]] = [[(name, f"{row:04d}", f"{col:04d}") for col in range(cols)] for row in range(rows)]
+    number, (rows, cols) = uuid4().hex, tiling.blocks
+    # Dask works equal tasks in the order of their keys as text: row by row, so that few decoded blocks are kept. It
+    # keeps a record of every first part of a key for good: the same for all units, or the scheduler's memory grows.
+    keys: list[list[Key]] = [
+        [("infer_block", number, f"{row:04d}", f"{col:04d}") for col in range(cols)] for row in range(rows)
+    ]
     return {keys[row][col]: (infer, row, col) for row in range(rows) for col in range(cols)}, keys
 
 

@@ -330,8 +330,8 @@ def _unit_graph(unit: _Unit, context: _Context) -> tuple[dict[Key, Any], list[Ke
     graph, blocks = change_blocks(
         unit.pairs, unit.surveys, context.ref, context.mask, unit.sizes.chunk, reasons=config.validity
     )
-    name = f"write_pair-{uuid4().hex}"
-    maps: list[Key] = [(name, position) for position in range(len(unit.pairs))]
+    number = uuid4().hex
+    maps: list[Key] = [("write_pair", number, position) for position in range(len(unit.pairs))]
     for position, (key, pair) in enumerate(zip(maps, unit.pairs, strict=True)):
         write = partial(write_pair, position=position, pair=pair, grid=grid, ref=context.ref, config=config)
         graph[key] = (write, blocks)

@@ -70,13 +70,21 @@ def test_a_series_goes_to_one_worker_or_each_gets_neighbouring_chunks(make_serie
     ):
         assert run(config, two, scenes=scenes).ok
     workers = defaultdict(list)
-    for name, place in sorted((str(task["key"]).split("'")[1::2], task["worker"]) for task in stream.data):
-        if name and name[0].startswith("infer_block"):
-            workers[name[0]].append(place)
+    tasks = sorted((task["key"], task["worker"]) for task in stream.data if task["key"][0] == "infer_block")
+    for (_, unit, *_), place in tasks:
+        workers[unit].append(place)
     assert len(workers) == (dates - 1) // 2
     changes = [sum(a != b for a, b in pairwise(found)) for found in workers.values()]
     assert changes == ([0, 0, 0] if together else [1])
     assert len(set().union(*workers.values())) == 2
+
+
+def test_the_scheduler_keeps_no_record_of_each_unit(make_series, config, client):
+    config = config.model_copy(update={"chunk": 64, "dates_per_task": 3})
+    assert run(config, client, scenes=make_series(dates=7)).ok
+    spans = client.cluster.scheduler.extensions["spans"].spans.values()
+    kept = {group.name for span in spans for group in span.groups}
+    assert {"infer_block", "write_pair", "survey_scene"} == {name for name in kept if "_" in name}
 
 
 def test_tasks_have_no_place_while_there_are_no_workers():
