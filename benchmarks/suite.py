@@ -34,7 +34,7 @@ class Settings:
     size: int = 10980
     dates: int = 6
     source: str = "auto"
-    small: int = 1830
+    small: int = 3660
     scaling_size: int = 10980
 
     def series(self, **changes: Any) -> dict[str, Any]:
