@@ -213,7 +213,7 @@ def test_runs_of_one_start_are_averaged_and_others_form_a_committee(catalogue, t
     fresh = train(catalogue, tmp_path / "fresh", Plan(**small), labels=True, size=64)
     city = load_cities(catalogue)[0]
 
-    def logits(net) -> np.ndarray:  # type: ignore[no-untyped-def]
+    def logits(net: Committee | ChangeNet) -> np.ndarray:
         return logit(as_model(net, "x").predict(city.before.reflectance, city.after.reflectance).astype(np.float64))
 
     net = combined([*tuned, fresh])
