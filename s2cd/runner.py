@@ -182,7 +182,7 @@ class _Submission:
         try:
             with _noted_interrupts(self.interrupted):
                 for unit in self._units():
-                    while len(self._units_under_way()) >= self._limit():
+                    while len(self._units_under_way()) >= units_at_a_time(self.client.nthreads().values()):
                         self._collect()
                     self._submit(unit)
                 while self.pending:
@@ -192,12 +192,12 @@ class _Submission:
             raise
 
     def _units(self) -> Iterator[_Unit]:
-        """Yield work field by field; the next field is surveyed while this one is computed."""
+        """Yield work field by field; the next one, on many workers the next few, are surveyed while it is computed."""
         ahead: deque[tuple[FieldOfView, list[Future]]] = deque()
         for done, view in enumerate(self.plan.fields):
             ahead.append((view, self._survey(view.scenes)))
             self.progress("survey", done, len(self.plan.fields))
-            if len(ahead) > 1:
+            if len(ahead) > 1 + len(self.client.nthreads()) // 8:
                 yield from self._units_of(*ahead.popleft())
         while ahead:
             yield from self._units_of(*ahead.popleft())
@@ -314,10 +314,6 @@ class _Submission:
         units = Counter(other.place for other in self._units_under_way())
         return min(workers, key=lambda worker: units[worker], default=None)
 
-    def _limit(self) -> int:
-        """One unit a worker and one to follow: workers stay busy, memory stays bounded."""
-        return len(self.client.nthreads()) + 1
-
 
 def _unit_graph(unit: _Unit, context: _Context) -> tuple[dict[Key, Any], list[Key]]:
     """One map a pair; the chunks that several pairs share are computed once.
@@ -336,6 +332,14 @@ def _unit_graph(unit: _Unit, context: _Context) -> tuple[dict[Key, Any], list[Ke
         write = partial(write_pair, position=position, pair=pair, grid=grid, ref=context.ref, config=config)
         graph[key] = (write, blocks)
     return graph, maps
+
+
+def units_at_a_time(threads: Iterable[int]) -> int:
+    """Return how many units keep workers of so many threads busy, and no more, for each holds memory.
+
+    While the last chunks and the maps of a unit leave threads idle the next one runs; on many threads two do.
+    """
+    return max(1, sum(1 + -(-count // 8) for count in threads))
 
 
 def places(graph: Iterable[Key], maps: Sequence[Key], workers: Sequence[str]) -> dict[Key, Sequence[str]]:

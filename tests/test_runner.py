@@ -20,7 +20,7 @@ from s2cd.catalog import freeze
 from s2cd.errors import ConfigError, NoScenesError, OutputError, S2cdError, S2cdWarning
 from s2cd.outputs import validate
 from s2cd.plan import describe_plan, make_plan
-from s2cd.runner import places, run
+from s2cd.runner import places, run, units_at_a_time
 from s2cd.simulate import simulate
 
 
@@ -85,6 +85,11 @@ def test_the_scheduler_keeps_no_record_of_each_unit(make_series, config, client)
     spans = client.cluster.scheduler.extensions["spans"].spans.values()
     kept = {group.name for span in spans for group in span.groups}
     assert {"infer_block", "write_pair", "survey_scene"} == {name for name in kept if "_" in name}
+
+
+@pytest.mark.parametrize(("threads", "units"), [([], 1), ([2], 2), ([1, 1], 4), ([16] * 8, 24)])
+def test_workers_of_many_threads_get_more_units(threads, units):
+    assert units_at_a_time(threads) == units
 
 
 def test_tasks_have_no_place_while_there_are_no_workers():
