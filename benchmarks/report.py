@@ -120,6 +120,7 @@ def latest(results: Path) -> tuple[Parts, dict[str, dict[str, Any]]]:
 
 
 def _with_runs(before: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """Return the runs of both, the newer one of each number of tiles and nodes."""
     runs = [*before.get("runs", []), *part["runs"]]
     return {"runs": list({(run["tiles"], run["nodes"]): run for run in runs}.values())}
 

@@ -33,7 +33,8 @@ SUMMARY = {
         "summary": "Urban change: new buildings, roads and building sites, as OSCD labels it.",
         "licence": "CC-BY-NC-SA-4.0",
         "data": "The 14 training pairs of the Onera Satellite Change Detection dataset with their labels "
-        "(Daudt et al., IGARSS 2018; labels CC BY-NC-SA). Contains modified Copernicus Sentinel data 2015-2018.",
+        "(Daudt et al., IGARSS 2018; labels CC BY-NC-SA), and two Flanders series without labels. "
+        "Contains modified Copernicus Sentinel data 2015-2018.",
     },
 }
 
