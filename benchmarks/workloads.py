@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import rasterio
@@ -17,6 +17,11 @@ import s2cd
 from benchmarks import data as prepared
 from benchmarks import trace
 from s2cd.catalog.scene import Scene
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from s2cd.model import Model
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -46,18 +51,21 @@ def engine(
     options: dict[str, Any] | None = None,
     traced: bool = True,
 ) -> dict[str, Any]:
-    """`s2cd.run` on a local cluster, started before the clock."""
+    """`s2cd.run` on a local cluster; libraries, cluster and model are loaded before the clock, as for the peers."""
     from distributed import get_task_stream
+
+    from s2cd.runner import run
 
     data = _scenes(folder, size, dates, source, tiles)
     shutil.rmtree(out, ignore_errors=True)
     config = s2cd.RunConfig(catalog="given", out=out, quicklook=True, **(options or {}))
     with s2cd.cluster(local_profile(processes, threads)) as client:
+        _load_model(client)
         found = client.run(trace.install) if traced else {}
         cpu = sum(client.run(time.process_time).values())
         with get_task_stream(client) as stream:
             started, origin = time.perf_counter(), time.time()
-            report = s2cd.run(config, client, scenes=data.scenes)
+            report = run(config, client, scenes=data.scenes)
             wall = time.perf_counter() - started
         cpu = sum(client.run(time.process_time).values()) - cpu
         events = [e for part in client.run(trace.collect).values() for e in part] if traced else []
@@ -101,6 +109,7 @@ def stackstac_script(
     data = _scenes(folder, size, dates, source)
     _fresh(out)
     with s2cd.cluster(local_profile(1, threads)) as client:
+        _load_model(client)
         started = time.perf_counter()
         maps = change_maps(data.scenes, Path(out), client)
         wall = time.perf_counter() - started
@@ -118,6 +127,11 @@ def rasterio_loop(*, folder: str, out: str, size: int, dates: int, source: str =
     maps = change_maps(data.scenes, Path(out))
     wall = time.perf_counter() - started
     return {"wall_s": wall, "maps": maps, "seconds_per_map": wall / maps}
+
+
+def _load_model(client: Client) -> None:
+    s2cd.load_model("generic")
+    client.run(s2cd.load_model, "generic")
 
 
 def _fresh(out: str) -> None:
@@ -201,8 +215,9 @@ def _decode_alone(scenes: list[Scene]) -> float:
 def _network_alone(scenes: list[Scene], window: int, size: int) -> float:
     model = s2cd.load_model("generic")
     part = (slice(0, window), slice(0, window))
-    pixels = [np.stack([_read(s, b, part) for b in model.bands]) for s in scenes[:2]]
-    affine = model.affine(model.statistics(pixels[0][:, ::8, ::8].astype(np.float32) * np.float32(1e-4)), 1e-4, 0.0)
+    pixels = [_read(s, model, part) for s in scenes[:2]]
+    statistics = [model.statistics(plane[None].astype(np.float32) * np.float32(1e-4)) for plane in pixels[0]]
+    affine = model.affine(np.concatenate(statistics), 1e-4, 0.0)
     valid = np.ones((window, window), bool)
 
     def encode() -> None:
@@ -220,10 +235,12 @@ def _network_alone(scenes: list[Scene], window: int, size: int) -> float:
     return per_date * len(scenes) + per_pair * (len(scenes) - 1)
 
 
-def _read(scene: Scene, band: str, part: tuple[slice, slice]) -> np.ndarray:
-    from s2cd.reader import band_source, read_window
+def _read(scene: Scene, model: Model, part: tuple[slice, slice]) -> list[np.ndarray]:
+    from s2cd.reader import Tiling, band_source, read_bands
 
-    return read_window(band_source(scene, band), scene.assets["red"].grid, part)
+    grid = scene.assets["red"].grid
+    sources = [band_source(scene, band) for band in model.bands]
+    return read_bands(sources, grid, part, Tiling(grid.shape, max(grid.shape), 0), fine=model.fine)
 
 
 def _encode_alone(scenes: list[Scene], maps: Path, out: str) -> float:

@@ -8,6 +8,7 @@ halos. `change_blocks` is what a run uses: a task reads its chunk of several con
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,11 +26,16 @@ from s2cd.cube import common_grid, cube_grid
 from s2cd.errors import ConfigError, GridError
 from s2cd.masks import Mask
 from s2cd.model import Model, ModelRef
+from s2cd.model.normalise import Planes
 from s2cd.outputs.codes import encode_codes
 from s2cd.pairs import Pair
-from s2cd.reader import Tiling, read_bands, read_window
+from s2cd.reader import Tiling, read_bands
 from s2cd.registration import Shift, middle_span, phase_shift, shift_band
 from s2cd.survey import SceneInput, Survey, observed, scene_input, survey_scene
+
+Image = tuple[Planes, np.ndarray, np.ndarray]
+"""Pixels, affine and valid of a date, as `Model.encode` takes them."""
+_READERS = ThreadPoolExecutor(64, "s2cd-read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +164,7 @@ def change_blocks(
 
 def infer_series(
     model: Model,
-    images: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    images: Iterable[Image],
     pairs: Sequence[tuple[int, int]],
     backgrounds: Sequence[float],
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -166,7 +172,7 @@ def infer_series(
 
     `unseen` is uint8 (y, x): 0 where both dates are valid, 1 where the earlier is not, 2 the later, 3 neither.
 
-    images       (pixels (band, y, x), affine (band, 2), valid (y, x)) of each date, in order
+    images       pixels, affine and valid of each date, in order, as `Model.encode` takes them
     pairs        positions (before, after) of the dates, before < after
     backgrounds  of the pairs, as `Model.background` gives them
 
@@ -194,9 +200,10 @@ def _infer_block(
     inner = tuple(slice(c.start - w.start, c.stop - w.start) for c, w in zip(core, window, strict=True))
     views: list[_View] = []
 
-    def images() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        for date, statistics in zip(series.dates, series.statistics, strict=True):
-            image = _image(model, date, statistics, mask, *_read_date(date, window, tiling))
+    def images() -> Iterator[Image]:
+        read = _read_ahead(series.dates, window, tiling, model.fine)
+        for date, statistics, (pixels, classes) in zip(series.dates, series.statistics, read, strict=True):
+            image = _image(model, date, statistics, mask, pixels, classes)
             if (row, col) == tiling.middle:
                 views.append(_view(image[0], image[2], model.bands))
             yield image
@@ -213,7 +220,7 @@ _View = tuple[np.ndarray, np.ndarray]
 """Pixels (y, x) of the band that displacement is measured in, and which of them are valid observations."""
 
 
-def _view(pixels: np.ndarray, valid: np.ndarray, bands: Sequence[str]) -> _View:
+def _view(pixels: Planes, valid: np.ndarray, bands: Sequence[str]) -> _View:
     """Keep the middle of a chunk, in the band that displacement is measured in, until the next date comes."""
     middle = tuple(middle_span(size) for size in valid.shape)
     return pixels[bands.index(shift_band(bands))][middle].copy(), valid[middle].copy()
@@ -223,9 +230,28 @@ def _shifts(views: Sequence[_View], pairs: Sequence[tuple[int, int]]) -> tuple[S
     return tuple(phase_shift(views[a][0], views[b][0], views[a][1] & views[b][1]) for a, b in pairs)
 
 
-def _read_date(date: SceneInput, window: tuple[slice, slice], tiling: Tiling) -> tuple[np.ndarray, np.ndarray | None]:
-    pixels = read_bands(date.sources, date.grid, window, tiling)
-    classes = None if date.classes is None else read_window(date.classes, date.grid, window, tiling)
+def _read_ahead(
+    dates: Sequence[SceneInput], window: tuple[slice, slice], tiling: Tiling, fine: int
+) -> Iterator[tuple[list[np.ndarray], np.ndarray | None]]:
+    """Yield pixels and classes of each date; the next date is read while the network works on this one."""
+    following = [_READERS.submit(_read_date, dates[0], window, tiling, fine)]
+    try:
+        for date in (*dates[1:], None):
+            now = following.pop().result()
+            if date is not None:
+                following.append(_READERS.submit(_read_date, date, window, tiling, fine))
+            yield now
+    finally:
+        wait(following)  # else it would claim blocks for a task that has failed
+
+
+def _read_date(
+    date: SceneInput, window: tuple[slice, slice], tiling: Tiling, fine: int
+) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """Read all that a chunk needs of a date; bands after the first `fine`, and classes, stay at 20 m."""
+    if date.classes is None:  # the spectral test looks at each pixel of 10 m
+        return read_bands(date.sources, date.grid, window, tiling, fine=len(date.sources)), None
+    *pixels, classes = read_bands((*date.sources, date.classes), date.grid, window, tiling, fine=fine)
     return pixels, classes
 
 
@@ -234,9 +260,9 @@ def _image(
     date: SceneInput,
     statistics: np.ndarray,
     mask: Mask,
-    pixels: np.ndarray,
+    pixels: Planes,
     classes: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> Image:
     valid = observed(pixels, classes, date, mask)
     affine = model.affine(statistics, np.array(date.scale, np.float32), np.array(date.offset, np.float32))
     return pixels, affine, valid

@@ -11,8 +11,9 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -105,32 +106,57 @@ def read_window(source: Source, grid: Grid, window: tuple[slice, slice], tiling:
     Returns an array (y, x) of the file's dtype. Raises ReadError if the asset cannot be read and GridError if its
     grid is not the cube's grid or a whole-number coarsening of it.
     """
-    return _start(source, grid, window, tiling, None)()
+    return _start(source, grid, window, tiling)()
 
 
 def read_bands(
-    sources: Sequence[Source], grid: Grid, window: tuple[slice, slice], tiling: Tiling | None = None
-) -> np.ndarray:
-    """Read a window of several bands, as `read_window` does each; returns (band, y, x) of a dtype that holds all.
+    sources: Sequence[Source], grid: Grid, window: tuple[slice, slice], tiling: Tiling, *, fine: int
+) -> list[np.ndarray]:
+    """Read a window of several bands, as `read_window` does each; returns an array (y, x) for each source.
 
-    Blocks that another chunk is decoding are waited for last, when all others are there.
+    Those after the first `fine` are left at 20 m where the files are. Blocks that another chunk is decoding are waited
+    for last, when all others are there.
     """
-    out = np.empty((len(sources), *(s.stop - s.start for s in window)), np.uint16)  # as Sentinel-2's bands are
-    finish: list[_Finish] = []
-    try:
-        for source, place in zip(sources, out, strict=True):
-            finish.append(_start(source, grid, window, tiling, place))
-    except BaseException:
+    remote = not all(access.is_local(source.hrefs[0]) for source in sources)
+    starts = [partial(_start, s, grid, window, tiling, native=n >= fine) for n, s in enumerate(sources)]
+    finish, errors = at_once(starts, remote=remote)
+    if errors:
         for complete in finish:  # so that nothing is kept for this chunk
             with contextlib.suppress(Exception):
                 complete()
-        raise
-    for number, complete in enumerate(finish):
-        band = complete()
-        if not np.may_share_memory(band, out):
-            out = out.astype(np.result_type(out, band), copy=False)
-            out[number] = band
-    return out
+        raise errors[0]
+    return [complete() for complete in finish]
+
+
+def at_once(calls: Sequence[Callable[[], Result]], *, remote: bool) -> tuple[list[Result], list[Exception]]:
+    """Return what calls that read files give, and what they raise.
+
+    Those of remote files are made side by side, since it is the way to the archive that takes time; in turn, the
+    others stop at the first error.
+    """
+    waiting = [_FETCHERS.submit(call).result for call in calls] if remote else calls
+    results: list[Result] = []
+    errors: list[Exception] = []
+    for call in waiting:
+        try:
+            results.append(call())
+        except Exception as error:
+            errors.append(error)
+            if not remote:
+                break
+    return results, errors
+
+
+_FETCHERS = ThreadPoolExecutor(128, "s2cd-fetch")
+
+
+def read_overviews(sources: Sequence[Source], grid: Grid, factor: int) -> list[np.ndarray]:
+    """Read several bands, as `read_overview` does each."""
+    remote = not all(access.is_local(source.hrefs[0]) for source in sources)
+    found, errors = at_once([partial(read_overview, source, grid, factor) for source in sources], remote=remote)
+    if errors:
+        raise errors[0]
+    return found
 
 
 def read_overview(source: Source, grid: Grid, factor: int) -> np.ndarray:
@@ -154,10 +180,13 @@ def read_overview(source: Source, grid: Grid, factor: int) -> np.ndarray:
 
 
 def _start(
-    source: Source, grid: Grid, window: tuple[slice, slice], tiling: Tiling | None, out: np.ndarray | None
+    source: Source, grid: Grid, window: tuple[slice, slice], tiling: Tiling | None, *, native: bool = False
 ) -> _Finish:
-    """Decode what `read_window` has to; what this returns waits for the rest and gives the pixels."""
-    finish = _start_one(source.hrefs[0], source.provider, grid, window, tiling, out)
+    """Decode what `read_window` has to; what this returns waits for the rest and gives the pixels.
+
+    With `native` those of a 20 m band on a 10 m grid stay as they are.
+    """
+    finish = _start_one(source.hrefs[0], source.provider, grid, window, tiling, native=native)
 
     def complete() -> np.ndarray:
         result = finish()
@@ -165,7 +194,8 @@ def _start(
             empty = result == source.nodata
             if not empty.any():
                 break
-            np.copyto(result, _start_one(href, source.provider, grid, window, tiling)(), where=empty)
+            other = _start_one(href, source.provider, grid, window, tiling, native=native)()
+            np.copyto(result, other, where=empty)
         return result
 
     return complete
@@ -177,7 +207,8 @@ def _start_one(
     grid: Grid,
     window: tuple[slice, slice],
     tiling: Tiling | None,
-    out: np.ndarray | None = None,
+    *,
+    native: bool,
 ) -> _Finish:
     def start(dataset: rasterio.DatasetReader) -> _Finish:
         factor = _coarsening(dataset, grid, href)
@@ -188,8 +219,9 @@ def _start_one(
         if tiling is None:
             data = _decode(dataset, rows, cols)
             return lambda: _replicate(data, factor, window)
-        place = out if factor == 1 and out is not None and out.dtype == dataset.dtypes[0] else None
-        finish = BLOCKS.start(href, dataset, rows, cols, _counter(tiling, factor), place)
+        finish = BLOCKS.start(href, dataset, rows, cols, _counter(tiling, factor))
+        if native and factor == 2 and not any(s.start % 2 for s in window):
+            return lambda: _filled(finish(), tuple(-(-(s.stop - s.start) // 2) for s in window))
         return lambda: _replicate(finish(), factor, window)
 
     finish = _with_dataset(href, provider, start)
@@ -211,13 +243,17 @@ def _counter(tiling: Tiling, factor: int) -> Callable[[int, slice], int]:
 
 
 def _replicate(data: np.ndarray, factor: int, window: tuple[slice, slice]) -> np.ndarray:
-    if factor == 1:
-        return data
     rows, cols = window
-    data = np.repeat(np.repeat(data, factor, axis=1), factor, axis=0)
-    top, left = rows.start % factor, cols.start % factor
-    data = data[top : top + rows.stop - rows.start, left : left + cols.stop - cols.start]
-    short = [(0, s.stop - s.start - n) for s, n in zip(window, data.shape, strict=True)]
+    if factor > 1:
+        data = np.repeat(np.repeat(data, factor, axis=1), factor, axis=0)
+        top, left = rows.start % factor, cols.start % factor
+        data = data[top : top + rows.stop - rows.start, left : left + cols.stop - cols.start]
+    return _filled(data, tuple(s.stop - s.start for s in window))
+
+
+def _filled(data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Repeat the last row and column where a coarse grid ends before the fine one."""
+    short = [(0, n - found) for n, found in zip(shape, data.shape, strict=True)]
     return np.pad(data, short, mode="edge") if any(n for _, n in short) else data
 
 
@@ -310,17 +346,15 @@ class BlockCache:
         rows: slice,
         cols: slice,
         readers: Callable[[int, slice], int],
-        out: np.ndarray | None = None,
     ) -> _Finish:
-        """Read pixels [rows, cols) of `dataset`, to `out` if given; `readers(axis, span)` counts who reads a span.
+        """Read pixels [rows, cols) of `dataset`; `readers(axis, span)` counts who reads a span.
 
         Decodes the blocks that nobody else has; what this returns waits for those that others decode.
         """
         layout = _Layout(dataset.shape, dataset.block_shapes[0])
         blocks = list(layout.covering(rows, cols))
         wanted = {b: readers(0, layout.span(0, b[0])) * readers(1, layout.span(1, b[1])) for b in blocks}
-        if out is None:
-            out = np.empty((rows.stop - rows.start, cols.stop - cols.start), dataset.dtypes[0])
+        out = np.empty((rows.stop - rows.start, cols.stop - cols.start), dataset.dtypes[0])
         mine, held = self._claim(href, blocks, wanted)
         try:
             for first, last in _rectangles(set(mine)):

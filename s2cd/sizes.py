@@ -22,7 +22,7 @@ CODES_SHARE = 0.2  # of all memory for maps that are not written yet
 FEATURE_COPIES = (
     8  # two dates, and what the network holds meanwhile: measured, in a task's peak, as 7 times a date's features
 )
-PIXEL_BYTES = 40  # of a task beside the features: pixels, the network's input, probabilities, codes
+PIXEL_BYTES = 45  # of a task beside the features: pixels of two dates, the network's input, probabilities, codes
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from s2cd.catalog.scene import Grid, Scene
 from s2cd.errors import ReadError
 from s2cd.masks import Mask
 from s2cd.model import ModelRef
-from s2cd.model.normalise import decimation
-from s2cd.reader import Source, band_source, read_overview, require_asset
+from s2cd.model.normalise import Planes, decimation
+from s2cd.reader import Source, band_source, read_overviews, require_asset
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,10 @@ def survey_scene(scene: SceneInput, mask: Mask, model: ModelRef) -> Survey:
     Raises ReadError and GridError as reading does, and ReadError for a mask band that holds no whole numbers.
     """
     factor = decimation(scene.grid.shape)
-    pixels = np.stack([read_overview(source, scene.grid, factor) for source in scene.sources])
-    classes = None if scene.classes is None else _read_classes(scene.classes, scene.grid, factor)
+    mask_band = () if scene.classes is None else (scene.classes,)
+    planes = read_overviews((*scene.sources, *mask_band), scene.grid, factor)
+    classes = _require_whole_numbers(planes.pop(), scene.classes) if scene.classes is not None else None
+    pixels = np.stack(planes)
     valid = observed(pixels, classes, scene, mask, factor)
     reflectance = to_reflectance(pixels, scene, valid)
     network = model.load()
@@ -96,30 +98,34 @@ def survey_scene(scene: SceneInput, mask: Mask, model: ModelRef) -> Survey:
     )
 
 
-def _read_classes(source: Source, grid: Grid, factor: int) -> np.ndarray:
-    classes = read_overview(source, grid, factor)
+def _require_whole_numbers(classes: np.ndarray, source: Source) -> np.ndarray:
     if classes.dtype not in (np.uint8, np.uint16):
         raise ReadError(source.hrefs[0], f"a mask holds {classes.dtype}, expected uint8 or uint16")
     return classes
 
 
-def observed(
-    pixels: np.ndarray, classes: np.ndarray | None, scene: SceneInput, mask: Mask, factor: int = 1
-) -> np.ndarray:
+def observed(pixels: Planes, classes: np.ndarray | None, scene: SceneInput, mask: Mask, factor: int = 1) -> np.ndarray:
     """Return bool (y, x): True where every band has an observation and the mask lets it pass.
 
-    `pixels` uint16 (band, y, x) and `classes` (y, x), those of the mask band, are decimated by `factor` against the
-    10 m grid.
+    `pixels`, an array (y, x) for each band, and `classes`, those of the mask band, are decimated by `factor` against
+    the 10 m grid; all but the first may be half as large, at 20 m.
     """
-    seen: np.ndarray = np.ones(pixels.shape[1:], bool)
+    seen: np.ndarray = np.ones(pixels[0].shape, bool)
+    half: np.ndarray = np.ones(tuple(-(-n // 2) for n in seen.shape), bool)
     for plane, source in zip(pixels, scene.sources, strict=True):
-        seen &= plane != source.nodata
-    if classes is not None and factor == 1 and scene.classes_factor == 2:  # replicated: a quarter of the work at 20 m
-        native = mask.from_classes(classes[::2, ::2], 2)
-        return seen & native.repeat(2, axis=0).repeat(2, axis=1)[: seen.shape[0], : seen.shape[1]]
+        level = seen if plane.shape == seen.shape else half
+        np.logical_and(level, plane != source.nodata, out=level)
+    if classes is not None and factor == 1 and scene.classes_factor == 2:  # a quarter of the work
+        half &= mask.from_classes(classes if classes.shape == half.shape else classes[::2, ::2], 2)
+    elif classes is not None:
+        seen &= mask.from_classes(classes, factor)
+    if not half.all():
+        wide = (half.astype(np.uint16) * np.uint16(0x0101)).view(bool)[:, : seen.shape[1]]  # each pixel twice
+        seen[::2] &= wide
+        seen[1::2] &= wide[: len(seen) // 2]
     if classes is not None:
-        return seen & mask.from_classes(classes, factor)
-    reflectance = to_reflectance(pixels, scene, seen)
+        return seen
+    reflectance = to_reflectance(np.asarray(pixels), scene, seen)
     return seen & mask.from_reflectance(reflectance, [s.band for s in scene.sources], factor)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from s2cd.catalog.scene import Scene
 from s2cd.cube import finest_grid
-from s2cd.reader import band_source, read_overview
+from s2cd.reader import band_source, read_overviews
 
 RGB = ("red", "green", "blue")
 BRIGHTEST = 0.28
@@ -23,9 +23,9 @@ def thumbnail(scene: Scene, max_pixels: int = 512) -> np.ndarray | None:
     grid = finest_grid(scene, RGB)
     factor = max(1, -(-max(grid.shape) // max_pixels))
     channels = []
-    for band in RGB:
+    planes = read_overviews([band_source(scene, band) for band in RGB], grid, factor)
+    for band, pixels in zip(RGB, planes, strict=True):
         asset = scene.assets[band]
-        pixels = read_overview(band_source(scene, band), grid, factor)
         reflectance = np.where(pixels == asset.nodata, 0, pixels * asset.scale + asset.offset)
         channels.append(np.clip(reflectance / BRIGHTEST, 0, 1) ** (1 / GAMMA) * 255)
     return np.stack(channels, axis=-1).astype(np.uint8)

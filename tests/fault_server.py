@@ -6,7 +6,10 @@ import random
 import socket
 import threading
 import time
+import zlib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,6 +37,8 @@ class FaultServer(ThreadingHTTPServer):
         self.stall = stall
         self.lifetime = 3600.0
         self.counts: Counter[str] = Counter()
+        self.requests: list[tuple[str, str]] = []  # path and range of each that was answered with pixels
+        self.under_way = self.most_under_way = 0
         self.tokens: dict[str, float] = {}
         self._random = random.Random(seed)
         self._lock = threading.Lock()
@@ -49,6 +54,18 @@ class FaultServer(ThreadingHTTPServer):
             fault = self._random.choice(self.faults)
             self.counts[fault] += 1
             return fault
+
+    @contextmanager
+    def counted(self, path: str, span: str) -> Iterator[None]:
+        with self._lock:
+            self.requests.append((path, span))
+            self.under_way += 1
+            self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.under_way -= 1
 
     def token(self) -> tuple[str, datetime]:
         with self._lock:
@@ -99,7 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/gone/") or not file.is_file():
             self._send(404, b"not found")
             return
-        self._serve(file.read_bytes(), self.server.draw())
+        with self.server.counted(path, self.headers.get("Range", "")):
+            self._serve(file.read_bytes(), self.server.draw())
 
     def _serve(self, data: bytes, fault: str | None) -> None:
         if fault in {"404", "403", "429", "503"}:
@@ -133,6 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
         if status == 206:
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
         self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", f'"{zlib.crc32(data):x}"')
         self.end_headers()
         if self.command == "HEAD":
             return

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from s2cd.catalog import search
-from s2cd.catalog.scene import Scene
+from s2cd.catalog.scene import Grid, Scene
 from s2cd.errors import ConfigError
 from s2cd.masks import GROWN_CLASSES, INVALID_CLASSES, Mask, cloud_test, dilate, valid_mask
 from s2cd.radiometry import reflectance
+from s2cd.reader import Source
+from s2cd.survey import SceneInput, observed
 
 VISIBLE = ("blue", "green", "red")
 
@@ -154,3 +156,22 @@ def test_a_function_that_is_none_is_named(name: str) -> None:
 
 def test_no_mask_at_all() -> None:
     assert Mask(spectral=False).from_reflectance(np.ones((3, 9, 9), np.float32), VISIBLE).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(17, 19), (64, 66), (1, 5)]))
+def test_bands_and_classes_at_20_m_hide_the_same_pixels_as_replicated_ones(seed: int, shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(seed)
+    half = tuple(-(-n // 2) for n in shape)
+    fine = (rng.random((2, *shape)) < 0.95).astype(np.uint16)
+    coarse = (rng.random(half) < 0.95).astype(np.uint16)
+    classes = np.where(rng.random(half) < 0.05, 9, 4).astype(np.uint8)
+    full, full_classes = (a.repeat(2, 0).repeat(2, 1)[: shape[0], : shape[1]] for a in (coarse, classes))
+    sources = tuple(Source(band, (), "static") for band in ("red", "nir", "swir16"))
+    scene = SceneInput("a", Grid(32631, (10.0, 0, 0, 0, -10.0, 0), shape), sources, (1,) * 3, (0,) * 3, sources[0], 2)
+    expected = (
+        np.logical_and.reduce([*fine, full])
+        & Mask().from_classes(full_classes[::2, ::2], 2).repeat(2, 0).repeat(2, 1)[: shape[0], : shape[1]]
+    )
+    for planes, given_classes in (([*fine, coarse], classes), ([*fine, full], full_classes)):
+        assert np.array_equal(observed(planes, given_classes, scene, Mask()), expected)

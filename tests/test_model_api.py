@@ -110,6 +110,21 @@ def test_raw_numbers_with_scale_and_offset_equal_reflectance(model):
     np.testing.assert_allclose(model.decode(*codes, level), expected, atol=rounding)
 
 
+@pytest.mark.parametrize("shape", [(64, 96), (75, 93), (2, 1)])
+def test_bands_at_20_m_equal_replicated_ones(model, shape):
+    rng = np.random.default_rng(3)
+    half = tuple(-(-n // 2) for n in shape)
+    fine = rng.integers(0, 9000, (model.fine, *shape)).astype(np.uint16)
+    coarse = rng.integers(0, 9000, (len(model.bands) - model.fine, *half)).astype(np.uint16)
+    replicated = coarse.repeat(2, 1).repeat(2, 2)[:, : shape[0], : shape[1]]
+    affine, valid = model.affine(np.full((len(model.bands), 2), 0.1, np.float32), 1e-4), rng.random(shape) < 0.9
+    ours = model.encode([*fine, *coarse], affine, valid)
+    theirs = model.encode(np.concatenate([fine, replicated]), affine, valid)
+    assert all(torch.equal(a, b) for a, b in zip(ours.features, theirs.features, strict=True))
+    with pytest.raises(ModelError, match="takes pixels"):
+        model.encode([*coarse, *fine], affine, valid)
+
+
 def test_background_is_the_usual_difference_of_two_dates():
     image = ground((300, 400))
     stats = normalise.statistics(image)

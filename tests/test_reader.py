@@ -18,7 +18,7 @@ from rasterio.transform import Affine
 
 from s2cd import reader
 from s2cd.errors import ConfigError, GridError, ReadError
-from s2cd.reader import BlockCache, Tiling, _rectangles, band_source, read_overview, read_window
+from s2cd.reader import BlockCache, Tiling, _rectangles, band_source, read_bands, read_overview, read_window
 
 
 def whole(scene, band):
@@ -37,6 +37,21 @@ def test_window_equals_the_file_replicated_to_10_m(make_series, shape, band):
     np.testing.assert_array_equal(everything, expected)
     window = (slice(3, shape[0] - 2), slice(5, shape[1]))
     np.testing.assert_array_equal(read_window(band_source(scene, band), grid, window), expected[window])
+
+
+@pytest.mark.parametrize("shape", [(101, 79), (200, 232), (129, 64)])
+def test_bands_of_20_m_stay_so_where_they_may(make_series, shape):
+    scene = make_series(shape=shape, dates=1)[0]
+    grid, names = scene.assets["red"].grid, ("blue", "red", "swir16", "scl")
+    sources, tiling = [band_source(scene, name) for name in names], Tiling(shape, 64, 16)
+    rows, cols = tiling.read(1, 0)
+    fine, coarse = (rows, cols), tuple(slice(s.start // 2, -(-s.stop // 2)) for s in (rows, cols))
+    planes = read_bands(sources, grid, (rows, cols), tiling, fine=2)
+    for name, plane in zip(names, planes, strict=True):
+        np.testing.assert_array_equal(plane, whole(scene, name)[fine if name in names[:2] else coarse])
+    odd = slice(rows.start + 1, rows.stop), cols
+    planes = read_bands(sources, grid, odd, tiling, fine=2)  # does not start at a whole pixel of 20 m
+    assert {plane.shape for plane in planes} == {planes[0].shape}
 
 
 @pytest.mark.parametrize(("chunk", "halo"), [(64, 16), (80, 24), (96, 40), (512, 64)])
@@ -96,7 +111,7 @@ def test_a_block_that_a_neighbour_could_not_decode_is_decoded_here(make_series, 
     tiling = Tiling(grid.shape, 128, 16)
     window, href = tiling.read(1, 1), source.hrefs[0]
     theirs, _ = reader.BLOCKS._claim(href, [(1, 1)], {(1, 1): 4})  # a neighbour's, and not decoded yet
-    finish = reader._start(source, grid, window, tiling, None)
+    finish = reader._start(source, grid, window, tiling)
     reader.BLOCKS._abandon(href, theirs, OSError("the neighbour's connection broke"))
     np.testing.assert_array_equal(finish(), expected[window])
 
@@ -147,6 +162,10 @@ def test_a_coarse_grid_may_end_with_an_odd_number_of_fine_pixels(make_series, ro
     expected = data.repeat(2, 0).repeat(2, 1)[:101, :79]
     edge = [(0, n - m) for n, m in zip((101, 79), expected.shape, strict=True)]
     np.testing.assert_array_equal(read, np.pad(expected, edge, mode="edge"))
+    everything = Tiling((101, 79), 112, 16)
+    source = band_source(scene, "swir16")
+    (native,) = read_bands([source], grid, everything.read(0, 0), everything, fine=0)
+    np.testing.assert_array_equal(native, np.pad(data, [(0, 51 - len(data)), (0, 40 - data.shape[1])], mode="edge"))
 
 
 def test_unknown_band_names_what_the_scene_offers(make_series):

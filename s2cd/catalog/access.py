@@ -20,7 +20,7 @@ import urllib3
 
 from s2cd.catalog.items import parse_time
 from s2cd.catalog.providers import PROVIDERS
-from s2cd.catalog.ranges import HttpSource, Opener, RangeFile, S3Source, s3_source
+from s2cd.catalog.ranges import HEADS, HttpSource, Opener, RangeFile, S3Source, s3_source
 from s2cd.catalog.static import is_url, retry_policy
 from s2cd.errors import GridError, ReadError, S2cdError
 
@@ -56,20 +56,22 @@ def open_dataset(provider: str, href: str) -> Iterator[rasterio.DatasetReader]:
     Raises ReadError if the asset needs keys and there are none; else what rasterio and the transport raise.
     """
     if is_local(href):
-        with rasterio.Env(**GDAL_OPTIONS), rasterio.open(href.removeprefix("file://")) as dataset:
+        with OPEN_FILES.dataset(href.removeprefix("file://")) as dataset:
             yield dataset
         return
-    opener = Opener(RangeFile(_source(provider, href)), PurePosixPath(urlsplit(href).path).suffix)
+    opener = Opener(RangeFile(_source(provider, href), HEADS.get(href)), PurePosixPath(urlsplit(href).path).suffix)
     try:
         with rasterio.Env(**GDAL_OPTIONS), rasterio.open(opener.name, opener=opener) as dataset:
             if opener.file.failure is not None:
                 raise opener.file.failure
+            HEADS.put(href, opener.file.head)
             _files[id(dataset)] = opener.file
             try:
                 yield dataset
             finally:
                 del _files[id(dataset)]
     except Exception as error:
+        HEADS.forget(href)
         raise opener.file.failure or error from error
     if opener.file.failure is not None:
         raise opener.file.failure
@@ -80,6 +82,63 @@ def is_local(href: str) -> bool:
     return "://" not in href or href.startswith("file://")
 
 
+class OpenFiles:
+    """Local TIFFs that stay open between two reads, `most` of them: to open one takes as long as a tenth of a block.
+
+    A file that was written anew is opened anew.
+    """
+
+    def __init__(self, most: int = 128):
+        self.most = most
+        self._idle: list[tuple[tuple[object, ...], rasterio.DatasetReader]] = []
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def dataset(self, path: str) -> Iterator[rasterio.DatasetReader]:
+        """Lend a dataset to one thread; it is closed after an error."""
+        edition = _edition(path)
+        dataset = self._take(edition) or _open(path)
+        try:
+            yield dataset
+        except BaseException:
+            dataset.close()
+            raise
+        self._give(edition, dataset)
+
+    def _take(self, edition: tuple[object, ...]) -> rasterio.DatasetReader | None:
+        with self._lock:
+            found = next((entry for entry in self._idle if entry[0] == edition), None)
+            if found is None:
+                return None
+            self._idle.remove(found)
+            return found[1]
+
+    def _give(self, edition: tuple[object, ...], dataset: rasterio.DatasetReader) -> None:
+        if len(edition) == 1 or dataset.driver != "GTiff":  # others hold more than a file handle
+            dataset.close()
+            return
+        with self._lock:
+            self._idle.append((edition, dataset))
+            oldest = self._idle.pop(0)[1] if len(self._idle) > self.most else None
+        if oldest is not None:
+            oldest.close()
+
+
+def _open(path: str) -> rasterio.DatasetReader:
+    with rasterio.Env(**GDAL_OPTIONS):
+        return rasterio.open(path)
+
+
+def _edition(path: str) -> tuple[object, ...]:
+    """Tell a file from one of the same name; the path alone where GDAL knows it and the system does not."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return (path,)
+    return path, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+OPEN_FILES = OpenFiles()
 _files: dict[int, RangeFile] = {}
 
 

@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import obstore
@@ -32,9 +33,13 @@ _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 class Source(Protocol):
-    """Something that gives ranges of bytes; `size` is known once the first was given."""
+    """Something that gives ranges of bytes; `size` and `tag`, its edition, are known once the first was given.
+
+    Where they are known from before, bytes of another edition are an error.
+    """
 
     size: int | None
+    tag: str | None
 
     def fetch(self, start: int, stop: int) -> bytes:
         """Return bytes [start, stop), fewer only at the end of the file. Raises OSError or HTTPError."""
@@ -46,7 +51,7 @@ class HttpSource:
     def __init__(self, url: str):
         self.url = url
         self.size: int | None = None
-        self._tag: str | None = None
+        self.tag: str | None = None
 
     def fetch(self, start: int, stop: int) -> bytes:
         """Return bytes [start, stop), fewer only at the end of the file."""
@@ -59,16 +64,16 @@ class HttpSource:
         if not found or int(found[1]) != start:
             raise OSError(f"server sent {answer.headers.get('Content-Range')!r}, expected bytes from {start}")
         size = int(found[3])
-        self._require_same_file(size, answer.headers.get("ETag"))
+        self._require_same_file(size, answer.headers.get("ETag") or answer.headers.get("Last-Modified"))
         expected = min(stop, size) - start
         if len(answer.data) != expected:
             raise OSError(f"server sent {len(answer.data)} bytes from {start}, expected {expected}")
         return answer.data
 
     def _require_same_file(self, size: int, tag: str | None) -> None:
-        if self.size is not None and (self.size, self._tag) != (size, tag):
-            raise OSError(f"file changed while it was read: {self.size} bytes {self._tag}, then {size} bytes {tag}")
-        self.size, self._tag = size, tag
+        if self.size is not None and (self.size, self.tag) != (size, tag):
+            raise OSError(f"file changed while it was read: {self.size} bytes {self.tag}, then {size} bytes {tag}")
+        self.size, self.tag = size, tag
 
 
 class S3Source:
@@ -78,15 +83,19 @@ class S3Source:
         self.store = store
         self.key = key
         self.size: int | None = None
+        self.tag: str | None = None
 
     def fetch(self, start: int, stop: int) -> bytes:
         """Return bytes [start, stop), fewer only at the end of the object."""
-        if self.size is None:
-            self.size = obstore.head(self.store, self.key)["size"]
-        stop = min(stop, self.size)
-        data = bytes(obstore.get_range(self.store, self.key, start=start, end=stop))
-        if len(data) != stop - start:
-            raise OSError(f"store sent {len(data)} bytes from {start}, expected {stop - start}")
+        options: obstore.GetOptions = {"range": (start, stop)}
+        if self.tag is not None:
+            options["if_match"] = self.tag
+        answer = obstore.get(self.store, self.key, options=options)
+        self.size, self.tag = answer.meta["size"], answer.meta["e_tag"]
+        data = answer.bytes().to_bytes()
+        expected = min(stop, self.size) - start
+        if len(data) != expected:
+            raise OSError(f"store sent {len(data)} bytes from {start}, expected {expected}")
         return data
 
 
@@ -105,19 +114,67 @@ def _http() -> urllib3.PoolManager:
         return _pools["pool"]
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The first HEAD_BYTES of a file, its size and edition."""
+
+    data: bytes
+    size: int | None
+    tag: str | None
+
+
+class Heads:
+    """The first bytes of the `most` files read last, since every chunk of a tile opens the same files."""
+
+    def __init__(self, most: int = 512):
+        self.most = most
+        self._heads: OrderedDict[str, Head] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, href: str) -> Head | None:
+        """Return what is known of a file."""
+        with self._lock:
+            if href in self._heads:
+                self._heads.move_to_end(href)
+            return self._heads.get(href)
+
+    def put(self, href: str, head: Head) -> None:
+        """Keep the head of a file that can be told from a later edition."""
+        with self._lock:
+            if head.tag is not None:
+                self._heads[href] = head
+            while len(self._heads) > self.most:
+                self._heads.popitem(last=False)
+
+    def forget(self, href: str) -> None:
+        """Drop what is known of a file that could not be read: it may be another by now."""
+        with self._lock:
+            self._heads.pop(href, None)
+
+
+HEADS = Heads()
+
+
 class RangeFile(io.RawIOBase):
     """A remote file as GDAL's virtual file system wants one: read, seek, tell, close.
 
     What goes wrong in `read` is kept in `failure`, since GDAL may carry on without the bytes it did not get.
     """
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source, head: Head | None = None):
         super().__init__()
         self.source = source
         self.failure: Exception | None = None
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
         self._position = 0
-        self._store(0, self._fetch(0, HEAD_BYTES))
+        if head is not None:
+            source.size, source.tag = head.size, head.tag
+        self._store(0, head.data if head is not None else self._fetch(0, HEAD_BYTES))
+
+    @property
+    def head(self) -> Head:
+        """What another `RangeFile` of the same file can start from."""
+        return Head(self._chunks[0], self.source.size, self.source.tag)
 
     def readable(self) -> bool:
         """Return True."""

@@ -23,7 +23,7 @@ ALLOCATOR = {
 _MALLOPT = {"M_TRIM_THRESHOLD": -1, "M_MMAP_THRESHOLD": -3, "M_ARENA_MAX": -8}
 _THREAD_POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _RELIEF_MS, _RELIEF_FRACTION = 2000, 0.6
-_GDAL_CACHE_MB = "128"  # a run keeps blocks that it needs again itself; GDAL's own default is 5 % of memory
+_GDAL_CACHE_MB = "64"  # a run keeps blocks that it needs again itself; GDAL's own default is 5 % of memory
 
 
 def worker_environment(threads: int = 1, cores: int | None = None) -> dict[str, str]:

@@ -31,6 +31,7 @@ from s2cd.catalog.bands import canonical_band
 from s2cd.errors import ConfigError, ModelError
 from s2cd.model.device import Engine
 from s2cd.model.network import Features
+from s2cd.model.normalise import Planes
 from s2cd.model.registry import EncodedDate, Model, read_json
 
 Array = npt.NDArray[np.float32]
@@ -63,13 +64,13 @@ class ExportedModel(Model):
         """Return (band, 2) from pixels to reflectance times the model's scale."""
         return (super().affine(statistics, scale, offset) * np.float32(self.scale)).astype(np.float32)
 
-    def encode(self, pixels: np.ndarray, affine: Array, valid: npt.NDArray[np.bool_]) -> EncodedDate:
+    def encode(self, pixels: Planes, affine: Array, valid: npt.NDArray[np.bool_]) -> EncodedDate:
         """Return the date as the program takes it. Raises ModelError if the shapes do not fit."""
         self._require_shapes(pixels, valid)
         rows, cols = (-(-n // self.stride) * self.stride for n in valid.shape)
         x = np.zeros((rows, cols, len(pixels)), np.float32)
         gain, bias = affine.T[:, :, None, None]
-        scaled = np.where(valid, pixels * gain + bias, np.float32(0))
+        scaled = np.where(valid, np.asarray(pixels) * gain + bias, np.float32(0))
         x[: valid.shape[0], : valid.shape[1]] = scaled.transpose(1, 2, 0)
         return EncodedDate(self._engine.encode(x), valid.shape)
 
@@ -91,7 +92,9 @@ def load_exported(path: Path, device: torch.device) -> ExportedModel:
     _try(network, path, len(bands), stride, device)
     digest = hashlib.sha256(path.read_bytes() + path.with_suffix(".json").read_bytes()).hexdigest()
     engine = Engine(network, device, stride=stride, halo=halo, bfloat16=False)
-    model = ExportedModel(str(path), digest, engine, card, bands=bands, stride=stride, halo=halo, reach=halo)
+    model = ExportedModel(
+        str(path), digest, engine, card, bands=bands, fine=len(bands), stride=stride, halo=halo, reach=halo
+    )
     model.scale = scale
     return model
 

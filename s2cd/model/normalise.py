@@ -16,6 +16,7 @@ from the evidence of change: a difference counts by how far it exceeds what is u
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,8 @@ LEAST_BACKGROUND = 0.5  # of TYPICAL: less is as good as none, and noise must no
 FEWEST = 64  # pixels seen on both dates that tell a background
 
 Array = npt.NDArray[np.float32]
+Planes = Sequence[np.ndarray] | np.ndarray
+"""(band, y, x), or an array (y, x) for each band."""
 
 
 def statistics(reflectance: Array) -> Array:
@@ -89,37 +92,42 @@ def background(a: np.ndarray, b: np.ndarray) -> float:
     return max(LEAST_BACKGROUND, float(np.median(difference[seen])) / TYPICAL)
 
 
-def network_input(pixels: np.ndarray, gains: Array, valid: npt.NDArray[np.bool_], fine: int, stride: int) -> Array:
+def network_input(pixels: Planes, gains: Array, valid: npt.NDArray[np.bool_], fine: int, stride: int) -> Array:
     """Return float32 (h, w, channels) on the 20 m grid: fine bands as 2 x 2 blocks, coarse bands, observed share.
 
-    `pixels` is (band, y, x) of any real type, the first `fine` bands at 10 m, the others replicated from 20 m. Right
-    and bottom are filled up to a multiple of `stride`: as not observed, after an odd edge was repeated once.
+    `pixels` holds an array (y, x) of any real type for each band: the first `fine` at 10 m, as `valid` is, the others
+    at 20 m or replicated from it. Right and bottom are filled up to a multiple of `stride`: as not observed, after an
+    odd edge was repeated once.
     """
-    if pixels.shape[1] % 2 or pixels.shape[2] % 2:
-        edge = tuple((0, n % 2) for n in pixels.shape[1:])
-        pixels, valid = np.pad(pixels, ((0, 0), *edge), mode="edge"), np.pad(valid, edge, mode="edge")
-    rows, cols = (-(-n // stride) * stride // 2 for n in valid.shape)
+    shape, edge = valid.shape, tuple((0, n % 2) for n in valid.shape)
+    if any(n % 2 for n in shape):
+        pixels = [np.pad(plane, edge, mode="edge") if plane.shape == shape else plane for plane in pixels]
+        valid = np.pad(valid, edge, mode="edge")
+    rows, cols = (-(-n // stride) * stride // 2 for n in shape)
     out = np.empty((rows, cols, 4 * fine + len(pixels) - fine + 1), np.float32)
     height, width = valid.shape[0] // 2, valid.shape[1] // 2
+    coarse = [plane if plane.shape == (height, width) else plane[::2, ::2] for plane in pixels[fine:]]
     out[height:], out[:, width:] = 0, 0
     for top in range(0, height, ROWS):  # a few rows at a time stay in the cache while the channels are interleaved
-        bottom = min(top + ROWS, height)
-        span = slice(2 * top, 2 * bottom)
-        _interleave(out[top:bottom, :width], pixels[:, span], gains, valid[span], fine)
+        span = slice(top, min(top + ROWS, height))
+        double = slice(2 * span.start, 2 * span.stop)
+        planes = [plane[double] for plane in pixels[:fine]] + [plane[span] for plane in coarse]
+        _interleave(out[span, :width], planes, gains, valid[double], fine)
     return out
 
 
-def _interleave(out: Array, pixels: np.ndarray, gains: Array, valid: npt.NDArray[np.bool_], fine: int) -> None:
-    """Fill `out` (h, w, channels) from an even number of rows and columns of `pixels` (band, 2h, 2w)."""
+def _interleave(
+    out: Array, planes: Sequence[np.ndarray], gains: Array, valid: npt.NDArray[np.bool_], fine: int
+) -> None:
+    """Fill `out` (h, w, channels) from `planes`, the first `fine` (2h, 2w) as `valid` is, the others (h, w)."""
     pairs = out[..., : 4 * fine].view(np.complex64)  # two neighbours in a row are copied as one number
     hidden = None if valid.all() else ~valid
-    for band, (gain, bias) in enumerate(gains):
-        step = 1 if band < fine else 2
-        plane = np.multiply(pixels[band, ::step, ::step], np.float32(gain), dtype=np.float32)
+    for band, (pixels, (gain, bias)) in enumerate(zip(planes, gains, strict=True)):
+        plane = np.multiply(pixels, np.float32(gain), dtype=np.float32)
         plane += np.float32(bias)
         np.clip(plane, -LIMIT, LIMIT, out=plane)
         if hidden is not None:
-            plane[hidden[::step, ::step]] = 0
+            plane[hidden if band < fine else hidden[::2, ::2]] = 0
         if band < fine:
             for row in (0, 1):
                 pairs[..., 2 * band + row] = plane[row::2].view(np.complex64)

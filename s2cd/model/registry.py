@@ -42,7 +42,8 @@ class Model:
 
     name    as it was asked for
     hash    sha256 (hex) of the weights file
-    bands   common names of the bands, in order; the first four at 10 m, the others at 20 m
+    bands   common names of the bands, in order
+    fine    how many of them, the first, are at 10 m; the others are at 20 m
     stride  chunk edges are multiples of it [10 m pixels]
     halo    pixels around a chunk to be read with it, a multiple of `stride` [10 m pixels]
     reach   how many of them, from the chunk's edge, its result depends on [10 m pixels]
@@ -59,12 +60,13 @@ class Model:
         card: dict[str, Any],
         *,
         bands: tuple[str, ...] = BANDS,
+        fine: int = FINE_BANDS,
         stride: int = STRIDE,
         halo: int = HALO,
         reach: int = REACH,
     ):
         self.name, self.hash, self.card = name, digest, card
-        self.bands, self.stride, self.halo, self.reach = bands, stride, halo, reach
+        self.bands, self.fine, self.stride, self.halo, self.reach = bands, fine, stride, halo, reach
         self._engine = engine
 
     def __reduce__(self) -> tuple[Any, tuple[str, str]]:
@@ -97,17 +99,20 @@ class Model:
         """Return how much two dates differ everywhere, from their sketches; 1 is usual."""
         return normalise.background(a, b)
 
-    def encode(self, pixels: np.ndarray, affine: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) -> EncodedDate:
+    def encode(
+        self, pixels: normalise.Planes, affine: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]
+    ) -> EncodedDate:
         """Return the features of one date, to be kept for all its pairs.
 
-        pixels  (band, y, x) of any real type, in the order of `bands`, all on the 10 m grid
+        pixels  (band, y, x) of any real type, in the order of `bands`, on the 10 m grid; or an array (y, x) for each
+                band, of which those after the first `fine` may be half as large, on the 20 m grid
         affine  (band, 2) from `affine`
         valid   bool (y, x), False = no observation
 
         Raises ModelError if the shapes do not fit.
         """
         self._require_shapes(pixels, valid)
-        x = normalise.network_input(pixels, affine, valid, FINE_BANDS, self.stride)
+        x = normalise.network_input(pixels, affine, valid, self.fine, self.stride)
         return EncodedDate(self._engine.encode(x), valid.shape)
 
     def decode(self, a: EncodedDate, b: EncodedDate, background: float) -> npt.NDArray[np.float32]:
@@ -155,11 +160,15 @@ class Model:
         probability[~(valid[0] & valid[1])] = np.nan
         return probability
 
-    def _require_shapes(self, pixels: np.ndarray, valid: np.ndarray) -> None:
-        if pixels.ndim != 3 or len(pixels) != len(self.bands) or valid.shape != pixels.shape[1:]:
+    def _require_shapes(self, pixels: normalise.Planes, valid: np.ndarray) -> None:
+        half = tuple(-(-n // 2) for n in valid.shape)
+        found = [plane.shape for plane in pixels]
+        coarse = all(shape in (valid.shape, half) for shape in found[self.fine :])
+        fits = coarse and all(shape == valid.shape for shape in found[: self.fine])
+        if valid.ndim != 2 or len(pixels) != len(self.bands) or not fits:
             raise ModelError(
                 f"model {self.name!r} takes pixels (band, y, x) of {len(self.bands)} bands and valid (y, x), "
-                f"found {pixels.shape} and {valid.shape}"
+                f"found {len(found)} of {', '.join(map(str, sorted(set(found))))} and {valid.shape}"
             )
 
     def mlm(self) -> dict[str, Any]:
