@@ -216,6 +216,16 @@ def _memory_block(axis: str) -> Callable[[Parts], str]:
     return block
 
 
+def _archive_block(parts: Parts) -> str:
+    first, *_ = rows = parts["archive"]["rows"]
+    lines = [
+        f"| {r['from']} | {r['seconds_per_map']:.2f} | {r['seconds_per_map'] / first['seconds_per_map']:.2f} |"
+        for r in rows
+    ]
+    head = [f"## From an archive that takes its time to answer each request, {parts['archive']['size']} px", ""]
+    return "\n".join([*head, "| | s a map | ratio |", "|---|---|---|", *lines])
+
+
 def _europe_block(parts: Parts) -> str:
     from benchmarks.europe import describe
 
@@ -228,6 +238,7 @@ _SECTIONS: dict[str, Callable[[Parts], str]] = {
     "scaling": _scaling_block,
     "dates": _memory_block("dates"),
     "tiles": _memory_block("tiles"),
+    "archive": _archive_block,
     "europe": _europe_block,
 }
 

@@ -20,7 +20,8 @@ from benchmarks.workloads import CORES
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 UNLIKE = 0.05  # of a probability: maps that differ by more are not of the same network and dates
-PARTS = ("engine", "stages", "scaling", "dates", "tiles")
+PARTS = ("engine", "stages", "scaling", "dates", "tiles", "archive")
+LATENCIES = (None, 0.02, 0.1)  # seconds; None: local files
 WORKLOADS = {"s2cd": "engine", "stackstac script": "stackstac_script", "rasterio loop": "rasterio_loop"}
 Say = Callable[[str], None]
 
@@ -49,7 +50,10 @@ class Settings:
 
 def run_parts(settings: Settings, parts: tuple[str, ...], say: Say) -> dict[str, Any]:
     """Measure some of PARTS; return what they gave, under their names."""
-    functions = {"engine": engine, "stages": stages, "scaling": scaling, "dates": by_dates, "tiles": by_tiles}
+    functions = {
+        "engine": engine, "stages": stages, "scaling": scaling, "dates": by_dates, "tiles": by_tiles,
+        "archive": by_latency,
+    }  # fmt: skip
     results = {}
     for part in parts:
         say(f"{part} ...")
@@ -93,6 +97,21 @@ def by_dates(settings: Settings, say: Say) -> dict[str, Any]:
 def by_tiles(settings: Settings, say: Say) -> dict[str, Any]:
     """Peak memory against the number of tiles."""
     return _memory(settings, say, "tiles", [{"tiles": n} for n in (1, 4, 16)])
+
+
+def by_latency(settings: Settings, say: Say) -> dict[str, Any]:
+    """Time a map against the time that an archive takes to answer a request."""
+    size = min(settings.size, settings.small)
+    rows = []
+    for latency in LATENCIES:
+        result = measure("engine", settings.series(size=size, out=settings.out("archive"), latency=latency))
+        rows.append({"from": _distance(latency), "seconds_per_map": result["seconds_per_map"]})
+        say(f"  {rows[-1]['from']}: {result['seconds_per_map']:.2f} s a map")
+    return {"size": size, "rows": rows}
+
+
+def _distance(latency: float | None) -> str:
+    return "local files" if latency is None else f"an archive {1000 * latency:.0f} ms away"
 
 
 def _memory(settings: Settings, say: Say, axis: str, cases: list[dict[str, int]]) -> dict[str, Any]:

@@ -6,7 +6,9 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ import rasterio
 import s2cd
 from benchmarks import data as prepared
 from benchmarks import trace
+from benchmarks.archive import archive
 from s2cd.catalog.scene import Scene
 
 if TYPE_CHECKING:
@@ -50,8 +53,12 @@ def engine(
     threads: int = CORES,
     options: dict[str, Any] | None = None,
     traced: bool = True,
+    latency: float | None = None,
 ) -> dict[str, Any]:
-    """`s2cd.run` on a local cluster; libraries, cluster and model are loaded before the clock, as for the peers."""
+    """`s2cd.run` on a local cluster; libraries, cluster and model are loaded before the clock, as for the peers.
+
+    With `latency` the files come from an archive whose answers take so many seconds.
+    """
     from distributed import get_task_stream
 
     from s2cd.runner import run
@@ -59,13 +66,16 @@ def engine(
     data = _scenes(folder, size, dates, source, tiles)
     shutil.rmtree(out, ignore_errors=True)
     config = s2cd.RunConfig(catalog="given", out=out, quicklook=True, **(options or {}))
-    with s2cd.cluster(local_profile(processes, threads)) as client:
+    with (
+        _served(data.scenes, Path(folder), latency) as scenes,
+        s2cd.cluster(local_profile(processes, threads)) as client,
+    ):
         _load_model(client)
         found = client.run(trace.install) if traced else {}
         cpu = sum(client.run(time.process_time).values())
         with get_task_stream(client) as stream:
             started, origin = time.perf_counter(), time.time()
-            report = run(config, client, scenes=data.scenes)
+            report = run(config, client, scenes=scenes)
             wall = time.perf_counter() - started
         cpu = sum(client.run(time.process_time).values()) - cpu
         events = [e for part in client.run(trace.collect).values() for e in part] if traced else []
@@ -127,6 +137,24 @@ def rasterio_loop(*, folder: str, out: str, size: int, dates: int, source: str =
     maps = change_maps(data.scenes, Path(out))
     wall = time.perf_counter() - started
     return {"wall_s": wall, "maps": maps, "seconds_per_map": wall / maps}
+
+
+@contextmanager
+def _served(scenes: list[Scene], folder: Path, latency: float | None) -> Iterator[list[Scene]]:
+    """Yield the scenes as they are, or with addresses of an archive that serves the prepared data."""
+    if latency is None:
+        yield scenes
+        return
+    root = folder.resolve()
+    with archive(root, latency) as url:
+        yield [
+            replace(s, assets={b: replace(a, href=f"{url}/{_inside(a.href, root)}") for b, a in s.assets.items()})
+            for s in scenes
+        ]
+
+
+def _inside(href: str, folder: Path) -> Path:
+    return Path(href.removeprefix("file://")).resolve().relative_to(folder)
 
 
 def _load_model(client: Client) -> None:

@@ -38,6 +38,11 @@ class Workers:
     memory: float | None = None
     device: float | None = None
 
+    @property
+    def units(self) -> int:
+        """How many units of work these workers do at a time; beside them stand the maps of one that ends."""
+        return self.count * -(-self.threads // (8 * self.count))
+
     @classmethod
     def of_client(cls, client: Client, device: str) -> Workers | None:
         """Ask the workers that are there; None if there are none yet."""
@@ -116,7 +121,7 @@ def _dates(config: RunConfig, shape: tuple[int, int], pairs: int, blocks: int, w
     most = LARGEST_SERIES - 1
     if workers.memory is not None:
         maps = CODES_SHARE * workers.memory * workers.threads / (2 * shape[0] * shape[1])
-        most = min(most, int(maps / (workers.count + 1)))
+        most = min(most, int(maps / (workers.units + 1)))
     while most > 1 and -(-pairs // most) * blocks < workers.threads:
         most -= 1
     return max(most, 1) + 1

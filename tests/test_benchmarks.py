@@ -68,7 +68,8 @@ def test_run_and_compare_record_results_that_the_report_shows(data, folder, monk
     assert data.source == "simulated"
     options = ("--data", str(folder / "data"), "--work", str(folder / "work"), "--size", "512", "--dates", "3")
     options += ("--source", "simulated")
-    printed = invoke("run", *options, "--part", "engine", "--part", "stages")
+    monkeypatch.setattr(suite, "LATENCIES", (None, 0.01))
+    printed = invoke("run", *options, "--part", "engine", "--part", "stages", "--part", "archive")
     assert "tasks a pair" in printed
     assert "distance to the limit" in printed
     printed = invoke("compare", *options, "--rounds", "1")
@@ -84,6 +85,8 @@ def test_run_and_compare_record_results_that_the_report_shows(data, folder, monk
     invoke("report")
     page = (tmp_path / "report.md").read_text()
     assert NOT_MEASURED in page
+    assert "| an archive 10 ms away | " in page
+    assert suite._agreement(str(folder / "work" / "s2cd"), str(folder / "work" / "archive")) == 0
     assert (tmp_path / "benchmark.png").stat().st_size > 5000
 
 

@@ -45,6 +45,7 @@ def test_little_memory_on_the_host_or_the_device_gives_smaller_chunks(workers):
 def test_little_memory_gives_fewer_dates_and_many_threads_too():
     assert sizes(Workers(1, 4, 2 * GB)).dates == 4
     assert sizes(Workers(1, 4, 0.2 * GB)).dates == 2
+    assert sizes(Workers(1, 16, 0.5 * GB)).dates < sizes(Workers(1, 8, 1 * GB)).dates  # works on one unit more
     small = (1830, 1830)
     assert sizes(Workers(1, 2, 8 * GB), small, pairs=10).dates == LARGEST_SERIES
     assert sizes(Workers(8, 40, 8 * GB), small, pairs=10).dates == 2
