@@ -175,6 +175,7 @@ class _Submission:
         self.interrupted = threading.Event()
         self.steps = sum(len(view.scenes) - 1 for view in plan.fields)  # pairs, before pixels rule out dates
         self.total = 0
+        self.submitted = 0
         self.strict = context.config.strict
 
     def run(self) -> None:
@@ -249,7 +250,10 @@ class _Submission:
         # As a layer: of a plain dictionary Dask would hash every argument of every task.
         layer = HighLevelGraph({str(maps[0]): graph}, {str(maps[0]): set()})
         workers = [unit.place] if unit.place else sorted(self.client.nthreads())
-        with dask.annotate(workers=places(graph, maps, workers).get, allow_other_workers=True):
+        self.submitted += 1
+        # Dask takes what comes within a moment as equally urgent: two units side by side would hold memory for both.
+        urgency = {"priority": -self.submitted, "allow_other_workers": True}
+        with dask.annotate(workers=places(graph, maps, workers).get, **urgency):
             futures = self.client.get(layer, maps, sync=False)
         self.pending.update(zip(futures, ((unit, pair) for pair in unit.pairs), strict=True))
 

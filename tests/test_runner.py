@@ -79,6 +79,17 @@ def test_a_series_goes_to_one_worker_or_each_gets_neighbouring_chunks(make_serie
     assert len(set().union(*workers.values())) == 2
 
 
+def test_units_on_a_worker_are_worked_one_after_the_other(make_series, config, client):
+    """Side by side they would hold memory for each, and no map would be finished before the last chunks."""
+    config = config.model_copy(update={"chunk": 64, "dates_per_task": 3})
+    with get_task_stream(client) as stream:
+        assert run(config, client, scenes=make_series(dates=9)).count("written") == 8
+    tasks = [(t["startstops"][0]["start"], t["key"]) for t in stream.data if t["key"][0] == "infer_block"]
+    units = [key[1] for _, key in sorted(tasks)]
+    assert len(set(units)) == 4
+    assert sum(a != b for a, b in pairwise(units)) <= 3 + 2  # two threads may swap places at the border
+
+
 def test_the_scheduler_keeps_no_record_of_each_unit(make_series, config, client):
     config = config.model_copy(update={"chunk": 64, "dates_per_task": 3})
     assert run(config, client, scenes=make_series(dates=7)).ok

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
+import threading
+import time
 from collections.abc import Iterator, Mapping
 
 from distributed import Worker, WorkerPlugin
@@ -23,6 +26,7 @@ ALLOCATOR = {
 _MALLOPT = {"M_TRIM_THRESHOLD": -1, "M_MMAP_THRESHOLD": -3, "M_ARENA_MAX": -8}
 _THREAD_POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _RELIEF_MS, _RELIEF_FRACTION = 2000, 0.6
+_TRIM_EVERY = 4.0  # seconds
 _GDAL_CACHE_MB = "64"  # a run keeps blocks that it needs again itself; GDAL's own default is 5 % of memory
 
 
@@ -63,7 +67,7 @@ class SetupWorker(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         """Run once in each worker process, before its first task."""
-        self._relief = PeriodicCallback(lambda: _return_free_memory(worker), _RELIEF_MS)
+        self._relief = PeriodicCallback(lambda: _relieve(worker), _RELIEF_MS)
         self._relief.start()
         if os.environ.get("OMP_NUM_THREADS") != "1":  # else torch obeys that, and is imported when first needed
             import torch
@@ -77,11 +81,32 @@ class SetupWorker(WorkerPlugin):
         self._relief.stop()
 
 
-def _return_free_memory(worker: Worker) -> None:
+class _Trimmer:
+    """Returns to the kernel what this process has freed, at most every few seconds: page faults are what it costs.
+
+    No effect where the C library cannot (macOS, musl).
+    """
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+        self._lock = threading.Lock()
+
+    def __call__(self) -> None:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        with self._lock:
+            due = time.monotonic() > self._last + _TRIM_EVERY
+            self._last = time.monotonic() if due else self._last
+        if due and trim is not None:
+            trim(0)
+
+
+return_free_memory = _Trimmer()
+
+
+def _relieve(worker: Worker) -> None:
     limit = worker.memory_manager.memory_limit
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if limit and trim is not None and worker.monitor.get_process_memory() > _RELIEF_FRACTION * limit:
-        trim(0)
+    if limit and worker.monitor.get_process_memory() > _RELIEF_FRACTION * limit:
+        return_free_memory()
 
 
 def _tune_running_allocator() -> None:

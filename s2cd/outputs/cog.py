@@ -41,7 +41,7 @@ def _float32(**options: str) -> Profile:
 
 # Chosen by measurement on full tiles, see docs/decisions.md.
 PROFILES: Mapping[str, Profile] = {
-    "default": _float32(COMPRESS="DEFLATE", LEVEL="1", PREDICTOR="FLOATING_POINT"),
+    "default": _float32(COMPRESS="DEFLATE", LEVEL="1", PREDICTOR="NO"),
     "zstd": _float32(COMPRESS="ZSTD", LEVEL="1", PREDICTOR="FLOATING_POINT"),
     "lerc": _float32(COMPRESS="LERC_DEFLATE", MAX_Z_ERROR=str(QUANTUM / 2)),
     "uint8": Profile("uint8", 1 / 254, 255, {"COMPRESS": "DEFLATE", "LEVEL": "1", "PREDICTOR": "NO"}),
