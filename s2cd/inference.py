@@ -7,7 +7,7 @@ halos. `change_blocks` is what a run uses: a task reads its chunk of several con
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ import xarray as xr
 from dask.array.overlap import overlap
 from dask.typing import Key
 
+from s2cd.catalog.access import is_local
 from s2cd.catalog.scene import Grid, Scene
 from s2cd.cube import common_grid, cube_grid
 from s2cd.errors import ConfigError, GridError
@@ -35,6 +36,8 @@ from s2cd.survey import SceneInput, Survey, observed, scene_input, survey_scene
 
 Image = tuple[Planes, np.ndarray, np.ndarray]
 """Pixels, affine and valid of a date, as `Model.encode` takes them."""
+_Read = tuple[list[np.ndarray], np.ndarray | None]
+"""Pixels, an array (y, x) a band, and values of the mask band."""
 _READERS = ThreadPoolExecutor(64, "s2cd-read")
 
 
@@ -201,7 +204,7 @@ def _infer_block(
     views: list[_View] = []
 
     def images() -> Iterator[Image]:
-        read = _read_ahead(series.dates, window, tiling, model.fine)
+        read = _read_dates(series.dates, window, tiling, model.fine)
         for date, statistics, (pixels, classes) in zip(series.dates, series.statistics, read, strict=True):
             image = _image(model, date, statistics, mask, pixels, classes)
             if (row, col) == tiling.middle:
@@ -230,24 +233,29 @@ def _shifts(views: Sequence[_View], pairs: Sequence[tuple[int, int]]) -> tuple[S
     return tuple(phase_shift(views[a][0], views[b][0], views[a][1] & views[b][1]) for a, b in pairs)
 
 
-def _read_ahead(
-    dates: Sequence[SceneInput], window: tuple[slice, slice], tiling: Tiling, fine: int
-) -> Iterator[tuple[list[np.ndarray], np.ndarray | None]]:
-    """Yield pixels and classes of each date; the next date is read while the network works on this one."""
-    following = [_READERS.submit(_read_date, dates[0], window, tiling, fine)]
+def _read_dates(dates: Sequence[SceneInput], window: tuple[slice, slice], tiling: Tiling, fine: int) -> Iterator[_Read]:
+    """Yield what a chunk needs of each date; from an archive the next date while the network works on this one."""
+    read = partial(_read_date, window=window, tiling=tiling, fine=fine)
+    return map(read, dates) if all(map(_is_local, dates)) else _ahead(read, dates)
+
+
+def _is_local(date: SceneInput) -> bool:
+    return all(is_local(href) for source in date.sources for href in source.hrefs)
+
+
+def _ahead(read: Callable[[SceneInput], _Read], dates: Sequence[SceneInput]) -> Iterator[_Read]:
+    following = [_READERS.submit(read, dates[0])]
     try:
         for date in (*dates[1:], None):
             now = following.pop().result()
             if date is not None:
-                following.append(_READERS.submit(_read_date, date, window, tiling, fine))
+                following.append(_READERS.submit(read, date))
             yield now
     finally:
         wait(following)  # else it would claim blocks for a task that has failed
 
 
-def _read_date(
-    date: SceneInput, window: tuple[slice, slice], tiling: Tiling, fine: int
-) -> tuple[list[np.ndarray], np.ndarray | None]:
+def _read_date(date: SceneInput, window: tuple[slice, slice], tiling: Tiling, fine: int) -> _Read:
     """Read all that a chunk needs of a date; bands after the first `fine`, and classes, stay at 20 m."""
     if date.classes is None:  # the spectral test looks at each pixel of 10 m
         return read_bands(date.sources, date.grid, window, tiling, fine=len(date.sources)), None
