@@ -304,4 +304,4 @@ def _draw_memory(axes: Any, parts: Parts) -> None:
             axes.legend(fontsize=8)
     if not axes.lines:
         axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
-    axes.set(xlabel="number", ylim=(0, None))
+    axes.set(xlabel="number", ylim=(0, 1.1 * max(1.0, axes.dataLim.y1) if axes.lines else None))
