@@ -167,6 +167,10 @@ def test_few_local_files_stay_open(assets: Path) -> None:
     with pytest.raises(RuntimeError, match="mid-way"), files.dataset(datasets[-1].name) as dataset:
         raise RuntimeError("mid-way")
     assert dataset.closed
+    files.close(idle=60)
+    assert not datasets[-2].closed or not datasets[-1].closed
+    files.close()
+    assert all(dataset.closed for dataset in datasets)
 
 
 def bands_of(server: FaultServer, names: list[str]) -> tuple[list[Source], Tiling]:

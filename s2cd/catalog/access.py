@@ -82,6 +82,15 @@ def is_local(href: str) -> bool:
     return "://" not in href or href.startswith("file://")
 
 
+@dataclass(frozen=True, slots=True)
+class _Idle:
+    """An open dataset that nobody reads: of which edition of a file, since when."""
+
+    edition: tuple[object, ...]
+    dataset: rasterio.DatasetReader
+    since: float
+
+
 class OpenFiles:
     """Local TIFFs that stay open between two reads, `most` of them: to open one takes as long as a tenth of a block.
 
@@ -90,7 +99,7 @@ class OpenFiles:
 
     def __init__(self, most: int = 128):
         self.most = most
-        self._idle: list[tuple[tuple[object, ...], rasterio.DatasetReader]] = []
+        self._idle: list[_Idle] = []  # in order of time
         self._lock = threading.Lock()
 
     @contextmanager
@@ -105,23 +114,31 @@ class OpenFiles:
             raise
         self._give(edition, dataset)
 
+    def close(self, idle: float = 0.0) -> None:
+        """Close what nobody has read for so many seconds: the space of a deleted file is free when it is closed."""
+        with self._lock:
+            kept = [entry for entry in self._idle if entry.since > time.monotonic() - idle]
+            old, self._idle = self._idle[: len(self._idle) - len(kept)], kept
+        for entry in old:
+            entry.dataset.close()
+
     def _take(self, edition: tuple[object, ...]) -> rasterio.DatasetReader | None:
         with self._lock:
-            found = next((entry for entry in self._idle if entry[0] == edition), None)
+            found = next((entry for entry in self._idle if entry.edition == edition), None)
             if found is None:
                 return None
             self._idle.remove(found)
-            return found[1]
+            return found.dataset
 
     def _give(self, edition: tuple[object, ...], dataset: rasterio.DatasetReader) -> None:
         if len(edition) == 1 or dataset.driver != "GTiff":  # others hold more than a file handle
             dataset.close()
             return
         with self._lock:
-            self._idle.append((edition, dataset))
-            oldest = self._idle.pop(0)[1] if len(self._idle) > self.most else None
+            self._idle.append(_Idle(edition, dataset, time.monotonic()))
+            oldest = self._idle.pop(0) if len(self._idle) > self.most else None
         if oldest is not None:
-            oldest.close()
+            oldest.dataset.close()
 
 
 def _open(path: str) -> rasterio.DatasetReader:

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from distributed import Worker, WorkerPlugin
 from tornado.ioloop import PeriodicCallback
 
+from s2cd.catalog.access import OPEN_FILES
+
 # Features of one chunk are buffers of 100 MB and more. glibc returns such a buffer to the kernel at every free, and
 # each reuse costs a page fault per 4 KiB: half of the network's time. Large thresholds keep it. One arena, because
 # the others (one a thread) hold at most 64 MiB a heap and send every larger request to the kernel whatever the
@@ -27,6 +29,7 @@ _MALLOPT = {"M_TRIM_THRESHOLD": -1, "M_MMAP_THRESHOLD": -3, "M_ARENA_MAX": -8}
 _THREAD_POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _RELIEF_MS, _RELIEF_FRACTION = 2000, 0.6
 _TRIM_EVERY = 4.0  # seconds
+_UNREAD = 60.0  # seconds after which a file is closed
 _GDAL_CACHE_MB = "64"  # a run keeps blocks that it needs again itself; GDAL's own default is 5 % of memory
 
 
@@ -104,6 +107,7 @@ return_free_memory = _Trimmer()
 
 
 def _relieve(worker: Worker) -> None:
+    OPEN_FILES.close(idle=_UNREAD)
     limit = worker.memory_manager.memory_limit
     if limit and worker.monitor.get_process_memory() > _RELIEF_FRACTION * limit:
         return_free_memory()
