@@ -39,7 +39,7 @@ from s2cd.outputs.store import open_store
 from s2cd.pairs import LeftOut, Pair
 from s2cd.plan import FieldOfView, Plan, make_plan, mask_of, pairs_of, require_model_bands
 from s2cd.radiometry import check_offsets
-from s2cd.sizes import Sizes, Workers, task_sizes
+from s2cd.sizes import THREADS_A_UNIT, Sizes, Workers, task_sizes
 from s2cd.survey import Survey, scene_input, survey_scene
 
 Progress = Callable[[str, int, int], None]
@@ -343,7 +343,7 @@ def units_at_a_time(threads: Iterable[int]) -> int:
 
     While the last chunks and the maps of a unit leave threads idle the next one runs; on many threads two do.
     """
-    return max(1, sum(1 + -(-count // 8) for count in threads))
+    return max(1, sum(1 + -(-count // THREADS_A_UNIT) for count in threads))
 
 
 def places(graph: Iterable[Key], maps: Sequence[Key], workers: Sequence[str]) -> dict[Key, Sequence[str]]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 LARGEST_CHUNK = 1568  # a seventh of a tile: larger chunks save halo but take the cluster over 6 GB on two cores
 LARGEST_SERIES = 6  # dates: more save the second reading of a unit's last date, and keep more maps in memory
 SMALLEST_CHUNK = 256
+THREADS_A_UNIT = 8  # at most: more would wait at a unit's last chunks
 TASK_SHARE = 0.5  # of a thread's memory for its task; the rest is for decoded blocks and unwritten maps
 CODES_SHARE = 0.2  # of all memory for maps that are not written yet
 FEATURE_COPIES = (
@@ -41,7 +42,7 @@ class Workers:
     @property
     def units(self) -> int:
         """How many units of work these workers do at a time; beside them stand the maps of one that ends."""
-        return self.count * -(-self.threads // (8 * self.count))
+        return self.count * -(-self.threads // (THREADS_A_UNIT * self.count))
 
     @classmethod
     def of_client(cls, client: Client, device: str) -> Workers | None:
