@@ -51,7 +51,13 @@ def prepare(data: str, size: int, dates: int, source: str, work: str) -> None:
 @main.command()
 @_data_options
 @click.option("--short", is_flag=True, help="A sixteenth of a tile, peers included: under five minutes.")
-@click.option("--part", "parts", multiple=True, type=click.Choice(suite.PARTS), help="Only these; by default all.")
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice((*suite.PARTS, *suite.GPU_PARTS)),
+    help="Only these; by default all but gpu.",
+)
 def run(data: str, size: int, dates: int, source: str, work: str, short: bool, parts: tuple[str, ...]) -> None:
     """Measure s2cd end to end and its stages alone; print the table of targets."""
     before = load()

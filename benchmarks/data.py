@@ -1,8 +1,8 @@
 """The data of a benchmark: one tile, several dates, real texture where it is at hand; its catalogue frozen.
 
-Compression decides how long reading takes, so the pixels must carry the entropy of real Sentinel-2 images. The
-"shared" source is a mosaic of random crops of the OSCD images in ../shared/data, the two dates of each city taking
-turns; the "simulated" source is `s2cd.simulate`, for machines that do not have them.
+Compression decides how long reading takes, so the pixels must carry the entropy of real Sentinel-2 images. A series
+is a mosaic of random crops of a few places, of which two dates take turns: the OSCD cities in ../shared/data (source
+"shared") or, for machines that do not have them, landscapes of `s2cd.simulate` (source "simulated").
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,7 @@ from s2cd.catalog.bands import band_info
 from s2cd.catalog.scene import Scene
 from s2cd.errors import ConfigError
 from s2cd.simulate import simulate
-from s2cd.simulate.acquisition import Overpass, overpasses
+from s2cd.simulate.acquisition import overpasses
 from s2cd.simulate.catalogue import Cut, Product, Writer, cut_of, item_document, item_name
 from s2cd.simulate.spectra import BANDS, GSD
 
@@ -33,6 +36,10 @@ TILE, ORBIT, START = "31UDS", 51, datetime(2023, 4, 1, tzinfo=UTC)
 CELL = 366  # px at 10 m; 30 of them make a tile
 BLOCK = 1024  # of Earth Search's COGs
 CLOUD, SHADOW = 9, 3
+FIELD, FIELDS = 1098, 6  # px, and how many landscapes are simulated
+
+Places = dict[str, list[Path]]
+"""The folders of two dates of each place, with a file for each band."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,9 @@ def prepare(folder: Path, *, size: int = 10980, dates: int = 6, source: str = "a
     frozen = target / "scenes.parquet"
     if not frozen.exists():
         target.mkdir(parents=True, exist_ok=True)
-        if source == "shared":
-            catalog = _mosaic_series(target, size, dates)
-        else:
-            catalog = simulate(
-                target, size=size, dates=dates, orbits=(ORBIT,), clouds=False, blocksize=BLOCK, draw_size=2746
-            )
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+            places = _shared_places() if source == "shared" else _simulated_places(folder / "places", pool)
+            catalog = _mosaic_series(target, size, dates, places, pool)
         freeze(search(str(catalog)), str(frozen))
     return Data(search(str(frozen)), source, size)
 
@@ -118,58 +122,78 @@ def _choose(source: str) -> str:
 
 @dataclass(frozen=True)
 class _Cell:
-    """Which crop stands in one cell of the mosaic: a city, where in it (fractions), how it is turned."""
+    """Which crop stands in one cell of the mosaic: of which place, where in it (fractions), how it is turned."""
 
-    city: str
+    place: str
     row: float
     col: float
     turn: int
 
 
-def _mosaic_series(folder: Path, size: int, dates: int) -> Path:
+def _shared_places() -> Places:
+    return {p.name: sorted(p.iterdir()) for p in sorted((SHARED / "oscd" / "assets").iterdir())}
+
+
+def _simulated_places(folder: Path, pool: Executor) -> Places:
+    draw = partial(simulate, size=FIELD, dates=2, orbits=(ORBIT,), clouds=False)
+    catalogs = [pool.submit(draw, folder / f"field{seed}", seed=seed) for seed in range(FIELDS)]
+    fields = [catalog.result().parent for catalog in catalogs]
+    return {field.name: sorted(p.parent for p in field.glob("*/SCL.tif")) for field in fields}
+
+
+def _mosaic_series(folder: Path, size: int, dates: int, places: Places, pool: Executor) -> Path:
     cut = cut_of(TILE, (size, size))
     lonlat = cut.lonlat([size / 2], [size / 2])[0]
     plan = overpasses(dates, (ORBIT,), START, 10, (lonlat[0], lonlat[1]), False)
-    cells = _draw_cells(size)
+    cells = _draw_cells(size, sorted(places))
     writer = Writer(folder, cut, BLOCK)
-    for number, overpass in enumerate(plan):
-        _write_date(writer, cut, cells, number, overpass)
+    products = [Product(overpass, baseline="05.00", applied=True) for overpass in plan]
+    waiting = []
+    for number, product in enumerate(products):
+        target = folder / item_name(product, cut)
+        target.mkdir(parents=True, exist_ok=True)
+        waiting += [
+            pool.submit(_write_band, target, cut, cells, places, number, band, gsd)
+            for band, gsd in zip(BANDS, GSD, strict=True)
+        ]
+    for number, product in enumerate(products):
+        name = item_name(product, cut)
+        classes = _classes(cut.grid_shape(20), number, places)
+        write_cog(folder / name / "SCL.tif", classes, cut, 20, "nearest")
+        item = item_document(product, cut, classes, (np.inf, np.inf))
+        (folder / name / f"{name}.json").write_text(json.dumps(item, indent=1))
+        writer.items.append(item)
+    for written in waiting:
+        written.result()
     return writer.write_collection()
 
 
-def _draw_cells(size: int) -> list[list[_Cell]]:
+def _draw_cells(size: int, places: Sequence[str]) -> list[list[_Cell]]:
     rng = np.random.default_rng(0)
-    cities = sorted(p.name for p in (SHARED / "oscd" / "assets").iterdir())
     count = -(-size // CELL)
     return [
-        [_Cell(str(rng.choice(cities)), rng.random(), rng.random(), int(rng.integers(8))) for _ in range(count)]
+        [_Cell(str(rng.choice(places)), rng.random(), rng.random(), int(rng.integers(8))) for _ in range(count)]
         for _ in range(count)
     ]
 
 
-def _write_date(writer: Writer, cut: Cut, cells: list[list[_Cell]], number: int, overpass: Overpass) -> None:
-    product = Product(overpass, baseline="05.00", applied=True)
-    name = item_name(product, cut)
-    target = writer.folder / name
-    target.mkdir(parents=True, exist_ok=True)
+def _write_band(
+    target: Path, cut: Cut, cells: list[list[_Cell]], places: Places, number: int, band: str, gsd: int
+) -> None:
     gain = 1 + 0.05 * np.sin(number)  # another sun, another sky
-    for band, gsd in zip(BANDS, GSD, strict=True):
-        file = band_info(band).name
-        pixels = _mosaic(cells, file, number % 2, gsd, cut.grid_shape(gsd))
-        pixels = np.clip(np.rint(pixels * np.float32(gain)), 1, 65535).astype(np.uint16)
-        write_cog(target / f"{file}.tif", pixels, cut, gsd)
-    classes = _classes(cut.grid_shape(20), number)
-    write_cog(target / "SCL.tif", classes, cut, 20, "nearest")
-    item = item_document(product, cut, classes, (np.inf, np.inf))
-    (target / f"{name}.json").write_text(json.dumps(item, indent=1))
-    writer.items.append(item)
+    file = band_info(band).name
+    pixels = _mosaic(cells, places, file, number % 2, gsd, cut.grid_shape(gsd))
+    pixels = np.clip(np.rint(pixels * np.float32(gain)), 1, 65535).astype(np.uint16)
+    write_cog(target / f"{file}.tif", pixels, cut, gsd)
 
 
-def _mosaic(cells: list[list[_Cell]], file: str, date: int, gsd: int, shape: Sequence[int]) -> np.ndarray:
-    cities = {c.city for row in cells for c in row}
-    images = {city: _read_city(city, date, file) for city in cities}
-    halves = {city: tuple(n // 2 for n in _read_city(city, date, "B02").shape) for city in cities}
-    rows = [np.hstack([_crop(images[c.city], halves[c.city], c, 20 // gsd) for c in row]) for row in cells]
+def _mosaic(
+    cells: list[list[_Cell]], places: Places, file: str, date: int, gsd: int, shape: Sequence[int]
+) -> np.ndarray:
+    names = {c.place for row in cells for c in row}
+    images = {name: _read(places[name][date] / f"{file}.tif") for name in names}
+    halves = {name: tuple(n // 2 for n in _read(places[name][date] / "B02.tif").shape) for name in names}
+    rows = [np.hstack([_crop(images[c.place], halves[c.place], c, 20 // gsd) for c in row]) for row in cells]
     return np.vstack(rows)[: shape[0], : shape[1]]
 
 
@@ -183,16 +207,19 @@ def _crop(image: np.ndarray, half: tuple[int, ...], cell: _Cell, step: int) -> n
     return crop[:, ::-1] if cell.turn >= 4 else crop
 
 
-def _read_city(city: str, date: int, file: str) -> np.ndarray:
-    folder = sorted((SHARED / "oscd" / "assets" / city).iterdir())[date]
-    with rasterio.open(folder / f"{file}.tif") as dataset:
+def _read(path: Path) -> np.ndarray:
+    with rasterio.open(path) as dataset:
         return dataset.read(1)
 
 
-def _classes(shape: Sequence[int], number: int) -> np.ndarray:
-    """Scene classification: a real one, mirrored, under some clouds and their shadows of this date."""
-    with rasterio.open(SHARED / "bolzano_l2a_20220612.tif") as dataset:
-        real = dataset.read(5)[::2, ::2].astype(np.uint8)
+def _classes(shape: Sequence[int], number: int, places: Places) -> np.ndarray:
+    """Scene classification: one that was there, mirrored, under some clouds and their shadows of this date."""
+    simulated = next(iter(places.values()))[0] / "SCL.tif"
+    if simulated.exists():
+        real = _read(simulated)
+    else:
+        with rasterio.open(SHARED / "bolzano_l2a_20220612.tif") as dataset:
+            real = dataset.read(5)[::2, ::2].astype(np.uint8)
     classes = np.pad(real, [(0, max(0, n - m)) for n, m in zip(shape, real.shape, strict=True)], mode="symmetric")
     classes = np.ascontiguousarray(np.roll(classes, 97 * number, axis=1)[: shape[0], : shape[1]])
     noise = np.random.default_rng(number).normal(size=[n // 80 + 4 for n in shape])

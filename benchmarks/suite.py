@@ -21,6 +21,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 UNLIKE = 0.05  # of a probability: maps that differ by more are not of the same network and dates
 PARTS = ("engine", "stages", "scaling", "dates", "tiles", "archive")
+GPU_PARTS = ("gpu",)
+GPU_DATES = 21  # 20 maps
 LATENCIES = (None, 0.02, 0.1)  # seconds; None: local files
 WORKLOADS = {"s2cd": "engine", "stackstac script": "stackstac_script", "rasterio loop": "rasterio_loop"}
 Say = Callable[[str], None]
@@ -52,7 +54,7 @@ def run_parts(settings: Settings, parts: tuple[str, ...], say: Say) -> dict[str,
     """Measure some of PARTS; return what they gave, under their names."""
     functions = {
         "engine": engine, "stages": stages, "scaling": scaling, "dates": by_dates, "tiles": by_tiles,
-        "archive": by_latency,
+        "archive": by_latency, "gpu": on_gpu,
     }  # fmt: skip
     results = {}
     for part in parts:
@@ -108,6 +110,15 @@ def by_latency(settings: Settings, say: Say) -> dict[str, Any]:
         rows.append({"from": _distance(latency), "seconds_per_map": result["seconds_per_map"]})
         say(f"  {rows[-1]['from']}: {result['seconds_per_map']:.2f} s a map")
     return {"size": size, "rows": rows}
+
+
+def on_gpu(settings: Settings, say: Say) -> dict[str, Any]:
+    """This project on a GPU, end to end, over twenty maps; and what the GPU is busy with alone."""
+    series = settings.series(dates=GPU_DATES, out=settings.out("gpu"), gpu=True)
+    result = measure("engine", series)
+    say(f"  {result['seconds_per_map']:.2f} s a map, busy {result['gpu_busy']:.0%}, {result['peak_gb']:.1f} GB")
+    alone = measure("device", settings.series(out=settings.out("device")))
+    return {**result, "alone": alone["rows"]}
 
 
 def _distance(latency: float | None) -> str:

@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import s2cd
 from benchmarks import data as prepared
 from benchmarks import trace
 from benchmarks.archive import archive
+from benchmarks.device import seen_since, watched
 from s2cd.catalog.scene import Scene
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ def local_profile(processes: int, threads: int) -> dict[str, Any]:
     return {"kind": "local", "processes": processes, "threads": threads, "dashboard": 0}
 
 
+CUDA = {"kind": "cuda", "dashboard": 0}
+
+
 def engine(
     *,
     folder: str,
@@ -54,10 +58,12 @@ def engine(
     options: dict[str, Any] | None = None,
     traced: bool = True,
     latency: float | None = None,
+    gpu: bool = False,
 ) -> dict[str, Any]:
     """`s2cd.run` on a local cluster; libraries, cluster and model are loaded before the clock, as for the peers.
 
-    With `latency` the files come from an archive whose answers take so many seconds.
+    latency  seconds that the archive takes to answer, which the files come from; None: local files
+    gpu      whether the network runs on GPUs, a worker each, and how busy they are is told
     """
     from distributed import get_task_stream
 
@@ -68,7 +74,8 @@ def engine(
     config = s2cd.RunConfig(catalog="given", out=out, quicklook=True, **(options or {}))
     with (
         _served(data.scenes, Path(folder), latency) as scenes,
-        s2cd.cluster(local_profile(processes, threads)) as client,
+        s2cd.cluster(CUDA if gpu else local_profile(processes, threads)) as client,
+        watched() if gpu else nullcontext([]) as samples,
     ):
         _load_model(client)
         found = client.run(trace.install) if traced else {}
@@ -77,6 +84,7 @@ def engine(
             started, origin = time.perf_counter(), time.time()
             report = run(config, client, scenes=scenes)
             wall = time.perf_counter() - started
+        seen = seen_since(samples, origin)
         cpu = sum(client.run(time.process_time).values()) - cpu
         events = [e for part in client.run(trace.collect).values() for e in part] if traced else []
         decoded = sum(client.run(trace.decoded_bytes).values())
@@ -95,6 +103,7 @@ def engine(
         "stages_cpu_s": _cpu_by_stage(events),
         "traced": sorted({name for names in found.values() for name in names}),
         "gantt": _gantt(events, origin),
+        **seen,
     }
 
 
@@ -297,3 +306,39 @@ def _encode_alone(scenes: list[Scene], maps: Path, out: str) -> float:
         return write
 
     return _on_every_core([job(n) for n in range(len(some))]) * len(pairs) / len(some)
+
+
+def device(*, folder: str, out: str, size: int, dates: int, source: str = "auto") -> dict[str, Any]:
+    """The network alone on a GPU: milliseconds of its work a tile, for a date and for a pair, by edge of the chunk.
+
+    Pixels start in host memory and codes end there; `date_cpu_ms` and `pair_cpu_ms` are what that takes a core.
+    """
+    scenes = _scenes(folder, size, dates, source).scenes
+    model = s2cd.load_model("generic", device="cuda")
+    return {"rows": [_on_device(model, scenes, edge, size) for edge in (1024, 1696, 2336, 3264) if edge <= size]}
+
+
+def _on_device(model: Model, scenes: list[Scene], edge: int, size: int) -> dict[str, float]:
+    import torch
+
+    part = (slice(0, edge), slice(0, edge))
+    pixels = [_read(scene, model, part) for scene in scenes[:2]]
+    affine = model.affine(np.full((len(model.bands), 2), 0.1, np.float32), 1e-4)
+    valid = np.ones((edge, edge), bool)
+    encoded = [model.encode(p, affine, valid) for p in pixels]
+    model.decode_codes(*encoded, 1.0)
+    calls = {
+        "date": lambda: model.encode(pixels[0], affine, valid),
+        "pair": lambda: model.decode_codes(*encoded, 1.0),
+    }
+    repeats, row = 20, {"edge": float(edge)}
+    share = 1e3 * (size / edge) ** 2 / repeats
+    for name, call in calls.items():
+        torch.cuda.synchronize()
+        started, cpu = time.perf_counter(), time.thread_time()
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+        spent = time.perf_counter() - started, time.thread_time() - cpu
+        row |= {f"{name}_ms": spent[0] * share, f"{name}_cpu_ms": spent[1] * share}
+    return row

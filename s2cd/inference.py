@@ -26,9 +26,8 @@ from s2cd.catalog.scene import Grid, Scene
 from s2cd.cube import common_grid, cube_grid
 from s2cd.errors import ConfigError, GridError
 from s2cd.masks import Mask
-from s2cd.model import Model, ModelRef
+from s2cd.model import EncodedDate, Model, ModelRef
 from s2cd.model.normalise import Planes
-from s2cd.outputs.codes import encode_codes
 from s2cd.pairs import Pair
 from s2cd.reader import Tiling, read_bands
 from s2cd.registration import Shift, middle_span, phase_shift, shift_band
@@ -165,34 +164,24 @@ def change_blocks(
     return {keys[row][col]: (infer, row, col) for row in range(rows) for col in range(cols)}, keys
 
 
-def infer_series(
-    model: Model,
-    images: Iterable[Image],
-    pairs: Sequence[tuple[int, int]],
-    backgrounds: Sequence[float],
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield (position in `pairs`, probability (y, x) float32 with NaN, unseen) as the dates come in.
+def encode_series(
+    model: Model, images: Iterable[Image], pairs: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, EncodedDate, EncodedDate]]:
+    """Yield (position in `pairs`, earlier date, later date), encoded, as the dates come in.
 
-    `unseen` is uint8 (y, x): 0 where both dates are valid, 1 where the earlier is not, 2 the later, 3 neither.
-
-    images       pixels, affine and valid of each date, in order, as `Model.encode` takes them
-    pairs        positions (before, after) of the dates, before < after
-    backgrounds  of the pairs, as `Model.background` gives them
+    images  pixels, affine and valid of each date, in order, as `Model.encode` takes them
+    pairs   positions (before, after) of the dates, before < after
 
     Each date is encoded once; its features are kept until its last pair is done.
     """
     last_use = {date: max(pair[1] for pair in pairs if date in pair) for pair in pairs for date in pair}
-    kept: dict[int, tuple[Any, np.ndarray]] = {}
-    for date, (pixels, affine, valid) in enumerate(images):
-        kept[date] = model.encode(pixels, affine, valid), valid
+    kept: dict[int, EncodedDate] = {}
+    for date, image in enumerate(images):
+        kept[date] = model.encode(*image)
         for position, (before, after) in enumerate(pairs):
             if after == date:
-                (a, valid_a), (b, valid_b) = kept[before], kept[after]
-                probability = model.decode(a, b, backgrounds[position])
-                unseen = ~valid_a + 2 * (~valid_b).view(np.uint8)
-                probability[unseen > 0] = np.nan
-                yield position, probability, unseen
-        kept = {d: features for d, features in kept.items() if last_use[d] > date}
+                yield position, kept[before], kept[after]
+        kept = {d: encoded for d, encoded in kept.items() if last_use[d] > date}
 
 
 def _infer_block(
@@ -200,7 +189,8 @@ def _infer_block(
 ) -> Block:
     model = ref.load()
     window, core = tiling.read(row, col), tiling.core(row, col)
-    inner = tuple(slice(c.start - w.start, c.stop - w.start) for c, w in zip(core, window, strict=True))
+    rows, cols = (slice(c.start - w.start, c.stop - w.start) for c, w in zip(core, window, strict=True))
+    inner = rows, cols
     views: list[_View] = []
 
     def images() -> Iterator[Image]:
@@ -212,10 +202,8 @@ def _infer_block(
             yield image
 
     codes = np.empty((len(series.pairs), *(c.stop - c.start for c in core)), np.uint16)
-    for position, probability, unseen in infer_series(model, images(), series.pairs, series.backgrounds):
-        codes[position] = encode_codes(probability[inner])
-        if reasons:
-            codes[position] -= (np.uint16(3) - unseen[inner]) * (unseen[inner] > 0)
+    for position, before, after in encode_series(model, images(), series.pairs):
+        codes[position] = model.decode_codes(before, after, series.backgrounds[position], inner, reasons=reasons)
     return Block(codes, _shifts(views, series.pairs) if views else None)
 
 
@@ -300,7 +288,8 @@ def _infer_pair(
         date = inputs[scene_id]
         classes = block[0][bands.index(mask.band)] if date.classes and mask.band in bands else None
         images.append(_image(model, date, statistics, mask, pixels, classes))
-    ((_, probability, _),) = infer_series(model, images, [(0, 1)], [level.background])
+    ((_, earlier, later),) = encode_series(model, images, [(0, 1)])
+    probability = model.decode(earlier, later, level.background)
     location, counts = block_info[0]["chunk-location"][2:], block_info[0]["num-chunks"][2:]
     inner = tuple(
         slice(halo if i else 0, size - halo if i < n - 1 else size)

@@ -64,7 +64,7 @@ class Workers:
     def of_profile(cls, profile: Profile, device: str) -> Workers:
         """Tell what a profile will start; nothing is known of a cluster that is only connected to."""
         from s2cd.clusters.profiles import CudaProfile, LocalProfile, PbsProfile, SlurmProfile
-        from s2cd.clusters.start import batch_threads, local_resources
+        from s2cd.clusters.start import batch_threads, cuda_threads, local_resources
 
         here = 0 if device == "cpu" else device_memory()
         if isinstance(profile, LocalProfile):
@@ -74,8 +74,9 @@ class Workers:
             threads, jobs = batch_threads(profile), profile.jobs.maximum
             return cls(jobs, jobs * threads, profile.memory / threads)
         if isinstance(profile, CudaProfile):
-            limit = None if profile.memory == "auto" else profile.memory / profile.threads
-            return cls(1, profile.threads, limit, here / profile.threads or None)
+            threads = cuda_threads(profile)
+            limit = None if profile.memory == "auto" else profile.memory / threads
+            return cls(1, threads, limit, here / threads or None)
         return cls()
 
 

@@ -15,9 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from s2cd.errors import ModelError
-from s2cd.model import BANDS, list_models, load_model, normalise, registry
+from s2cd.model import BANDS, device, list_models, load_model, normalise, registry
 from s2cd.model.device import fast_bfloat16
 from s2cd.model.network import HALO, INPUTS, REACH, STRIDE, ChangeNet, cost, network_of
+from s2cd.model.replay import Graphs, flatten, layout, unflatten
+from s2cd.model.tensors import to_input
+from s2cd.outputs.codes import encode_codes, split_reasons
 
 
 def ground(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
@@ -123,6 +126,54 @@ def test_bands_at_20_m_equal_replicated_ones(model, shape):
     assert all(torch.equal(a, b) for a, b in zip(ours.features, theirs.features, strict=True))
     with pytest.raises(ModelError, match="takes pixels"):
         model.encode([*coarse, *fine], affine, valid)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    kind=st.sampled_from([np.uint16, np.uint8, np.int16, np.float32]),
+    half=st.booleans(),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_input_made_on_a_device_is_the_one_made_by_numpy(shape, kind, half, seed):
+    rng = np.random.default_rng(seed)
+    edge = tuple(-(-n // 2) for n in shape) if half else shape
+    planes = [rng.integers(0, 120, shape if band < 4 else edge).astype(kind) for band in range(7)]
+    gains = rng.normal(0, 0.1, (7, 2)).astype(np.float32)
+    valid = rng.random(shape) < rng.choice([0, 0.8, 1])
+    if kind == np.float32:
+        planes[0][~valid] = np.nan
+    expected = normalise.network_input(planes, gains, valid, 4, STRIDE)
+    parts = device._parts(device._staged([*planes, valid]), [*planes, valid])
+    found = to_input(parts[:-1], torch.from_numpy(gains), parts[-1], 4, STRIDE)
+    np.testing.assert_array_equal(found[0].permute(1, 2, 0).numpy(), expected)
+
+
+def test_tensors_are_kept_flat_and_as_they_were():
+    tensors = [
+        torch.rand(1, 3, 5, 7).to(memory_format=torch.channels_last),
+        torch.rand(2, 4, 3, 1).bfloat16(),
+        torch.rand(9) < 0.5,
+        torch.rand(5, 3).half(),
+    ]
+    found = unflatten(flatten(tensors), layout(tensors))
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, tensors, strict=True))
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("reasons", [False, True])
+def test_codes_tell_what_decode_does(model, reasons):
+    images, rng = [ground((70, 65), seed) for seed in (0, 1)], np.random.default_rng(0)
+    seen = [rng.random((70, 65)) < 0.7 for _ in images]
+    dates = [model.encode(i, model.affine(model.statistics(i)), v) for i, v in zip(images, seen, strict=True)]
+    inner = slice(3, 69), slice(0, 60)
+    probability = model.decode(*dates, 1.0)[inner]
+    np.testing.assert_array_equal(np.isnan(probability), ~(seen[0] & seen[1])[inner])
+    codes = model.decode_codes(*dates, 1.0, inner, reasons=reasons)
+    plain, validity = split_reasons(codes) if reasons else (codes, None)
+    np.testing.assert_array_equal(plain, encode_codes(probability))
+    if reasons:
+        np.testing.assert_array_equal(validity, (~seen[0] + 2 * ~seen[1])[inner])
 
 
 def test_background_is_the_usual_difference_of_two_dates():
@@ -234,6 +285,35 @@ def test_threads_that_share_a_gpu_get_their_own_maps(on_gpu):
         together = list(pool.map(lambda pair: on_gpu.predict(*pair), pairs * 5))
     for found, expected in zip(together, alone * 5, strict=True):
         np.testing.assert_allclose(found, expected, atol=0.01)
+
+
+@pytest.mark.gpu
+def test_what_lies_on_a_gpu_stays_there(on_gpu):
+    cupy = pytest.importorskip("cupy")
+    images = [ground((333, 401), seed) for seed in range(2)]
+    images[0][:, :5] = np.nan
+    found = on_gpu.predict(*(cupy.asarray(image) for image in images))
+    assert isinstance(found, cupy.ndarray)
+    np.testing.assert_array_equal(cupy.asnumpy(found), on_gpu.predict(*images))
+    with pytest.raises(ModelError, match=r"7 bands, found \(6, 5, 5\)"):
+        on_gpu.predict(*(cupy.zeros((6, 5, 5), np.float32) for _ in range(2)))
+
+
+@pytest.mark.gpu
+def test_a_block_too_large_for_the_gpu_is_split(on_gpu):
+    images = ground((2000, 2000)), ground((2000, 2000), 1)
+    torch.cuda.empty_cache()
+    before, total = torch.cuda.memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.reset_peak_memory_stats()
+    expected = on_gpu.predict(*images)
+    most = torch.cuda.max_memory_reserved() - before
+    on_gpu._engine._graphs = Graphs()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.7 * most) / total)
+    try:
+        np.testing.assert_allclose(on_gpu.predict(*images), expected, atol=0.01)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_reach_is_as_far_as_a_pixel_beyond_an_aligned_edge_matters():

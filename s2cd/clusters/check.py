@@ -23,7 +23,7 @@ from s2cd.clusters.profiles import (
     SlurmProfile,
     load_profile,
 )
-from s2cd.clusters.start import batch_job, cluster, local_resources, scheduler_address
+from s2cd.clusters.start import batch_job, cluster, cuda_threads, local_resources, scheduler_address
 from s2cd.errors import ClusterError
 
 Check = tuple[str, bool, str]
@@ -43,7 +43,7 @@ def show_profile(profile: str | Path | Profile | dict[str, Any]) -> str:
         threads, memory = local_resources(settings)
         command = _worker_command(settings.processes, threads, memory)
     elif isinstance(settings, CudaProfile):
-        threads = settings.threads
+        threads = cuda_threads(settings)
         command = f"dask cuda worker <scheduler address> --nthreads {threads} --memory-limit {settings.memory}"
         command += f" --device-memory-limit {settings.device_memory}"
         command += "" if settings.rmm_pool is None else f" --rmm-pool-size {settings.rmm_pool}"

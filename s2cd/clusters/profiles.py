@@ -71,7 +71,7 @@ class CudaProfile(_Profile):
 
     kind: Literal["cuda"] = "cuda"
     gpus: list[Annotated[int, Field(strict=True, ge=0)]] | Literal["all"] = "all"
-    threads: Count = 4
+    threads: Count | Auto = "auto"
     memory: Bytes | Auto = "auto"
     device_memory: Bytes | Annotated[float, Field(gt=0, le=1)] = 0.8
     rmm_pool: Bytes | None = None

@@ -121,6 +121,15 @@ def local_resources(profile: LocalProfile) -> tuple[int, int]:
     return threads, share if profile.memory == "auto" else profile.memory
 
 
+def cuda_threads(profile: CudaProfile) -> int:
+    """Threads of the worker of each GPU: by default its share of the cores, for decoding and encoding need them all."""
+    from s2cd.model.device import device_count
+
+    if profile.threads != "auto":
+        return profile.threads
+    return max(1, available_cores() // max(1, device_count() if profile.gpus == "all" else len(profile.gpus)))
+
+
 @contextlib.contextmanager
 def _local(profile: LocalProfile) -> Iterator[SpecCluster]:
     threads, memory = local_resources(profile)
@@ -162,7 +171,8 @@ def _cuda(profile: CudaProfile) -> Iterator[SpecCluster]:
     Without `rmm_pool` torch's caching allocator owns the device; with it, one RMM pool serves torch and CuPy.
     """
     local_cuda_cluster = _import_dask_cuda()
-    variables = worker_environment(profile.threads) | profile.environment
+    threads = cuda_threads(profile)
+    variables = worker_environment(threads) | profile.environment
     options: dict[str, Any] = {} if profile.memory == "auto" else {"memory_limit": profile.memory}
     if profile.gpus != "all":
         options["CUDA_VISIBLE_DEVICES"] = profile.gpus
@@ -170,7 +180,7 @@ def _cuda(profile: CudaProfile) -> Iterator[SpecCluster]:
         options["rmm_pool_size"] = profile.rmm_pool
     with _nanny_environment(variables), _quiet_ports():
         started = local_cuda_cluster(
-            threads_per_worker=profile.threads,
+            threads_per_worker=threads,
             device_memory_limit=profile.device_memory,
             dashboard_address=f":{profile.dashboard}",
             **options,

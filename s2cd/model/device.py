@@ -7,9 +7,11 @@ waits for its result, the network computes for another.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,9 @@ from torch import Tensor
 
 from s2cd.errors import ModelError
 from s2cd.model.network import Features
+from s2cd.model.normalise import network_input
+from s2cd.model.replay import Graphs, Piece, flatten, layout, unflatten
+from s2cd.model.tensors import FINISHES, to_input
 
 if TYPE_CHECKING:
     from s2cd.model.registry import Network
@@ -39,10 +44,14 @@ def choose_device(device: str) -> torch.device:
         raise ModelError(f"device {device!r} is not supported, expected auto, cpu, cuda or cuda:N")
     if place.type == "cpu":
         return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (place.index or 0) >= count:
-        raise ModelError(f"device {device!r} asked for, {count} CUDA devices found")
+    if (place.index or 0) >= device_count():
+        raise ModelError(f"device {device!r} asked for, {device_count()} CUDA devices found")
     return torch.device("cuda", place.index or 0)
+
+
+def device_count() -> int:
+    """How many GPUs this process sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def device_memory() -> int:
@@ -58,6 +67,29 @@ def fast_bfloat16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedDate:
+    """Features of one date, and where it is valid, bool (y, x) at 10 m, on the device of the model.
+
+    With `pieces` the features are one flat tensor, and these tell what it is made of.
+    """
+
+    features: Features
+    valid: Tensor
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns at 10 m."""
+        return self.valid.shape[0], self.valid.shape[1]
+
+
+Run = Callable[[Features, Callable[[Features], Features]], Features]
+"""How a part of the network is called: on the whole block, or in pieces where there is no memory for that."""
+Part = tuple[slice, slice]
+WHOLE: Part = (slice(None), slice(None))
+
+
 class Engine:
     """Calls `encode` and `decode` of a network on NumPy blocks.
 
@@ -71,54 +103,74 @@ class Engine:
         self._stride, self._halo = stride, halo
         self._bfloat16 = bfloat16 and fast_bfloat16(device)
 
-    def encode(self, x: npt.NDArray[np.float32]) -> Features:
-        """Return features of an input (h, w, channels) on the 20 m grid; they stay on the device."""
-        sent, wait = self._send(torch.from_numpy(x))
+    def encode(
+        self, planes: Sequence[Any], gains: npt.NDArray[np.float32], valid: Any, fine: int, stride: int
+    ) -> EncodedDate:
+        """Return a date encoded; what is given is as `s2cd.model.normalise.network_input` takes it."""
+        return self.encode_input(network_input(planes, gains, valid, fine, stride), valid)
+
+    def encode_input(self, x: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) -> EncodedDate:
+        """Return a date encoded, of an input (h, w, channels) on the network's grid."""
+        (sent, seen), wait = self._send([x, valid])
         batch = sent.permute(2, 0, 1).unsqueeze(0)  # channels last, without a copy
         with self._running():
             wait()
-            return self._split((batch,), lambda t: self._network.encode(t[0]))
+            return EncodedDate(self._split((batch,), lambda t: self._network.encode(t[0])), seen)
 
-    def decode(self, a: Features, b: Features, background: float) -> npt.NDArray[np.float32]:
-        """Return probabilities (2h, 2w) float32 between two dates that differ by `background` everywhere."""
+    def decode(self, a: EncodedDate, b: EncodedDate, background: float, finish: str, part: Part = WHOLE) -> Tensor:
+        """Return what `finish` of `s2cd.model.tensors.FINISHES` makes of a part of a pair; it stays on the device.
+
+        The dates differ by `background` everywhere.
+        """
+        with self._running():
+            result = self._probability(a.features, b.features, background, self._split)
+            return FINISHES[finish](*(x[part] for x in (result[: a.shape[0], : a.shape[1]], a.valid, b.valid)))
+
+    def _probability(self, a: Features, b: Features, background: Tensor | float, run: Run) -> Tensor:
         count = len(a)
 
         def probability(t: Features) -> Features:
             return (torch.sigmoid_(self._network.decode(t[:count], t[count:], background).float()),)
 
-        with self._running():
-            (result,) = self._split((*a, *b), probability)
-            fetched, wait = self._fetch(result[0, 0])
-        wait()
-        return fetched.numpy()
+        return run((*a, *b), probability)[0][0, 0]
 
-    def _send(self, block: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """Return the block on the device, and what makes the network wait until it is there."""
+    def fetch(self, result: Tensor) -> npt.NDArray[Any]:
+        """Return a result in host memory, once it is there."""
         if self.device.type != "cuda":
-            return block, _nothing
+            return result.numpy()
+        stream = _stream(self.device, "down")
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            here = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+            here.copy_(result, non_blocking=True)
+            arrived = torch.cuda.Event(blocking=True)  # a thread that spins would take a core from those that decode
+            arrived.record(stream)
+        result.record_stream(stream)
+        arrived.synchronize()
+        return here.numpy()
+
+    def _send(self, arrays: Sequence[Any]) -> tuple[list[Tensor], Callable[[], None]]:
+        """Return arrays on the device, and what makes the network wait until they are there.
+
+        What lies on a GPU already (CuPy's arrays, say) is taken without a copy.
+        """
+        if self.device.type != "cuda":
+            return [torch.from_numpy(array) for array in arrays], _nothing
+        away = [array for array in arrays if not on_gpu(array)]
+        staged = _staged(away)
         stream = _stream(self.device, "up")
         with torch.cuda.stream(stream):
-            there = block.pin_memory().to(self.device, non_blocking=True)
+            there = staged.to(self.device, non_blocking=True)
             arrived = stream.record_event()
+        parts = iter(_parts(there, away))
 
         def wait() -> None:
             compute = torch.cuda.current_stream(self.device)
             compute.wait_event(arrived)
             there.record_stream(compute)  # or its memory would be given away while the network reads it
 
-        return there, wait
-
-    def _fetch(self, result: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """Return the result in host memory, and what waits until it is there."""
-        if self.device.type != "cuda":
-            return result, _nothing
-        stream = _stream(self.device, "down")
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            here = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
-            here.copy_(result, non_blocking=True)
-        result.record_stream(stream)
-        return here, stream.record_event().synchronize
+        with torch.cuda.device(self.device):
+            return [torch.from_dlpack(array) if on_gpu(array) else next(parts) for array in arrays], wait
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
@@ -139,6 +191,63 @@ class Engine:
             pass  # outside the handler the traceback, which holds tensors, is gone
         torch.cuda.empty_cache()
         return split_rows(inputs, lambda part: self._split(part, call), self._stride, self._halo)
+
+
+class CudaEngine(Engine):
+    """Runs networks of this project on a GPU, as CUDA graphs.
+
+    Digital numbers go there as they are and codes come back: what lies between (scaling, masks, rounding) is done
+    there. Where a graph does not fit into the device's memory, the network is run in parts without one.
+    """
+
+    def __init__(self, network: Network, device: torch.device, *, stride: int, halo: int):
+        super().__init__(network, device, stride=stride, halo=halo)
+        self._graphs = Graphs()
+
+    def encode(
+        self, planes: Sequence[Any], gains: npt.NDArray[np.float32], valid: Any, fine: int, stride: int
+    ) -> EncodedDate:
+        """Do what `Engine.encode` does, all on the device; arrays that lie there already are taken as they are."""
+        sent, wait = self._send([*planes, gains, valid])
+
+        def features(t: Sequence[Tensor], run: Run) -> Features:
+            x = to_input(t[:-2], t[-2], t[-1], fine, stride)
+            return run((x,), lambda part: self._network.encode(part[0]))
+
+        with self._running():
+            wait()
+            flat, pieces = self._replayed(("encode", fine, stride), features, sent)
+            return EncodedDate((flat.clone(),), sent[-1], pieces)
+
+    def decode(self, a: EncodedDate, b: EncodedDate, background: float, finish: str, part: Part = WHOLE) -> Tensor:
+        """Do what `Engine.decode` does."""
+        height, width = a.shape
+
+        def result(t: Sequence[Tensor], run: Run) -> Features:
+            before, after = (tuple(unflatten(flat, date.pieces)) for flat, date in zip(t, (a, b), strict=False))
+            probability = self._probability(before, after, t[2], run)
+            return (FINISHES[finish](probability[:height, :width], t[3], t[4]),)
+
+        with self._running():
+            usual = torch.full((), background, device=self.device)
+            inputs = (*a.features, *b.features, usual, a.valid, b.valid)
+            flat, pieces = self._replayed(("decode", finish), result, inputs)
+            return unflatten(flat, pieces)[0][part].clone()
+
+    def _replayed(
+        self, name: Hashable, function: Callable[[Sequence[Tensor], Run], Features], inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Piece, ...]]:
+        try:
+            return self._graphs(name, lambda t: function(t, _whole), inputs)
+        except torch.OutOfMemoryError:
+            pass  # outside the handler the traceback, which holds tensors, is gone
+        torch.cuda.empty_cache()
+        results = function(inputs, self._split)
+        return flatten(results), layout(results)
+
+
+def _whole(inputs: Features, call: Callable[[Features], Features]) -> Features:
+    return call(inputs)
 
 
 def split_rows(inputs: Features, call: Callable[[Features], Features], stride: int, halo: int) -> Features:
@@ -162,6 +271,42 @@ def split_rows(inputs: Features, call: Callable[[Features], Features], stride: i
     lower = call(tuple(part(t, middle - halo, rows) for t in inputs))
     lower = tuple(low[:, :, low.shape[2] * halo // (rows - middle + halo) :] for low in lower)
     return tuple(torch.cat(halves, dim=2) for halves in zip(upper, lower, strict=True))
+
+
+def on_gpu(array: Any) -> bool:
+    """Tell whether an array lies on a GPU: CuPy's, Numba's, torch's."""
+    return hasattr(array, "__cuda_array_interface__")
+
+
+def to_host(array: Any) -> np.ndarray:
+    """Return an array in host memory."""
+    return torch.from_dlpack(array).cpu().numpy() if on_gpu(array) else np.asarray(array)
+
+
+_ALIGNED = 16
+
+
+def _staged(arrays: Sequence[np.ndarray]) -> Tensor:
+    """Copy arrays into one piece of pinned memory: one transfer for all."""
+    *starts, total = _starts(arrays)
+    staged = torch.empty(total, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    for array, start in zip(arrays, starts, strict=True):
+        np.copyto(staged.numpy()[start : start + array.nbytes].view(array.dtype).reshape(array.shape), array)
+    return staged
+
+
+def _parts(staged: Tensor, arrays: Sequence[np.ndarray]) -> list[Tensor]:
+    """Return the tensors that `_staged` made one of."""
+    kinds = [torch.from_numpy(np.empty(0, array.dtype)).dtype for array in arrays]
+    return [
+        staged[start : start + array.nbytes].view(kind).view(array.shape)
+        for array, start, kind in zip(arrays, _starts(arrays), kinds, strict=False)
+    ]
+
+
+def _starts(arrays: Sequence[np.ndarray]) -> list[int]:
+    """Return where each array begins, aligned, and where the last one ends."""
+    return list(itertools.accumulate((-(-array.nbytes // _ALIGNED) * _ALIGNED for array in arrays), initial=0))
 
 
 def _nothing() -> None:

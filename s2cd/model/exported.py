@@ -29,10 +29,10 @@ from torch import Tensor
 
 from s2cd.catalog.bands import canonical_band
 from s2cd.errors import ConfigError, ModelError
-from s2cd.model.device import Engine
+from s2cd.model.device import EncodedDate, Engine
 from s2cd.model.network import Features
 from s2cd.model.normalise import Planes
-from s2cd.model.registry import EncodedDate, Model, read_json
+from s2cd.model.registry import Model, read_json
 
 Array = npt.NDArray[np.float32]
 
@@ -46,7 +46,7 @@ class _Program:
     def encode(self, x: Tensor) -> Features:
         return (x,)
 
-    def decode(self, a: Features, b: Features, background: float = 1.0) -> Tensor:
+    def decode(self, a: Features, b: Features, background: Tensor | float = 1.0) -> Tensor:
         result = self._call(a[0], b[0])
         return result if self._logits else torch.logit(result.clamp(0, 1))
 
@@ -72,7 +72,7 @@ class ExportedModel(Model):
         gain, bias = affine.T[:, :, None, None]
         scaled = np.where(valid, np.asarray(pixels) * gain + bias, np.float32(0))
         x[: valid.shape[0], : valid.shape[1]] = scaled.transpose(1, 2, 0)
-        return EncodedDate(self._engine.encode(x), valid.shape)
+        return self._engine.encode_input(x, valid)
 
 
 def load_exported(path: Path, device: torch.device) -> ExportedModel:

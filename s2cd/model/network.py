@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ FINE_BANDS = 4  # the first bands, at 10 m
 COARSE_BANDS = 3  # the others, at 20 m
 INPUTS = 4 * FINE_BANDS + COARSE_BANDS + 1  # the last channel tells where there is an observation
 SMOOTH = 2  # times that logits are averaged over 3 x 3 pixels of 10 m, in inference
-STRIP = 128  # rows of 20 m that the finest level is decoded for at a time, so that little memory is touched
+STRIP = 128  # rows of 20 m that the finest level is decoded for at a time on a CPU, so that little memory is touched
 WIDTHS = (16, 32, 48, 64)  # channels at 20, 40, 80 and 160 m
 DEPTHS = (1, 2, 1, 1)  # 3 x 3 convolutions at each level of the encoder
 
@@ -110,7 +111,7 @@ class ChangeNet(nn.Module):
             x = self._merged(level, a[level], b[level], x)
         usual = torch.log(torch.as_tensor(background, device=x.device))
         rows, parts = a[0].shape[2], []
-        strip = rows if self.training else STRIP
+        strip = rows if self.training or x.is_cuda else STRIP
         margin = 2 * -(-(4 + self.smooth) // 4)  # rows that convolution, surroundings and smoothing reach, even
         for top in range(0, rows, strip):
             start, stop = max(0, top - margin), min(top + strip, rows)
@@ -211,7 +212,7 @@ def magnitude(a: Tensor, b: Tensor) -> Tensor:
     difference, seen = (a - b).float(), torch.minimum(a[:, -1:], b[:, -1:]).float()
     if torch.is_autocast_enabled(a.device.type):
         difference = difference.to(torch.get_autocast_dtype(a.device.type))  # once for both kernels
-    quarters, bands = (kernel.to(a.device) for kernel in _SUMS)
+    quarters, bands = _sums(a.device)
     around = box(functional.conv2d(difference, bands).float() * seen).square().sum(dim=1, keepdim=True)
     squares = functional.conv2d(difference.square(), quarters).float() * seen
     return 0.5 * torch.log(squares + around + 1e-3)
@@ -233,16 +234,15 @@ def _shuffled(x: Tensor) -> Tensor:
     return out
 
 
-def _sums() -> tuple[Tensor, Tensor]:
+@cache
+def _sums(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return kernels of 1 x 1: the sum over the bands of each 10 m pixel, (4, INPUTS), and each band's mean."""
-    fine, coarse = torch.eye(4).repeat(1, FINE_BANDS), torch.ones(4, COARSE_BANDS)
-    bands = torch.block_diag(*[torch.full((1, 4), 0.25)] * FINE_BANDS, torch.eye(COARSE_BANDS))
-    seen = (0, 1)  # the last channel takes no part
-    quarters = torch.cat([fine, coarse], dim=1)
-    return functional.pad(quarters, seen)[:, :, None, None], functional.pad(bands, seen)[:, :, None, None]
-
-
-_SUMS = _sums()
+    with torch.inference_mode(False):  # or they could not be used in training
+        fine, coarse = torch.eye(4).repeat(1, FINE_BANDS), torch.ones(4, COARSE_BANDS)
+        bands = torch.block_diag(*[torch.full((1, 4), 0.25)] * FINE_BANDS, torch.eye(COARSE_BANDS))
+        seen = (0, 1)  # the last channel takes no part
+        quarters = functional.pad(torch.cat([fine, coarse], dim=1), seen)
+        return quarters[:, :, None, None].to(device), functional.pad(bands, seen)[:, :, None, None].to(device)
 
 
 def network_of(weights: Mapping[str, Tensor], *, norm: bool = False) -> ChangeNet | Committee:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from s2cd.errors import ModelError
 from s2cd.model import normalise
-from s2cd.model.device import Engine, choose_device
+from s2cd.model.device import WHOLE, CudaEngine, EncodedDate, Engine, Part, choose_device, on_gpu, to_host
 from s2cd.model.network import FINE_BANDS, HALO, REACH, STRIDE, ChangeNet, Committee, Features, network_of
 
 BANDS = ("blue", "green", "red", "nir", "nir08", "swir16", "swir22")
@@ -33,7 +33,7 @@ class Network(Protocol):
     def encode(self, x: Tensor) -> Features:
         """Return the features of one date."""
 
-    def decode(self, a: Features, b: Features, background: float) -> Tensor:
+    def decode(self, a: Features, b: Features, background: Tensor | float) -> Tensor:
         """Return logits between two dates that differ by `background` everywhere."""
 
 
@@ -112,20 +112,37 @@ class Model:
         Raises ModelError if the shapes do not fit.
         """
         self._require_shapes(pixels, valid)
-        x = normalise.network_input(pixels, affine, valid, self.fine, self.stride)
-        return EncodedDate(self._engine.encode(x), valid.shape)
+        return self._engine.encode(list(pixels), affine, valid, self.fine, self.stride)
 
     def decode(self, a: EncodedDate, b: EncodedDate, background: float) -> npt.NDArray[np.float32]:
-        """Return the probability of change float32 (y, x) in [0, 1]; the order of the dates does not matter.
+        """Return the probability of change float32 (y, x) in [0, 1], NaN where either date is not valid.
 
-        `background` is that of the whole scenes, the same for every chunk.
+        The order of the dates does not matter. `background` is that of the whole scenes, the same for every chunk.
 
         Raises ModelError if the two dates differ in shape.
         """
+        return self._engine.fetch(self._decode(a, b, background, "probability"))
+
+    def decode_codes(
+        self,
+        a: EncodedDate,
+        b: EncodedDate,
+        background: float,
+        inner: Part = WHOLE,
+        *,
+        reasons: bool = False,
+    ) -> npt.NDArray[np.uint16]:
+        """Return what `decode` does as codes (see `s2cd.outputs.codes`), for the part `inner` of the pixels.
+
+        With `reasons` the codes tell which date does not show a pixel, `a` being the earlier one.
+        """
+        finish = "codes with reasons" if reasons else "codes"
+        return self._engine.fetch(self._decode(a, b, background, finish, inner)).view(np.uint16)
+
+    def _decode(self, a: EncodedDate, b: EncodedDate, background: float, finish: str, part: Part = WHOLE) -> Tensor:
         if a.shape != b.shape:
             raise ModelError(f"model {self.name!r} compares dates of one shape, found {a.shape} and {b.shape}")
-        height, width = a.shape
-        return self._engine.decode(a.features, b.features, background)[:height, :width]
+        return self._engine.decode(a, b, background, finish, part)
 
     def predict(
         self,
@@ -136,13 +153,15 @@ class Model:
     ) -> npt.NDArray[np.float32]:
         """Return the probability of change float32 (y, x) in [0, 1], NaN where a band of either date is NaN.
 
-        before, after  reflectance float32 (band, y, x), bands as in `bands`, all on the 10 m grid
+        before, after  reflectance float32 (band, y, x), bands as in `bands`, all on the 10 m grid; where the model is
+                       on a GPU they may lie there too, as CuPy's arrays, and so does the result then
         statistics     of both dates, as from `statistics`; by default of the arrays themselves, decimated
         background     of both dates, as from `background`; by default of the arrays themselves, decimated
 
         Raises ModelError if the shapes do not fit.
         """
-        dates = (np.asarray(before), np.asarray(after))
+        there = on_gpu(before) and on_gpu(after) and self._engine.device.type == "cuda"
+        dates = [date if there else to_host(date) for date in (before, after)]
         for date in dates:
             if date.ndim != 3 or date.shape != dates[0].shape or len(date) != len(self.bands) or not date.size:
                 raise ModelError(
@@ -150,15 +169,17 @@ class Model:
                     f"found {dates[0].shape} and {dates[1].shape}"
                 )
         step = normalise.decimation(dates[0].shape[1:])
-        small = [d[:, ::step, ::step] for d in dates]
+        small = [to_host(d[:, ::step, ::step]) for d in dates]
         stats = statistics or tuple(self.statistics(d) for d in small)
         if background is None:
             background = self.background(*(self.sketch(d, s) for d, s in zip(small, stats, strict=True)))
-        valid = [np.asarray(np.isfinite(d).all(axis=0)) for d in dates]
-        codes = [self.encode(d, self.affine(s), v) for d, s, v in zip(dates, stats, valid, strict=True)]
-        probability = self.decode(codes[0], codes[1], background)
-        probability[~(valid[0] & valid[1])] = np.nan
-        return probability
+        valid: list[Any] = [np.isfinite(d).all(axis=0) for d in dates]
+        a, b = (self.encode(d, self.affine(s), v) for d, s, v in zip(dates, stats, valid, strict=True))
+        if there:
+            import cupy
+
+            return cupy.from_dlpack(self._decode(a, b, background, "probability"))
+        return self.decode(a, b, background)
 
     def _require_shapes(self, pixels: normalise.Planes, valid: np.ndarray) -> None:
         half = tuple(-(-n // 2) for n in valid.shape)
@@ -176,15 +197,6 @@ class Model:
         from s2cd.model.mlm import mlm_properties
 
         return mlm_properties(self)
-
-
-class EncodedDate:
-    """Features of one date on the device of the model, and the shape of the date at 10 m."""
-
-    __slots__ = ("features", "shape")
-
-    def __init__(self, features: Features, shape: tuple[int, ...]):
-        self.features, self.shape = features, (shape[0], shape[1])
 
 
 def list_models() -> list[str]:
@@ -216,7 +228,8 @@ def model_card(name: str) -> dict[str, Any]:
 def _load(name: str, device: torch.device) -> Model:
     if name in list_models():
         data = (WEIGHTS / f"{name}.safetensors").read_bytes()
-        engine = Engine(_network(name, data).to(device), device, stride=STRIDE // 2, halo=HALO // 2)
+        kind = CudaEngine if device.type == "cuda" else Engine
+        engine = kind(_network(name, data).to(device), device, stride=STRIDE // 2, halo=HALO // 2)
         return Model(name, hashlib.sha256(data).hexdigest(), engine, model_card(name))
     if Path(name).is_file():
         from s2cd.model.exported import load_exported

@@ -1,0 +1,68 @@
+"""What is done with a date and a pair around the network, on the device that the network runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from s2cd.model.normalise import LIMIT
+from s2cd.outputs.codes import CODE_NODATA, CODE_SCALE, UNSEEN_BEFORE
+
+
+def to_input(planes: Sequence[Tensor], gains: Tensor, valid: Tensor, fine: int, stride: int) -> Tensor:
+    """Return what `s2cd.model.normalise.network_input` does, to the bit, as (1, channels, h, w), channels last."""
+    height, width = (-(-n // 2) for n in valid.shape)
+    rows, cols = (-(-n // stride) * stride // 2 for n in valid.shape)
+    coarse = [p if p.shape == (height, width) else p[::2, ::2] for p in planes[fine:]]
+    seen = _even(valid[None].float())
+    hidden = seen == 0
+    out = torch.zeros((rows, cols, 4 * fine + len(coarse) + 1), device=valid.device)
+    shares = seen.view(height, 2, width, 2)
+    for band, plane in enumerate([*planes[:fine], *coarse]):
+        level = plane.float().mul_(gains[band, 0]).add_(gains[band, 1]).clamp_(-LIMIT, LIMIT)
+        if band < fine:
+            blocks = _even(level[None]).masked_fill_(hidden, 0).view(height, 2, width, 2).permute(0, 2, 1, 3)
+            out[:height, :width, 4 * band : 4 * band + 4] = blocks.reshape(height, width, 4)
+        else:
+            out[:height, :width, 3 * fine + band] = level.masked_fill_(hidden[::2, ::2], 0)
+    out[:height, :width, -1] = shares.mean(dim=(1, 3))
+    return out.permute(2, 0, 1)[None]
+
+
+def _even(plane: Tensor) -> Tensor:
+    """Return (1, y, x) as (y, x) with even sides: an odd edge is repeated."""
+    rows, cols = plane.shape[1:]
+    return functional.pad(plane, (0, cols % 2, 0, rows % 2), mode="replicate")[0] if rows % 2 or cols % 2 else plane[0]
+
+
+def masked(probability: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Return the probability (y, x), NaN where either date is not valid."""
+    return probability.masked_fill(~(before & after), torch.nan)
+
+
+def to_codes(probability: Tensor, before: Tensor, after: Tensor, *, reasons: bool) -> Tensor:
+    """Return codes as `s2cd.outputs.codes` defines them, the bits of a uint16 in an int16.
+
+    probability    float32 (y, x) in [0, 1]; NaN counts as no observation
+    before, after  bool (y, x), False where that date has no observation
+    reasons        whether codes tell which of them it is
+    """
+    codes = (probability * CODE_SCALE).round_()
+    if reasons:
+        missing = (~before).float() + 2 * (~after).float()
+        codes = torch.where(missing > 0, missing + (UNSEEN_BEFORE - 1 - (CODE_NODATA + 1)), codes)
+    else:
+        codes.masked_fill_(~(before & after), -1)
+    return codes.nan_to_num_(nan=-1).to(torch.int16)
+
+
+FINISHES: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "probability": masked,
+    "codes": partial(to_codes, reasons=False),
+    "codes with reasons": partial(to_codes, reasons=True),
+}
+"""What can be made of a probability and of where its two dates are valid."""
