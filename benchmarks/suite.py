@@ -23,6 +23,7 @@ UNLIKE = 0.05  # of a probability: maps that differ by more are not of the same 
 PARTS = ("engine", "stages", "scaling", "dates", "tiles", "archive")
 GPU_PARTS = ("gpu",)
 GPU_DATES = 21  # 20 maps
+PROCESSES = 4
 LATENCIES = (None, 0.02, 0.1)  # seconds; None: local files
 WORKLOADS = {"s2cd": "engine", "stackstac script": "stackstac_script", "rasterio loop": "rasterio_loop"}
 Say = Callable[[str], None]
@@ -114,11 +115,18 @@ def by_latency(settings: Settings, say: Say) -> dict[str, Any]:
 
 def on_gpu(settings: Settings, say: Say) -> dict[str, Any]:
     """This project on a GPU, end to end, over twenty maps; and what the GPU is busy with alone."""
-    series = settings.series(dates=GPU_DATES, out=settings.out("gpu"), gpu=True)
-    result = measure("engine", series)
-    say(f"  {result['seconds_per_map']:.2f} s a map, busy {result['gpu_busy']:.0%}, {result['peak_gb']:.1f} GB")
+    cases = {
+        "a worker": {"gpu": "cuda"},
+        f"{PROCESSES} workers that share it": {"gpu": "local", "processes": PROCESSES, "threads": CORES // PROCESSES},
+    }
+    runs = []
+    for what, case in cases.items():
+        result = measure("engine", settings.series(dates=GPU_DATES, out=settings.out("gpu"), **case))
+        result.pop("gantt")
+        runs.append({"what": what, **result})
+        say(f"  {what}: {result['seconds_per_map']:.2f} s a map, busy {result['gpu_busy']:.0%}")
     alone = measure("device", settings.series(out=settings.out("device")))
-    return {**result, "alone": alone["rows"]}
+    return {"runs": runs, "alone": alone["rows"]}
 
 
 def _distance(latency: float | None) -> str:
@@ -188,8 +196,9 @@ def _difference(a: Path, b: Path) -> float:
     return worst
 
 
-def save(kind: str, settings: Settings, parts: dict[str, Any], load_before: float) -> Path:
-    """Record what was measured; return the file."""
+def save(kind: str, settings: Settings, parts: dict[str, Any], load_before: float, folder: Path | None = None) -> Path:
+    """Record what was measured, by default in RESULTS; return the file."""
+    folder = folder or RESULTS
     shown = {k: v for k, v in asdict(settings).items() if k not in {"folder", "work"}}
     document = {
         "kind": kind,
@@ -198,7 +207,7 @@ def save(kind: str, settings: Settings, parts: dict[str, Any], load_before: floa
         "settings": {**shown, "cores": CORES},
         "parts": parts,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{datetime.now(UTC):%Y%m%dT%H%M}-{kind}-{settings.size}px.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{datetime.now(UTC):%Y%m%dT%H%M}-{kind}-{settings.size}px.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path

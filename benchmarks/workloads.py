@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -58,12 +59,12 @@ def engine(
     options: dict[str, Any] | None = None,
     traced: bool = True,
     latency: float | None = None,
-    gpu: bool = False,
+    gpu: str | None = None,
 ) -> dict[str, Any]:
     """`s2cd.run` on a local cluster; libraries, cluster and model are loaded before the clock, as for the peers.
 
     latency  seconds that the archive takes to answer, which the files come from; None: local files
-    gpu      whether the network runs on GPUs, a worker each, and how busy they are is told
+    gpu      "cuda" for a worker a GPU, "local" for `processes` that share one; how busy it is is told then
     """
     from distributed import get_task_stream
 
@@ -74,10 +75,12 @@ def engine(
     config = s2cd.RunConfig(catalog="given", out=out, quicklook=True, **(options or {}))
     with (
         _served(data.scenes, Path(folder), latency) as scenes,
-        s2cd.cluster(CUDA if gpu else local_profile(processes, threads)) as client,
+        s2cd.cluster(CUDA if gpu == "cuda" else local_profile(processes, threads)) as client,
         watched() if gpu else nullcontext([]) as samples,
     ):
         _load_model(client)
+        if gpu:
+            _try_out(client, Path(folder), source)
         found = client.run(trace.install) if traced else {}
         cpu = sum(client.run(time.process_time).values())
         with get_task_stream(client) as stream:
@@ -169,6 +172,17 @@ def _inside(href: str, folder: Path) -> Path:
 def _load_model(client: Client) -> None:
     s2cd.load_model("generic")
     client.run(s2cd.load_model, "generic")
+
+
+def _try_out(client: Client, folder: Path, source: str) -> None:
+    """Run on a few pixels, so that CUDA, its kernels and pinned memory are there when the clock starts."""
+    from s2cd.runner import run
+
+    scenes = prepared.prepare(folder, size=1098, dates=3, source=source).scenes
+    with tempfile.TemporaryDirectory() as out:
+        report = run(s2cd.RunConfig(catalog="given", out=out), client, scenes=scenes)
+    if not report.ok:
+        raise RuntimeError(f"the try-out failed: {report.maps}")
 
 
 def _fresh(out: str) -> None:

@@ -151,7 +151,7 @@ def dilate(mask: np.ndarray, radius: float) -> np.ndarray:
     if radius < 1 or not mask.any():
         return mask
     if radius > SMALL_RADIUS:
-        return ndimage.distance_transform_edt(~mask) <= radius
+        return _distance(~mask) <= radius
     reach = int(radius)
     runs = [mask]  # runs[k]: widened by k pixels to the left and right
     for k in range(1, reach + 1):
@@ -167,10 +167,19 @@ def dilate(mask: np.ndarray, radius: float) -> np.ndarray:
     return out
 
 
+def _distance(mask: np.ndarray) -> np.ndarray:
+    """Return the distance of each pixel to the nearest False, by SciPy or, for an array of CuPy, by CuPy."""
+    if isinstance(mask, np.ndarray):
+        return ndimage.distance_transform_edt(mask)
+    from cupyx.scipy.ndimage import distance_transform_edt
+
+    return distance_transform_edt(mask)
+
+
 def _isin(scl: np.ndarray, classes: Collection[int]) -> np.ndarray:
     table = np.zeros(256 if scl.dtype == np.uint8 else 1 << 16, dtype=bool)
     table[list(classes)] = True
-    return table[scl]
+    return np.asarray(table, like=scl)[scl]
 
 
 # Thresholds of the spectral test, in reflectance, and the half-width in 10 m pixels of what a roof can be.

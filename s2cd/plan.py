@@ -162,13 +162,16 @@ def _explain(config: RunConfig, tiling: Tiling, sizes: Sizes, workers: Workers) 
     more = read[0] * read[1] / (tiling.shape[0] * tiling.shape[1]) - 1
     chunk, dates = ("auto" if option == "auto" else "as asked for" for option in (config.chunk, config.dates_per_task))
     offered = [
-        f"{size / 1e9:.1f} GB of {where}"
-        for size, where in ((workers.memory, "memory"), (workers.device, "its GPU"))
-        if size is not None
+        f"about {need / 1e9:.2f} GB a thread, of {f'{size / 1e9:.1f} GB of {where}' if size else 'an unknown size'}"
+        for need, size, where in (
+            (sizes.need, workers.memory, "memory"),
+            (sizes.device_need, workers.device, "its GPU"),
+        )
+        if need
     ]
     return (
-        f"chunks of {tiling.chunk} px ({chunk}), {sizes.dates} dates a task ({dates}): about {sizes.need / 1e9:.2f} GB"
-        f" a thread, of {' and '.join(offered) or 'an unknown size'}; halos of {tiling.halo} px add {more:.0%} to the"
+        f"chunks of {tiling.chunk} px ({chunk}), {sizes.dates} dates a task ({dates}): {' and '.join(offered)};"
+        f" halos of {tiling.halo} px add {more:.0%} to the"
         " network's work"
     )
 

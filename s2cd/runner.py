@@ -39,7 +39,7 @@ from s2cd.outputs.store import open_store
 from s2cd.pairs import LeftOut, Pair
 from s2cd.plan import FieldOfView, Plan, make_plan, mask_of, pairs_of, require_model_bands
 from s2cd.radiometry import check_offsets
-from s2cd.sizes import THREADS_A_UNIT, Sizes, Workers, task_sizes
+from s2cd.sizes import Sizes, Workers, task_sizes
 from s2cd.survey import Survey, scene_input, survey_scene
 
 Progress = Callable[[str, int, int], None]
@@ -183,7 +183,7 @@ class _Submission:
         try:
             with _noted_interrupts(self.interrupted):
                 for unit in self._units():
-                    while len(self._units_under_way()) >= units_at_a_time(self.client.nthreads().values()):
+                    while len(self._units_under_way()) >= self._units_at_a_time():
                         self._collect()
                     self._submit(unit)
                 while self.pending:
@@ -304,6 +304,9 @@ class _Submission:
     def _failed(self, pair: Pair, error: str) -> None:
         self.report.maps.append(MapRecord(pair.name, "failed", error=error))
 
+    def _units_at_a_time(self) -> int:
+        return units_at_a_time(self.client.nthreads().values(), self.context.workers.threads_a_unit)
+
     def _units_under_way(self) -> list[_Unit]:
         return list({id(unit): unit for unit, _ in self.pending.values()}.values())
 
@@ -338,12 +341,12 @@ def _unit_graph(unit: _Unit, context: _Context) -> tuple[dict[Key, Any], list[Ke
     return graph, maps
 
 
-def units_at_a_time(threads: Iterable[int]) -> int:
+def units_at_a_time(threads: Iterable[int], threads_a_unit: int) -> int:
     """Return how many units keep workers of so many threads busy, and no more, for each holds memory.
 
-    While the last chunks and the maps of a unit leave threads idle the next one runs; on many threads two do.
+    While the last chunks and the maps of a unit leave threads idle the next one runs; on many threads more do.
     """
-    return max(1, sum(1 + -(-count // THREADS_A_UNIT) for count in threads))
+    return max(1, sum(1 + -(-count // threads_a_unit) for count in threads))
 
 
 def places(graph: Iterable[Key], maps: Sequence[Key], workers: Sequence[str]) -> dict[Key, Sequence[str]]:

@@ -15,15 +15,19 @@ if TYPE_CHECKING:
     from s2cd.model import Model
 
 LARGEST_CHUNK = 1568  # a seventh of a tile: larger chunks save halo but take the cluster over 6 GB on two cores
+LARGEST_ON_GPU = 2752  # a quarter of a tile: fewer calls, each of more work
 LARGEST_SERIES = 6  # dates: more save the second reading of a unit's last date, and keep more maps in memory
 SMALLEST_CHUNK = 256
 THREADS_A_UNIT = 8  # at most: more would wait at a unit's last chunks
+THREADS_A_UNIT_ON_GPU = 4  # chunks are soon done there, and most threads write the maps of the units before
 TASK_SHARE = 0.5  # of a thread's memory for its task; the rest is for decoded blocks and unwritten maps
 CODES_SHARE = 0.2  # of all memory for maps that are not written yet
 FEATURE_COPIES = (
     8  # two dates, and what the network holds meanwhile: measured, in a task's peak, as 7 times a date's features
 )
 PIXEL_BYTES = 45  # of a task beside the features: pixels of two dates, the network's input, probabilities, codes
+DEVICE_DATES = 3  # whose features a task holds on a GPU; what the network holds meanwhile is there once for all tasks
+SENT_BYTES = 24  # of two dates on their way to a GPU, on either side
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,12 @@ class Workers:
     @property
     def units(self) -> int:
         """How many units of work these workers do at a time; beside them stand the maps of one that ends."""
-        return self.count * -(-self.threads // (THREADS_A_UNIT * self.count))
+        return self.count * -(-self.threads // (self.threads_a_unit * self.count))
+
+    @property
+    def threads_a_unit(self) -> int:
+        """How many threads a unit of work keeps busy."""
+        return THREADS_A_UNIT_ON_GPU if self.device else THREADS_A_UNIT
 
     @classmethod
     def of_client(cls, client: Client, device: str) -> Workers | None:
@@ -82,11 +91,15 @@ class Workers:
 
 @dataclass(frozen=True)
 class Sizes:
-    """`chunk` [pixels, the edge] and `dates` of a task, and the bytes that a thread is taken to need for it."""
+    """`chunk` [pixels, the edge] and `dates` of a task, and the bytes that a thread is taken to need for it.
+
+    `need` is on the host, `device_need` on the GPU, 0 without one.
+    """
 
     chunk: int
     dates: int
     need: float
+    device_need: float = 0.0
 
 
 def task_sizes(config: RunConfig, shape: tuple[int, int], pairs: int, model: Model, workers: Workers) -> Sizes:
@@ -97,9 +110,9 @@ def task_sizes(config: RunConfig, shape: tuple[int, int], pairs: int, model: Mod
     """
     chunk = _chunk(config, shape, model, workers)
     edge = min(chunk, max(shape)) + 2 * model.halo
-    need = edge**2 * _bytes_per_pixel(model)
     blocks = -(-shape[0] // chunk) * -(-shape[1] // chunk)
-    return Sizes(chunk, _dates(config, shape, pairs, blocks, workers), need)
+    host, device = _bytes_per_pixel(model, workers)
+    return Sizes(chunk, _dates(config, shape, pairs, blocks, workers), edge**2 * host, edge**2 * device)
 
 
 def auto_chunk(shape: tuple[int, int], stride: int, largest: float = LARGEST_CHUNK) -> int:
@@ -112,9 +125,11 @@ def auto_chunk(shape: tuple[int, int], stride: int, largest: float = LARGEST_CHU
 def _chunk(config: RunConfig, shape: tuple[int, int], model: Model, workers: Workers) -> int:
     if config.chunk != "auto":
         return -(-config.chunk // model.stride) * model.stride
-    room = min(m for m in (workers.memory, workers.device, float("inf")) if m is not None) * TASK_SHARE
-    largest = (room / _bytes_per_pixel(model)) ** 0.5 - 2 * model.halo
-    return auto_chunk(shape, model.stride, min(max(largest, SMALLEST_CHUNK), LARGEST_CHUNK))
+    host, device = _bytes_per_pixel(model, workers)
+    room = [(m * TASK_SHARE / need) ** 0.5 for m, need in ((workers.memory, host), (workers.device, device)) if m]
+    most = LARGEST_ON_GPU if workers.device else LARGEST_CHUNK
+    largest = min(room, default=float("inf")) - 2 * model.halo
+    return auto_chunk(shape, model.stride, min(max(largest, SMALLEST_CHUNK), most))
 
 
 def _dates(config: RunConfig, shape: tuple[int, int], pairs: int, blocks: int, workers: Workers) -> int:
@@ -129,5 +144,8 @@ def _dates(config: RunConfig, shape: tuple[int, int], pairs: int, blocks: int, w
     return max(most, 1) + 1
 
 
-def _bytes_per_pixel(model: Model) -> float:
-    return FEATURE_COPIES * model.feature_bytes + PIXEL_BYTES
+def _bytes_per_pixel(model: Model, workers: Workers) -> tuple[float, float]:
+    """Bytes that a task needs for each pixel on the host, and on the GPU if there is one."""
+    if workers.device is None:
+        return FEATURE_COPIES * model.feature_bytes + PIXEL_BYTES, 0
+    return PIXEL_BYTES + SENT_BYTES, DEVICE_DATES * model.feature_bytes + SENT_BYTES

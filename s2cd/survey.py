@@ -108,10 +108,10 @@ def observed(pixels: Planes, classes: np.ndarray | None, scene: SceneInput, mask
     """Return bool (y, x): True where every band has an observation and the mask lets it pass.
 
     `pixels`, an array (y, x) for each band, and `classes`, those of the mask band, are decimated by `factor` against
-    the 10 m grid; all but the first may be half as large, at 20 m.
+    the 10 m grid; all but the first may be half as large, at 20 m. Arrays of CuPy give one of CuPy.
     """
-    seen: np.ndarray = np.ones(pixels[0].shape, bool)
-    half: np.ndarray = np.ones(tuple(-(-n // 2) for n in seen.shape), bool)
+    seen: np.ndarray = np.ones_like(pixels[0], dtype=bool)
+    half: np.ndarray = np.ones_like(seen, shape=tuple(-(-n // 2) for n in seen.shape))
     for plane, source in zip(pixels, scene.sources, strict=True):
         level = seen if plane.shape == seen.shape else half
         np.logical_and(level, plane != source.nodata, out=level)

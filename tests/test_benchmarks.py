@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from benchmarks import europe, suite
 from benchmarks.__main__ import main
 from benchmarks.data import prepare, repeated
-from benchmarks.report import NOT_MEASURED, latest, table
+from benchmarks.report import latest, table, write_report
 from s2cd.pairs import consecutive_pairs
 
 TINY = {"size": 512, "dates": 3}
@@ -84,7 +84,7 @@ def test_run_and_compare_record_results_that_the_report_shows(data, folder, monk
     assert not any(str(folder) in path.read_text() for path in tmp_path.glob("*.json"))
     invoke("report")
     page = (tmp_path / "report.md").read_text()
-    assert NOT_MEASURED in page
+    assert "| GPU busy | >= 60 % | not measured | |" in page
     assert "| an archive 10 ms away | " in page
     assert suite._agreement(str(folder / "work" / "s2cd"), str(folder / "work" / "archive")) == 0
     assert (tmp_path / "benchmark.png").stat().st_size > 5000
@@ -108,7 +108,31 @@ def test_the_table_shows_what_the_parts_can_tell():
     lines = table(parts).splitlines()
     assert "| end to end on these cores, a map | <= 25 s | 30.0 s | missed |" in lines
     assert len(lines) == 6
-    assert sum(NOT_MEASURED in line for line in table(parts, all_rows=True).splitlines()) == 2
+    missing = [line for line in table(parts, all_rows=True).splitlines() if "| not measured |" in line]
+    assert sum("GPU" in line for line in missing) == 2
+
+
+def test_what_was_measured_on_a_gpu_is_told_with_its_machine(tmp_path):
+    run = {"maps": 20, "peak_gb": 12.9, "worker_cpu_s": 362.0, "decoded_over_needed": 1.14}
+    gpu = {
+        "runs": [{"what": "a worker", "seconds_per_map": 2.06, "gpu_busy": 0.1, "gpu_gb": 15.3, **run}],
+        "alone": [{"edge": 1024.0, "date_ms": 66.0, "date_cpu_ms": 9.0, "pair_ms": 90.0, "pair_cpu_ms": 9.0}],
+    }
+    settings = suite.Settings("", "")
+    suite.save(
+        "run", settings, {"archive": {"size": 9, "rows": [{"from": "here", "seconds_per_map": 1.0}]}}, 0.0, tmp_path
+    )
+    path = suite.save("gpu", settings, {"gpu": gpu}, 0.0, tmp_path)
+    document = json.loads(path.read_text())
+    document["machine"]["device"] = "a card"
+    path.write_text(json.dumps(document))
+    write_report(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert "| end to end on one H200-class GPU, a map | <= 1.0 s | 2.06 s | missed |" in page
+    assert "| GPU busy | >= 60 % | 10% | missed |" in page
+    assert "## On a GPU: a card, " in page
+    assert "| a worker | 2.06 | 10% | 15.3 | 12.9 | 18.1 | 1.140 |" in page
+    assert "| 1024 | 66 | 90 |" in page
 
 
 def test_europe_draws_about_100_000_pairs_and_its_tasks_run():

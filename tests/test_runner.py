@@ -22,6 +22,7 @@ from s2cd.outputs import validate
 from s2cd.plan import describe_plan, make_plan
 from s2cd.runner import places, run, units_at_a_time
 from s2cd.simulate import simulate
+from s2cd.sizes import Workers
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +99,12 @@ def test_the_scheduler_keeps_no_record_of_each_unit(make_series, config, client)
     assert {"infer_block", "write_pair", "survey_scene"} == {name for name in kept if "_" in name}
 
 
-@pytest.mark.parametrize(("threads", "units"), [([], 1), ([2], 2), ([1, 1], 4), ([16] * 8, 24)])
-def test_workers_of_many_threads_get_more_units(threads, units):
-    assert units_at_a_time(threads) == units
+@pytest.mark.parametrize(
+    ("threads", "device", "units"),
+    [([], None, 1), ([2], None, 2), ([1, 1], None, 4), ([16] * 8, None, 24), ([16], 5e9, 5), ([2], 5e9, 2)],
+)
+def test_workers_of_many_threads_get_more_units(threads, device, units):
+    assert units_at_a_time(threads, Workers(device=device).threads_a_unit) == units
 
 
 def test_tasks_have_no_place_while_there_are_no_workers():

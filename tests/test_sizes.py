@@ -31,16 +31,19 @@ def test_auto_chunk_is_aligned_and_covers(size):
 
 
 def test_ample_memory_gives_the_default_sizes_and_so_does_an_unknown_one():
-    for workers in (Workers(), Workers(1, 2, 10 * GB), Workers(64, 1024, 8 * GB, device=5 * GB)):
+    for workers in (Workers(), Workers(1, 2, 10 * GB), Workers(64, 1024, 8 * GB)):
         found = sizes(workers, pairs=10**6)
         assert (found.chunk, found.dates) == (1584, LARGEST_SERIES)
+    on_gpu = sizes(Workers(64, 1024, 8 * GB, device=5 * GB), pairs=10**6)
+    assert (on_gpu.chunk, on_gpu.dates) == (2752, LARGEST_SERIES)
 
 
-@pytest.mark.parametrize("workers", [Workers(1, 8, 0.6 * GB), Workers(1, 16, 8 * GB, device=0.5 * GB)])
+@pytest.mark.parametrize("workers", [Workers(1, 8, 0.6 * GB), Workers(1, 16, 8 * GB, device=0.3 * GB)])
 def test_little_memory_on_the_host_or_the_device_gives_smaller_chunks(workers):
     found = sizes(workers)
     assert found.chunk < 1200
-    assert found.need <= 1.2 * TASK_SHARE * min(m for m in (workers.memory, workers.device) if m)
+    assert found.need <= 1.2 * TASK_SHARE * workers.memory
+    assert found.device_need <= 1.2 * TASK_SHARE * (workers.device or 0)
 
 
 def test_little_memory_gives_fewer_dates_and_many_threads_too():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import re
+import resource
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,15 +100,17 @@ class OpenFiles:
     A file that was written anew is opened anew.
     """
 
-    def __init__(self, most: int = 128):
-        self.most = most
-        self._idle: list[_Idle] = []  # in order of time
+    def __init__(self, most: int | None = None):
+        self.most = most or min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        self._idle: OrderedDict[int, _Idle] = OrderedDict()  # by a number, in order of time
+        self._numbers: dict[tuple[object, ...], set[int]] = {}
+        self._count = itertools.count()
         self._lock = threading.Lock()
 
     @contextmanager
     def dataset(self, path: str) -> Iterator[rasterio.DatasetReader]:
         """Lend a dataset to one thread; it is closed after an error."""
-        edition = _edition(path)
+        edition = file_edition(path)
         dataset = self._take(edition) or _open(path)
         try:
             yield dataset
@@ -117,28 +122,35 @@ class OpenFiles:
     def close(self, idle: float = 0.0) -> None:
         """Close what nobody has read for so many seconds: the space of a deleted file is free when it is closed."""
         with self._lock:
-            kept = [entry for entry in self._idle if entry.since > time.monotonic() - idle]
-            old, self._idle = self._idle[: len(self._idle) - len(kept)], kept
-        for entry in old:
-            entry.dataset.close()
+            since = time.monotonic() - idle
+            old = [self._pop(n) for n in [n for n, entry in self._idle.items() if entry.since <= since]]
+        for dataset in old:
+            dataset.close()
 
     def _take(self, edition: tuple[object, ...]) -> rasterio.DatasetReader | None:
         with self._lock:
-            found = next((entry for entry in self._idle if entry.edition == edition), None)
-            if found is None:
-                return None
-            self._idle.remove(found)
-            return found.dataset
+            numbers = self._numbers.get(edition)
+            return self._pop(max(numbers)) if numbers else None
 
     def _give(self, edition: tuple[object, ...], dataset: rasterio.DatasetReader) -> None:
         if len(edition) == 1 or dataset.driver != "GTiff":  # others hold more than a file handle
             dataset.close()
             return
         with self._lock:
-            self._idle.append(_Idle(edition, dataset, time.monotonic()))
-            oldest = self._idle.pop(0) if len(self._idle) > self.most else None
+            number = next(self._count)
+            self._idle[number] = _Idle(edition, dataset, time.monotonic())
+            self._numbers.setdefault(edition, set()).add(number)
+            oldest = self._pop(next(iter(self._idle))) if len(self._idle) > self.most else None
         if oldest is not None:
-            oldest.dataset.close()
+            oldest.close()
+
+    def _pop(self, number: int) -> rasterio.DatasetReader:
+        entry = self._idle.pop(number)
+        numbers = self._numbers[entry.edition]
+        numbers.remove(number)
+        if not numbers:
+            del self._numbers[entry.edition]
+        return entry.dataset
 
 
 def _open(path: str) -> rasterio.DatasetReader:
@@ -146,7 +158,7 @@ def _open(path: str) -> rasterio.DatasetReader:
         return rasterio.open(path)
 
 
-def _edition(path: str) -> tuple[object, ...]:
+def file_edition(path: str) -> tuple[object, ...]:
     """Tell a file from one of the same name; the path alone where GDAL knows it and the system does not."""
     try:
         status = os.stat(path)

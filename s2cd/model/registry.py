@@ -73,6 +73,11 @@ class Model:
         """Pickle as a name and a device: weights never travel."""
         return load_model, (self.name, str(self._engine.device))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return self._engine.device
+
     @cached_property
     def feature_bytes(self) -> float:
         """Bytes that the features of a date take for each 10 m pixel."""

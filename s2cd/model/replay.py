@@ -72,6 +72,7 @@ class Graphs:
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._pool: Any = None  # memory that all graphs share, for no result outlives the next call
+        self._stream: Any = None  # one for all: torch has 32 to give, then it gives those that others use once more
 
     def __call__(
         self, name: Hashable, function: Function, inputs: Sequence[Tensor]
@@ -83,7 +84,8 @@ class Graphs:
         key = (name, *((t.dtype, t.shape, t.stride()) for t in inputs))
         if key not in self._kept:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._kept[key] = _Graph(function, inputs, self._pool)
+            self._stream = self._stream or torch.cuda.Stream()
+            self._kept[key] = _Graph(function, inputs, self._pool, self._stream)
             if len(self._kept) > MOST:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
@@ -91,9 +93,8 @@ class Graphs:
 
 
 class _Graph:
-    def __init__(self, function: Function, inputs: Sequence[Tensor], pool: Any):
+    def __init__(self, function: Function, inputs: Sequence[Tensor], pool: Any, stream: torch.cuda.Stream):
         self._inputs = [t.clone() for t in inputs]
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._pieces = layout(function(self._inputs))  # what is set up once must not be captured
