@@ -21,7 +21,6 @@ import xarray as xr
 from dask.array.overlap import overlap
 from dask.typing import Key
 
-from s2cd import device_reader
 from s2cd.catalog.access import is_local
 from s2cd.catalog.scene import Grid, Scene
 from s2cd.cube import common_grid, cube_grid
@@ -78,7 +77,8 @@ def detect_changes(
 ) -> xr.DataArray:
     """Probability of change for each pair, lazily.
 
-    cube    as `s2cd.open_cube` returns it, or any part of it that starts at an even row and column
+    cube    as `s2cd.open_cube` returns it, or any part of it that starts at an even row and column; its chunks may be
+            arrays of CuPy
     pairs   pairs of scenes that the cube holds
     model   name of a shipped model, or path of an exported one
     mask    which observations count; by default clouds, shadows and their rims do not
@@ -196,7 +196,7 @@ def _infer_block(
     views: list[_View] = []
 
     def images() -> Iterator[Image]:
-        read = _read_dates(series.dates, window, tiling, model)
+        read = _read_dates(series.dates, window, tiling, model.fine)
         for date, statistics, (pixels, classes) in zip(series.dates, series.statistics, read, strict=True):
             image = _image(model, date, statistics, mask, pixels, classes)
             if (row, col) == tiling.middle:
@@ -216,30 +216,14 @@ _View = tuple[np.ndarray, np.ndarray]
 def _view(pixels: Planes, valid: np.ndarray, bands: Sequence[str]) -> _View:
     """Keep the middle of a chunk, in the band that displacement is measured in, until the next date comes."""
     middle = tuple(middle_span(size) for size in valid.shape)
-    return to_host(pixels[bands.index(shift_band(bands))][middle]).copy(), to_host(valid[middle]).copy()
+    return pixels[bands.index(shift_band(bands))][middle].copy(), valid[middle].copy()
 
 
 def _shifts(views: Sequence[_View], pairs: Sequence[tuple[int, int]]) -> tuple[Shift, ...]:
     return tuple(phase_shift(views[a][0], views[b][0], views[a][1] & views[b][1]) for a, b in pairs)
 
 
-def _read_dates(
-    dates: Sequence[SceneInput], window: tuple[slice, slice], tiling: Tiling, model: Model
-) -> Iterator[_Read]:
-    """Yield what a chunk needs of each date: onto a GPU if that is possible, a few at once."""
-    for first in range(0, len(dates), device_reader.AT_ONCE):
-        some = dates[first : first + device_reader.AT_ONCE]
-        there = device_reader.read_dates(some, window, tiling, model.fine, model.device)
-        if there is None:
-            yield from _read_on_host(dates[first:], window, tiling, model.fine)
-            return
-        while there:
-            yield there.pop(0)
-
-
-def _read_on_host(
-    dates: Sequence[SceneInput], window: tuple[slice, slice], tiling: Tiling, fine: int
-) -> Iterator[_Read]:
+def _read_dates(dates: Sequence[SceneInput], window: tuple[slice, slice], tiling: Tiling, fine: int) -> Iterator[_Read]:
     """Yield what a chunk needs of each date; from an archive the next date while the network works on this one."""
     read = partial(_read_date, window=window, tiling=tiling, fine=fine)
     return map(read, dates) if all(map(_is_local, dates)) else _ahead(read, dates)
@@ -301,7 +285,8 @@ def _infer_pair(
     images = []
     position = block_info[None]["chunk-location"][0]
     level = levels[position]
-    for scene_id, statistics, block in zip(ids[position], level.statistics, (before, after), strict=True):
+    blocks = (before, after) if model.device.type == "cuda" else (to_host(before), to_host(after))
+    for scene_id, statistics, block in zip(ids[position], level.statistics, blocks, strict=True):
         pixels = block[0][[bands.index(b) for b in model.bands]]
         date = inputs[scene_id]
         classes = block[0][bands.index(mask.band)] if date.classes and mask.band in bands else None

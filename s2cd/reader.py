@@ -168,7 +168,7 @@ def read_overview(source: Source, grid: Grid, factor: int) -> np.ndarray:
 
     def read_one(href: str) -> np.ndarray:
         def read(dataset: rasterio.DatasetReader) -> np.ndarray:
-            coarsening(dataset, grid, href)
+            _coarsening(dataset, grid, href)
             return dataset.read(1, out_shape=shape)
 
         return _with_dataset(href, source.provider, read)
@@ -211,7 +211,7 @@ def _start_one(
     native: bool,
 ) -> _Finish:
     def start(dataset: rasterio.DatasetReader) -> _Finish:
-        factor = coarsening(dataset, grid, href)
+        factor = _coarsening(dataset, grid, href)
         rows, cols = (
             slice(s.start // factor, min(math.ceil(s.stop / factor), size))
             for s, size in zip(window, dataset.shape, strict=True)
@@ -219,9 +219,9 @@ def _start_one(
         if tiling is None:
             data = _decode(dataset, rows, cols)
             return lambda: _replicate(data, factor, window)
-        finish = BLOCKS.start(href, dataset, rows, cols, counter(tiling, factor))
+        finish = BLOCKS.start(href, dataset, rows, cols, _counter(tiling, factor))
         if native and factor == 2 and not any(s.start % 2 for s in window):
-            return lambda: filled(finish(), tuple(-(-(s.stop - s.start) // 2) for s in window))
+            return lambda: _filled(finish(), tuple(-(-(s.stop - s.start) // 2) for s in window))
         return lambda: _replicate(finish(), factor, window)
 
     finish = _with_dataset(href, provider, start)
@@ -235,9 +235,7 @@ def _start_one(
     return complete
 
 
-def counter(tiling: Tiling, factor: int) -> Callable[[int, slice], int]:
-    """Return a function of axis and span: how many chunks read such pixels, `factor` times as large as the grid's."""
-
+def _counter(tiling: Tiling, factor: int) -> Callable[[int, slice], int]:
     def readers(axis: int, span: slice) -> int:
         return tiling.readers(axis, span.start * factor, min(span.stop * factor, tiling.shape[axis]))
 
@@ -250,10 +248,10 @@ def _replicate(data: np.ndarray, factor: int, window: tuple[slice, slice]) -> np
         data = np.repeat(np.repeat(data, factor, axis=1), factor, axis=0)
         top, left = rows.start % factor, cols.start % factor
         data = data[top : top + rows.stop - rows.start, left : left + cols.stop - cols.start]
-    return filled(data, tuple(s.stop - s.start for s in window))
+    return _filled(data, tuple(s.stop - s.start for s in window))
 
 
-def filled(data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _filled(data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Repeat the last row and column where a coarse grid ends before the fine one."""
     short = [(0, n - found) for n, found in zip(shape, data.shape, strict=True)]
     return np.pad(data, short, mode="edge") if any(n for _, n in short) else data
@@ -267,7 +265,7 @@ def _with_dataset(href: str, provider: str, read: Callable[[rasterio.DatasetRead
     return access.with_retries(attempt, href)
 
 
-def coarsening(dataset: rasterio.DatasetReader, grid: Grid, href: str) -> int:
+def _coarsening(dataset: rasterio.DatasetReader, grid: Grid, href: str) -> int:
     """How many pixels of the grid one pixel of the dataset spans, after asserting that the two fit."""
     found, expected = dataset.transform, grid.transform
     factor = max(1, round(found.a / expected[0]))
@@ -353,19 +351,19 @@ class BlockCache:
 
         Decodes the blocks that nobody else has; what this returns waits for those that others decode.
         """
-        layout = Layout(dataset.shape, dataset.block_shapes[0])
+        layout = _Layout(dataset.shape, dataset.block_shapes[0])
         blocks = list(layout.covering(rows, cols))
         wanted = {b: readers(0, layout.span(0, b[0])) * readers(1, layout.span(1, b[1])) for b in blocks}
         out = np.empty((rows.stop - rows.start, cols.stop - cols.start), dataset.dtypes[0])
-        mine, held = self.claim(href, blocks, wanted)
+        mine, held = self._claim(href, blocks, wanted)
         try:
             for first, last in _rectangles(set(mine)):
                 span = layout.union(first, last)
                 data = _decode(dataset, *span)
-                paste(out, rows, cols, data, span)
-                self.publish(href, layout, mine, data, span)
+                _paste(out, rows, cols, data, span)
+                self._publish(href, layout, mine, data, span)
         except BaseException as error:
-            self.abandon(href, mine, error)
+            self._abandon(href, mine, error)
             raise
 
         def finish() -> np.ndarray:
@@ -374,13 +372,13 @@ class BlockCache:
                 failure = entry.pixels.exception()
                 if failure is not None:
                     raise _NeighbourFailed(str(failure)) from failure
-                paste(out, rows, cols, entry.pixels.result(), span)
-            self.release(href, {**mine, **held})
+                _paste(out, rows, cols, entry.pixels.result(), span)
+            self._release(href, {**mine, **held})
             return out
 
         return finish
 
-    def claim(
+    def _claim(
         self, href: str, blocks: list[_Block], wanted: dict[_Block, int]
     ) -> tuple[dict[_Block, _Entry | None], dict[_Block, _Entry]]:
         """Split blocks into those this call decodes (with an entry if others want them) and those it gets."""
@@ -397,15 +395,14 @@ class BlockCache:
                     mine[block] = None
         return mine, held
 
-    def publish(
+    def _publish(
         self,
         href: str,
-        layout: Layout,
+        layout: _Layout,
         mine: dict[_Block, _Entry | None],
         data: np.ndarray,
         span: tuple[slice, slice],
     ) -> None:
-        """Give others what they want of the decoded pixels `data` that lie at `span`."""
         for block in layout.covering(*span):
             entry = mine[block]
             if entry is None:
@@ -426,16 +423,14 @@ class BlockCache:
                     return
                 self._bytes -= self._entries.pop(key).pixels.result().nbytes
 
-    def abandon(self, href: str, mine: dict[_Block, _Entry | None], error: BaseException) -> None:
-        """Tell those who wait for blocks that were not published that they have to decode them."""
+    def _abandon(self, href: str, mine: dict[_Block, _Entry | None], error: BaseException) -> None:
         with self._lock:
             for block, entry in mine.items():
                 if entry is not None and not entry.pixels.done():
                     self._entries.pop((href, *block), None)
                     entry.pixels.set_exception(error)
 
-    def release(self, href: str, had: Mapping[_Block, _Entry | None]) -> None:
-        """Count the blocks that a chunk has had; those that nobody else wants are dropped."""
+    def _release(self, href: str, had: Mapping[_Block, _Entry | None]) -> None:
         with self._lock:
             for block, entry in had.items():
                 if entry is None:
@@ -447,25 +442,22 @@ class BlockCache:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class _Layout:
     """The blocks of a raster of `shape`, each of `block` pixels."""
 
     shape: tuple[int, int]
     block: tuple[int, int]
 
     def span(self, axis: int, index: int) -> slice:
-        """Pixels of a block along an axis."""
         start = index * self.block[axis]
         return slice(start, min(start + self.block[axis], self.shape[axis]))
 
     def covering(self, rows: slice, cols: slice) -> Iterator[_Block]:
-        """Yield the blocks that have pixels of a window."""
         for i in range(rows.start // self.block[0], math.ceil(rows.stop / self.block[0])):
             for j in range(cols.start // self.block[1], math.ceil(cols.stop / self.block[1])):
                 yield i, j
 
     def union(self, first: _Block, last: _Block) -> tuple[slice, slice]:
-        """Pixels of a rectangle of blocks."""
         rows, cols = (slice(self.span(axis, first[axis]).start, self.span(axis, last[axis]).stop) for axis in (0, 1))
         return rows, cols
 
@@ -485,7 +477,7 @@ def _rectangles(blocks: set[_Block]) -> Iterator[tuple[_Block, _Block]]:
         yield (i, j), (i + height - 1, j + width - 1)
 
 
-def paste(out: np.ndarray, rows: slice, cols: slice, data: np.ndarray, span: tuple[slice, slice]) -> None:
+def _paste(out: np.ndarray, rows: slice, cols: slice, data: np.ndarray, span: tuple[slice, slice]) -> None:
     """Copy what `data`, lying at `span`, has of the window (rows, cols) into `out`."""
     top, bottom = max(rows.start, span[0].start), min(rows.stop, span[0].stop)
     left, right = max(cols.start, span[1].start), min(cols.stop, span[1].stop)

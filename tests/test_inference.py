@@ -10,6 +10,7 @@ import dask.threaded
 import numpy as np
 import pytest
 import rasterio
+import torch
 from dask.order import order
 
 import s2cd
@@ -92,6 +93,20 @@ def test_invariant_1_chunked_equals_whole(make_series, shape, chunk):
     np.testing.assert_allclose(lazily.compute(scheduler="threads").values, expected, atol=1e-5)
     codes = decode_codes(run_codes(scenes, chunk))
     np.testing.assert_allclose(codes, expected, atol=QUANTUM / 2 + 1e-5)
+
+
+@pytest.mark.gpu
+def test_chunks_that_lie_on_a_gpu_give_the_same(make_series):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    cupy = pytest.importorskip("cupy")
+    scenes = make_series(shape=(300, 333))
+    pairs, cube = consecutive_pairs(scenes), open_cube(scenes, chunk=128)
+    there = cube.copy(data=cube.data.map_blocks(cupy.asarray, meta=cupy.empty((0,) * 4, cube.dtype)))
+    for device in ("cuda", "cpu"):
+        expected = detect_changes(cube, pairs, device=device).compute(scheduler="threads").values
+        found = detect_changes(there, pairs, device=device).compute(scheduler="threads").values
+        np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def test_invariant_2_shape_grid_and_range(make_series):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -46,6 +47,18 @@ def test_dilation_is_that_of_a_disc(seed: int, shape: tuple[int, int], radius: i
     y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
     disc = y * y + x * x <= radius * radius
     assert np.array_equal(dilate(mask, radius), ndimage.binary_dilation(mask, disc))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dilation", [0, 3, 12])
+def test_masks_are_made_where_the_classes_lie(dilation: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    cupy = pytest.importorskip("cupy")
+    classes = np.random.default_rng(0).integers(0, 12, (65, 130)).astype(np.uint8)
+    found = valid_mask(cupy.asarray(classes), dilation=dilation)
+    assert isinstance(found, cupy.ndarray)
+    np.testing.assert_array_equal(cupy.asnumpy(found), valid_mask(classes, dilation=dilation))
 
 
 @settings(deadline=None, max_examples=20)

@@ -110,9 +110,9 @@ def test_a_block_that_a_neighbour_could_not_decode_is_decoded_here(make_series, 
     grid, source, expected = scene.assets["red"].grid, band_source(scene, "red"), whole(scene, "red")
     tiling = Tiling(grid.shape, 128, 16)
     window, href = tiling.read(1, 1), source.hrefs[0]
-    theirs, _ = reader.BLOCKS.claim(href, [(1, 1)], {(1, 1): 4})  # a neighbour's, and not decoded yet
+    theirs, _ = reader.BLOCKS._claim(href, [(1, 1)], {(1, 1): 4})  # a neighbour's, and not decoded yet
     finish = reader._start(source, grid, window, tiling)
-    reader.BLOCKS.abandon(href, theirs, OSError("the neighbour's connection broke"))
+    reader.BLOCKS._abandon(href, theirs, OSError("the neighbour's connection broke"))
     np.testing.assert_array_equal(finish(), expected[window])
 
 
