@@ -15,7 +15,7 @@ from distributed import get_worker
 
 from s2cd import outputs
 from s2cd.catalog.scene import Grid
-from s2cd.clusters.environment import make_room
+from s2cd.clusters.environment import return_free_memory
 from s2cd.clusters.machine import available_cores
 from s2cd.config import RunConfig
 from s2cd.cube import cube_grid
@@ -68,7 +68,7 @@ def write_pair(
     config: RunConfig,
 ) -> dict[str, Any]:
     """Put the chunks of one pair together and write its map; return the figures for the report."""
-    make_room()  # of what the network needed: when maps are put together, memory is at its peak
+    return_free_memory()  # what the network needed: when maps are put together, memory is at its peak
     codes = np.block([[block.codes[position] for block in row] for row in blocks])
     shift = next(block.shifts[position] for row in blocks for block in row if block.shifts)
     codes, validity = split_reasons(codes) if config.validity else (codes, None)

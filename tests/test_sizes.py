@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from s2cd.clusters import load_profile
 from s2cd.clusters.machine import available_cores
+from s2cd.clusters.start import THREADS_A_GPU
 from s2cd.config import RunConfig
 from s2cd.model import load_model
 from s2cd.sizes import LARGEST_SERIES, TASK_SHARE, Workers, auto_chunk, task_sizes
@@ -86,5 +87,6 @@ def test_profiles_tell_what_they_will_offer(tmp_path):
     cuda = load_profile({"kind": "cuda", "threads": 4, "memory": "16 GB"})
     assert Workers.of_profile(cuda, "cpu") == Workers(1, 4, 4 * GB)
     shared = load_profile({"kind": "cuda", "gpus": [0], "memory": "16 GB"})
-    assert Workers.of_profile(shared, "cpu") == Workers(1, available_cores(), 16 * GB / available_cores())
+    threads = min(available_cores(), THREADS_A_GPU)
+    assert Workers.of_profile(shared, "cpu") == Workers(1, threads, 16 * GB / threads)
     assert Workers.of_profile(load_profile({"kind": "existing", "address": "tcp://host:8786"}), "cpu") == Workers()

@@ -10,12 +10,10 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 
-import psutil
 from distributed import Worker, WorkerPlugin
 from tornado.ioloop import PeriodicCallback
 
 from s2cd.catalog.access import OPEN_FILES
-from s2cd.clusters.machine import available_memory
 
 # Features of one chunk are buffers of 100 MB and more. glibc returns such a buffer to the kernel at every free, and
 # each reuse costs a page fault per 4 KiB: half of the network's time. Large thresholds keep it. One arena, because
@@ -31,7 +29,6 @@ _MALLOPT = {"M_TRIM_THRESHOLD": -1, "M_MMAP_THRESHOLD": -3, "M_ARENA_MAX": -8}
 _THREAD_POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _RELIEF_MS, _RELIEF_FRACTION = 2000, 0.6
 _TRIM_EVERY = 4.0  # seconds
-_PLENTY = 0.12  # of the memory there is
 _UNREAD = 60.0  # seconds after which a file is closed
 _GDAL_CACHE_MB = "64"  # a run keeps blocks that it needs again itself; GDAL's own default is 5 % of memory
 
@@ -88,7 +85,7 @@ class SetupWorker(WorkerPlugin):
 
 
 class _Trimmer:
-    """Returns to the kernel what this process has freed, at most every few seconds: no thread can allocate meanwhile.
+    """Returns to the kernel what this process has freed, at most every few seconds: page faults are what it costs.
 
     No effect where the C library cannot (macOS, musl).
     """
@@ -107,12 +104,6 @@ class _Trimmer:
 
 
 return_free_memory = _Trimmer()
-
-
-def make_room() -> None:
-    """Return freed memory before much is needed; where there is plenty this process keeps it."""
-    if psutil.Process().memory_info().rss > _PLENTY * available_memory():
-        return_free_memory()
 
 
 def _relieve(worker: Worker) -> None:

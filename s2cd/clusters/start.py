@@ -49,6 +49,7 @@ SCHEDULING = {
     "distributed.diagnostics.computations.max-history": 10,
 }
 _LIFETIME, _STAGGER = 0.85, 0.05  # of the walltime: workers hand over before the batch system kills them
+THREADS_A_GPU = 16  # in one process; half of the time they wait for each other already
 _WORKER_SHARE = 0.85  # of the memory; the rest is the client's, the scheduler's and the page cache's
 
 
@@ -122,12 +123,13 @@ def local_resources(profile: LocalProfile) -> tuple[int, int]:
 
 
 def cuda_threads(profile: CudaProfile) -> int:
-    """Threads of the worker of each GPU: by default its share of the cores, for decoding and encoding need them all."""
+    """Threads of the worker of each GPU: by default its share of the cores, at most THREADS_A_GPU."""
     from s2cd.model.device import device_count
 
     if profile.threads != "auto":
         return profile.threads
-    return max(1, available_cores() // max(1, device_count() if profile.gpus == "all" else len(profile.gpus)))
+    share = available_cores() // max(1, device_count() if profile.gpus == "all" else len(profile.gpus))
+    return min(max(1, share), THREADS_A_GPU)
 
 
 @contextlib.contextmanager

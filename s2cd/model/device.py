@@ -241,6 +241,7 @@ class CudaEngine(Engine):
             return self._graphs(name, lambda t: function(t, _whole), inputs)
         except torch.OutOfMemoryError:
             pass  # outside the handler the traceback, which holds tensors, is gone
+        self._graphs.clear()
         torch.cuda.empty_cache()
         results = function(inputs, self._split)
         return flatten(results), layout(results)

@@ -91,6 +91,10 @@ class Graphs:
         self._kept.move_to_end(key)
         return self._kept[key](inputs)
 
+    def clear(self) -> None:
+        """Give up all graphs and their memory."""
+        self._kept.clear()
+
 
 class _Graph:
     def __init__(self, function: Function, inputs: Sequence[Tensor], pool: Any, stream: torch.cuda.Stream):
