@@ -141,6 +141,16 @@ def test_local_workers_keep_large_buffers_instead_of_returning_them_to_the_kerne
     assert client.submit(probe, key="allocator").result()["returned"] == 0
 
 
+def test_files_stay_open_in_proportion_to_the_threads(client):
+    def most():
+        from s2cd.catalog.access import OPEN_FILES
+
+        return OPEN_FILES.most
+
+    (threads,) = client.nthreads().values()
+    assert client.submit(most).result() == 64 * threads
+
+
 def test_a_worker_that_looks_full_returns_its_free_memory(client):
     if not sys.platform.startswith("linux"):
         pytest.skip("the allocator's settings are those of glibc")

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import resource
 import threading
 import time
 from collections import OrderedDict
@@ -97,11 +96,11 @@ class _Idle:
 class OpenFiles:
     """Local TIFFs that stay open between two reads, `most` of them: to open one takes as long as a tenth of a block.
 
-    A file that was written anew is opened anew.
+    Each holds the bytes of its last block, about a megabyte. A file that was written anew is opened anew.
     """
 
-    def __init__(self, most: int | None = None):
-        self.most = most or min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    def __init__(self, most: int = 128):
+        self.most = most
         self._idle: OrderedDict[int, _Idle] = OrderedDict()  # by a number, in order of time
         self._numbers: dict[tuple[object, ...], set[int]] = {}
         self._count = itertools.count()

@@ -30,6 +30,7 @@ _THREAD_POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _RELIEF_MS, _RELIEF_FRACTION = 2000, 0.6
 _TRIM_EVERY = 4.0  # seconds
 _UNREAD = 60.0  # seconds after which a file is closed
+_FILES_A_THREAD = 64  # that stay open: those of a unit of work are 48
 _GDAL_CACHE_MB = "64"  # a run keeps blocks that it needs again itself; GDAL's own default is 5 % of memory
 
 
@@ -72,6 +73,7 @@ class SetupWorker(WorkerPlugin):
         """Run once in each worker process, before its first task."""
         self._relief = PeriodicCallback(lambda: _relieve(worker), _RELIEF_MS)
         self._relief.start()
+        OPEN_FILES.most = _FILES_A_THREAD * worker.state.nthreads
         if os.environ.get("OMP_NUM_THREADS") != "1":  # else torch obeys that, and is imported when first needed
             import torch
 
