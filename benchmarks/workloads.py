@@ -296,7 +296,7 @@ def _read(scene: Scene, model: Model, part: tuple[slice, slice]) -> list[np.ndar
 
 def _encode_alone(scenes: list[Scene], maps: Path, out: str) -> float:
     from s2cd import outputs
-    from s2cd.outputs.codes import encode_codes
+    from s2cd.codes import encode_codes
     from s2cd.thumbnails import thumbnail
 
     model = s2cd.load_model("generic")

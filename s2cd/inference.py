@@ -121,7 +121,7 @@ def detect_changes(
 class Block(NamedTuple):
     """One chunk of several pairs of one field of view.
 
-    codes   uint16 (pair, y, x) as `s2cd.outputs.codes` defines them
+    codes   uint16 (pair, y, x) as `s2cd.codes` defines them
     shifts  of each pair, in the chunk in the middle of the tile; None in others
     """
 

@@ -17,13 +17,13 @@ from s2cd import outputs
 from s2cd.catalog.scene import Grid
 from s2cd.clusters.environment import return_free_memory
 from s2cd.clusters.machine import available_cores
+from s2cd.codes import encode_codes, split_reasons
 from s2cd.config import RunConfig
 from s2cd.cube import cube_grid
 from s2cd.errors import ConfigError
 from s2cd.inference import Block
 from s2cd.masks import Mask
 from s2cd.model import ModelRef
-from s2cd.outputs.codes import encode_codes, split_reasons
 from s2cd.pairs import Pair
 from s2cd.plan import mask_of
 from s2cd.reader import band_source, read_window

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 import numpy as np
 
 from s2cd.catalog.scene import Asset, Grid, Scene
+from s2cd.codes import CODE_NODATA
 from s2cd.outputs import MapInfo
-from s2cd.outputs.codes import CODE_NODATA
 from s2cd.pairs import Pair
 
 UTM = (32631, (10.0, 0.0, 600000.0, 0.0, -10.0, 5700000.0))

@@ -15,12 +15,12 @@ from dask.order import order
 
 import s2cd
 from s2cd import reader
+from s2cd.codes import decode_codes
 from s2cd.cube import common_grid, open_cube
 from s2cd.errors import ConfigError, GridError, ReadError
 from s2cd.inference import _aligned_chunks, change_blocks, detect_changes
 from s2cd.masks import Mask
 from s2cd.model import ModelRef, load_model, normalise
-from s2cd.outputs.codes import decode_codes
 from s2cd.pairs import consecutive_pairs
 from s2cd.simulate import simulate, truth_between
 from s2cd.survey import scene_input, survey_scene

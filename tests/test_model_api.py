@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from s2cd.codes import encode_codes, split_reasons
 from s2cd.errors import ModelError
 from s2cd.model import BANDS, device, list_models, load_model, normalise, registry
 from s2cd.model.device import fast_bfloat16
 from s2cd.model.network import HALO, INPUTS, REACH, STRIDE, ChangeNet, cost, network_of
 from s2cd.model.replay import Graphs, flatten, layout, unflatten
 from s2cd.model.tensors import to_input
-from s2cd.outputs.codes import encode_codes, split_reasons
 
 
 def ground(shape: tuple[int, int], seed: int = 0) -> np.ndarray:

@@ -15,8 +15,8 @@ from hypothesis.extra import numpy as hnp
 from outputs_support import LONLAT, UTM, make_grid, random_codes
 from rio_cogeo import cog_validate
 
+from s2cd.codes import CODE_NODATA, QUANTUM, decode_codes, encode_codes
 from s2cd.errors import ConfigError, GridError
-from s2cd.outputs.codes import CODE_NODATA, QUANTUM, decode_codes, encode_codes
 from s2cd.outputs.cog import PROFILES, code_pyramid, map_cog
 
 SHAPES = [(1, 1), (17, 19), (1, 1025), (512, 512), (513, 513), (1023, 1025)]

@@ -15,9 +15,9 @@ from pystac.validation import validate_dict
 from rasterio.warp import transform_bounds
 
 from s2cd.catalog import freeze, load_scenes, search
+from s2cd.codes import CODE_NODATA, encode_codes
 from s2cd.errors import GridError, OutputError
 from s2cd.outputs import MapInfo, finished, is_done, save_report, save_run, write_catalog, write_map
-from s2cd.outputs.codes import CODE_NODATA, encode_codes
 from s2cd.outputs.item import footprint, public_href
 from s2cd.pairs import Pair
 from s2cd.simulate import simulate

@@ -137,7 +137,7 @@ class Model:
         *,
         reasons: bool = False,
     ) -> npt.NDArray[np.uint16]:
-        """Return what `decode` does as codes (see `s2cd.outputs.codes`), for the part `inner` of the pixels.
+        """Return what `decode` does as codes (see `s2cd.codes`), for the part `inner` of the pixels.
 
         With `reasons` the codes tell which date does not show a pixel, `a` being the earlier one.
         """

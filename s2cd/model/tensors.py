@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from s2cd.codes import CODE_NODATA, CODE_SCALE, UNSEEN_BEFORE
 from s2cd.model.normalise import LIMIT
-from s2cd.outputs.codes import CODE_NODATA, CODE_SCALE, UNSEEN_BEFORE
 
 
 def to_input(planes: Sequence[Tensor], gains: Tensor, valid: Tensor, fine: int, stride: int) -> Tensor:
@@ -45,7 +45,7 @@ def masked(probability: Tensor, before: Tensor, after: Tensor) -> Tensor:
 
 
 def to_codes(probability: Tensor, before: Tensor, after: Tensor, *, reasons: bool) -> Tensor:
-    """Return codes as `s2cd.outputs.codes` defines them, the bits of a uint16 in an int16.
+    """Return codes as `s2cd.codes` defines them, the bits of a uint16 in an int16.
 
     probability    float32 (y, x) in [0, 1]; NaN counts as no observation
     before, after  bool (y, x), False where that date has no observation

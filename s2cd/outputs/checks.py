@@ -13,8 +13,8 @@ from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader, MemoryFile
 from rasterio.windows import Window
 
+from s2cd.codes import CODE_NODATA, decode_codes, encode_codes
 from s2cd.errors import OutputError
-from s2cd.outputs.codes import CODE_NODATA, decode_codes, encode_codes
 from s2cd.outputs.cog import BLOCK, code_pyramid
 from s2cd.outputs.layout import ROOT, is_map_name
 from s2cd.outputs.store import Store, open_store

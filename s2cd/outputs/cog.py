@@ -18,8 +18,8 @@ from rasterio.shutil import copy
 from rasterio.transform import Affine
 
 from s2cd.catalog.scene import Grid
+from s2cd.codes import CODE_NODATA, QUANTUM
 from s2cd.errors import ConfigError, GridError
-from s2cd.outputs.codes import CODE_NODATA, QUANTUM
 
 BLOCK = 512
 _BAND_ROWS = 512

@@ -16,7 +16,7 @@ from rasterio.warp import transform_geom
 
 from s2cd.catalog.providers import PROVIDERS
 from s2cd.catalog.scene import Grid, Scene
-from s2cd.outputs.codes import CODE_NODATA, CODE_SCALE, QUANTUM
+from s2cd.codes import CODE_NODATA, CODE_SCALE, QUANTUM
 from s2cd.outputs.cog import PROFILES, Profile
 from s2cd.outputs.layout import COLLECTION_ID, ROOT, TILE_CATALOG
 from s2cd.pairs import Pair

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from s2cd.catalog.scene import Grid
+from s2cd.codes import decode_codes, encode_codes
 from s2cd.errors import GridError
-from s2cd.outputs.codes import decode_codes, encode_codes
 from s2cd.outputs.cog import code_pyramid, map_cog, validity_cog
 from s2cd.outputs.item import VALIDITY, MapInfo, build_item
 from s2cd.outputs.layout import path_of
@@ -40,7 +40,7 @@ def write_map(
     quicklook_rgb  uint8 (y, x, 3) before and after, each may be None; without the tuple no quicklook is written
     profile        key of `s2cd.outputs.cog.PROFILES`
     threads        how many threads compress
-    validity       uint8 (y, x) as `s2cd.outputs.codes.split_reasons` gives it, stored beside the map
+    validity       uint8 (y, x) as `s2cd.codes.split_reasons` gives it, stored beside the map
 
     The item is written last: its presence means that the map is finished. Every file appears whole or not at all.
     Raises OutputError naming the file, GridError if the shape is not the grid's, ConfigError for the profile.
