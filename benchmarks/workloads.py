@@ -83,6 +83,7 @@ def engine(
             _try_out(client, Path(folder), source)
         found = client.run(trace.install) if traced else {}
         cpu = sum(client.run(time.process_time).values())
+        decoded = sum(client.run(trace.decoded_bytes).values())
         with get_task_stream(client) as stream:
             started, origin = time.perf_counter(), time.time()
             report = run(config, client, scenes=scenes)
@@ -90,7 +91,7 @@ def engine(
         seen = seen_since(samples, origin)
         cpu = sum(client.run(time.process_time).values()) - cpu
         events = [e for part in client.run(trace.collect).values() for e in part] if traced else []
-        decoded = sum(client.run(trace.decoded_bytes).values())
+        decoded = sum(client.run(trace.decoded_bytes).values()) - decoded
         tasks = [t for t in stream.data if t["status"] == "OK"]
     failed = [m for m in report.maps if m.status != "written"]
     if failed:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 import os
+import resource
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -73,7 +74,8 @@ class SetupWorker(WorkerPlugin):
         """Run once in each worker process, before its first task."""
         self._relief = PeriodicCallback(lambda: _relieve(worker), _RELIEF_MS)
         self._relief.start()
-        OPEN_FILES.most = _FILES_A_THREAD * worker.state.nthreads
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        OPEN_FILES.most = min(_FILES_A_THREAD * worker.state.nthreads, allowed // 2)
         if os.environ.get("OMP_NUM_THREADS") != "1":  # else torch obeys that, and is imported when first needed
             import torch
 

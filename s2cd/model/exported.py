@@ -29,7 +29,7 @@ from torch import Tensor
 
 from s2cd.catalog.bands import canonical_band
 from s2cd.errors import ConfigError, ModelError
-from s2cd.model.device import EncodedDate, Engine
+from s2cd.model.device import EncodedDate, Engine, to_host
 from s2cd.model.network import Features
 from s2cd.model.normalise import Planes
 from s2cd.model.registry import Model, read_json
@@ -67,6 +67,7 @@ class ExportedModel(Model):
     def encode(self, pixels: Planes, affine: Array, valid: npt.NDArray[np.bool_]) -> EncodedDate:
         """Return the date as the program takes it. Raises ModelError if the shapes do not fit."""
         self._require_shapes(pixels, valid)
+        pixels, valid = [to_host(plane) for plane in pixels], to_host(valid)
         rows, cols = (-(-n // self.stride) * self.stride for n in valid.shape)
         x = np.zeros((rows, cols, len(pixels)), np.float32)
         gain, bias = affine.T[:, :, None, None]

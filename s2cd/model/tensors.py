@@ -41,7 +41,7 @@ def _even(plane: Tensor) -> Tensor:
 
 def masked(probability: Tensor, before: Tensor, after: Tensor) -> Tensor:
     """Return the probability (y, x), NaN where either date is not valid."""
-    return probability.masked_fill(~(before & after), torch.nan)
+    return probability.masked_fill_(~(before & after), torch.nan)
 
 
 def to_codes(probability: Tensor, before: Tensor, after: Tensor, *, reasons: bool) -> Tensor:
