@@ -206,10 +206,21 @@ def test_footprints_meet_boxes(footprint: dict, bbox: tuple, meets: bool) -> Non
 
 def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "no.parquet").write_text("no")
-    with pytest.raises(CatalogError, match=r"no\.parquet: cannot be read as stac-geoparquet"):
+    with pytest.raises(CatalogError, match=r"no\.parquet: cannot be read as stac-geoparquet: found b'no' at its begin"):
         search(tmp_path / "no.parquet")
     with pytest.raises(CatalogError, match=r"none\.parquet: does not exist"):
         search(tmp_path / "none.parquet")
+
+
+def test_a_frozen_search_that_was_damaged(shared_data: Path, tmp_path: Path) -> None:
+    freeze(search(shared_data / "oscd"), tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    middle = len(whole) // 3
+    damaged = {"short": whole[:middle], "empty": b"", "zeros": whole[:200] + b"\0" * middle + whole[200 + middle :]}
+    for name, content in damaged.items():
+        (tmp_path / f"{name}.parquet").write_bytes(content)
+        with pytest.raises(CatalogError, match=rf"{name}\.parquet: cannot be read as stac-geoparquet"):
+            search(tmp_path / f"{name}.parquet")
 
 
 def test_freezing_nothing_and_nowhere(shared_data: Path, tmp_path: Path) -> None:
