@@ -146,6 +146,22 @@ def test_a_file_is_asked_for_its_head_once_until_it_is_replaced(server: FaultSer
     assert np.array_equal(read(href, *window), pixels(3)[window])
 
 
+@pytest.mark.parametrize("threads", ["1", "2", "ALL_CPUS"])
+def test_remote_jpeg_2000_whatever_threads_gdal_has(
+    server: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: str
+) -> None:
+    monkeypatch.setenv("GDAL_NUM_THREADS", threads)
+    data = pixels(5)
+    with rasterio.open(
+        tmp_path / "red.jp2", "w", driver="JP2OpenJPEG", height=SHAPE[0], width=SHAPE[1], count=1, dtype=data.dtype,
+        crs="EPSG:32631", transform=TRANSFORM, blockxsize=256, blockysize=256, QUALITY="100", REVERSIBLE="YES",
+    ) as dataset:  # fmt: skip
+        dataset.write(data, 1)
+    server.root = tmp_path
+    window = slice(100, 900), slice(30, 700)
+    assert np.array_equal(read(f"{server.url}/red.jp2", *window), data[window])
+
+
 def test_a_local_file_that_is_replaced_is_opened_anew(tmp_path: Path) -> None:
     path, window = tmp_path / "red.tif", (slice(900, 940), slice(0, 40))
     for index, block in ((0, 256), (1, 256), (2, 16)):

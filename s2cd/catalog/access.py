@@ -28,8 +28,9 @@ from s2cd.errors import GridError, ReadError, S2cdError
 
 T = TypeVar("T")
 
-# No listing of folders and no search for side files: an asset is one file.
-GDAL_OPTIONS = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
+# No listing of folders and no search for side files: an asset is one file. GDAL's own threads cannot read through an
+# opener, and do not say so: they leave blocks of JPEG 2000 as they find them in memory.
+GDAL_OPTIONS = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_NUM_THREADS": "1"}
 # Buckets whose readers pay for the transfer, and the region they stand in.
 REQUESTER_PAYS = {"sentinel-s2-l1c": "eu-central-1", "sentinel-s2-l2a": "eu-central-1"}
 # Variables any of which says that this process has keys for S3.
