@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
+from uuid import uuid4
 
 import numpy as np
 import rasterio
@@ -45,12 +47,14 @@ class Source:
 class Tiling:
     """How a grid is cut into chunks of `chunk` pixels, each read with `halo` pixels around it.
 
-    `shape`, `chunk` and `halo` are in pixels of the cube's grid.
+    `shape`, `chunk` and `halo` are in pixels of the cube's grid. `work` names the unit of work whose chunks share
+    decoded blocks: what another one left behind may be of a file that was written anew since.
     """
 
     shape: tuple[int, int]
     chunk: int
     halo: int
+    work: str = field(default_factory=lambda: uuid4().hex, compare=False)
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -194,7 +198,8 @@ def _start(
             empty = result == source.nodata
             if not empty.any():
                 break
-            other = _start_one(href, source.provider, grid, window, tiling, native=native)()
+            # Kept for nobody: which chunks need a later piece only its pixels tell.
+            other = _start_one(href, source.provider, grid, window, None, native=native)()
             np.copyto(result, other, where=empty)
         return result
 
@@ -216,10 +221,7 @@ def _start_one(
             slice(s.start // factor, min(math.ceil(s.stop / factor), size))
             for s, size in zip(window, dataset.shape, strict=True)
         )
-        if tiling is None:
-            data = _decode(dataset, rows, cols)
-            return lambda: _replicate(data, factor, window)
-        finish = BLOCKS.start(href, dataset, rows, cols, _counter(tiling, factor))
+        finish = _start_blocks(href, dataset, rows, cols, tiling, factor)
         if native and factor == 2 and not any(s.start % 2 for s in window):
             return lambda: _filled(finish(), tuple(-(-(s.stop - s.start) // 2) for s in window))
         return lambda: _replicate(finish(), factor, window)
@@ -233,6 +235,15 @@ def _start_one(
             return _with_dataset(href, provider, lambda dataset: start(dataset)())
 
     return complete
+
+
+def _start_blocks(
+    href: str, dataset: rasterio.DatasetReader, rows: slice, cols: slice, tiling: Tiling | None, factor: int
+) -> _Finish:
+    if tiling is not None:
+        return BLOCKS.start((tiling.work, href), dataset, rows, cols, _counter(tiling, factor))
+    data = _decode(dataset, rows, cols)
+    return lambda: data
 
 
 def _counter(tiling: Tiling, factor: int) -> Callable[[int, slice], int]:
@@ -313,13 +324,16 @@ COUNTS = Counts()
 
 @dataclass
 class _Entry:
-    """A block that more than one chunk reads: its pixels once decoded, and how many chunks still want it."""
+    """A block that more than one chunk reads: its pixels once decoded, how many chunks still want it, its last use."""
 
     pixels: Future[np.ndarray]
     wanted: int
+    used: float = field(default_factory=time.monotonic)
 
 
 _Block = tuple[int, int]
+_File = tuple[str, str]
+"""The unit of work that reads a file, and its address."""
 
 
 class _NeighbourFailed(Exception):
@@ -329,19 +343,20 @@ class _NeighbourFailed(Exception):
 class BlockCache:
     """Decoded source blocks at chunk borders, shared by the threads of one process.
 
-    A block is decoded by the first chunk that needs it, while others wait for it, and dropped when the last one
-    has had it. `max_bytes` bounds what a lost neighbour would leave behind: the oldest go first and are read again.
+    A block is decoded by the first chunk of a unit of work that needs it, while others wait for it, and dropped when
+    the last one has had it. `max_bytes` bounds what a lost neighbour would leave behind: the oldest go first and are
+    read again; `drop` forgets what waits in vain, for a neighbour on another worker or of a run that was broken off.
     """
 
     def __init__(self, max_bytes: int = 3 << 30):
         self.max_bytes = max_bytes
-        self._entries: OrderedDict[tuple[str, int, int], _Entry] = OrderedDict()
+        self._entries: OrderedDict[tuple[_File, int, int], _Entry] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
     def start(
         self,
-        href: str,
+        file: _File,
         dataset: rasterio.DatasetReader,
         rows: slice,
         cols: slice,
@@ -355,15 +370,15 @@ class BlockCache:
         blocks = list(layout.covering(rows, cols))
         wanted = {b: readers(0, layout.span(0, b[0])) * readers(1, layout.span(1, b[1])) for b in blocks}
         out = np.empty((rows.stop - rows.start, cols.stop - cols.start), dataset.dtypes[0])
-        mine, held = self._claim(href, blocks, wanted)
+        mine, held = self._claim(file, blocks, wanted)
         try:
             for first, last in _rectangles(set(mine)):
                 span = layout.union(first, last)
                 data = _decode(dataset, *span)
                 _paste(out, rows, cols, data, span)
-                self._publish(href, layout, mine, data, span)
+                self._publish(file, layout, mine, data, span)
         except BaseException as error:
-            self._abandon(href, mine, error)
+            self._abandon(file, mine, error)
             raise
 
         def finish() -> np.ndarray:
@@ -373,31 +388,31 @@ class BlockCache:
                 if failure is not None:
                     raise _NeighbourFailed(str(failure)) from failure
                 _paste(out, rows, cols, entry.pixels.result(), span)
-            self._release(href, {**mine, **held})
+            self._release(file, {**mine, **held})
             return out
 
         return finish
 
     def _claim(
-        self, href: str, blocks: list[_Block], wanted: dict[_Block, int]
+        self, file: _File, blocks: list[_Block], wanted: dict[_Block, int]
     ) -> tuple[dict[_Block, _Entry | None], dict[_Block, _Entry]]:
         """Split blocks into those this call decodes (with an entry if others want them) and those it gets."""
         mine: dict[_Block, _Entry | None] = {}
         held: dict[_Block, _Entry] = {}
         with self._lock:
             for block in blocks:
-                entry = self._entries.get((href, *block))
+                entry = self._entries.get((file, *block))
                 if entry is not None:
-                    held[block] = entry
+                    held[block], entry.used = entry, time.monotonic()
                 elif wanted[block] > 1:
-                    mine[block] = self._entries[(href, *block)] = _Entry(Future(), wanted[block])
+                    mine[block] = self._entries[(file, *block)] = _Entry(Future(), wanted[block])
                 else:
                     mine[block] = None
         return mine, held
 
     def _publish(
         self,
-        href: str,
+        file: _File,
         layout: _Layout,
         mine: dict[_Block, _Entry | None],
         data: np.ndarray,
@@ -415,30 +430,39 @@ class BlockCache:
             entry.pixels.set_result(pixels)
         self._evict()
 
+    def drop(self, idle: float) -> None:
+        """Forget the blocks that nobody has asked for in so many seconds."""
+        since = time.monotonic() - idle
+        with self._lock:
+            for key in [k for k, e in self._entries.items() if e.pixels.done() and e.used <= since]:
+                self._forget(key)
+
     def _evict(self) -> None:
         with self._lock:
             while self._bytes > self.max_bytes:
                 key = next((k for k, e in self._entries.items() if e.pixels.done()), None)
                 if key is None:
                     return
-                self._bytes -= self._entries.pop(key).pixels.result().nbytes
+                self._forget(key)
 
-    def _abandon(self, href: str, mine: dict[_Block, _Entry | None], error: BaseException) -> None:
+    def _forget(self, key: tuple[_File, int, int]) -> None:
+        self._bytes -= self._entries.pop(key).pixels.result().nbytes
+
+    def _abandon(self, file: _File, mine: dict[_Block, _Entry | None], error: BaseException) -> None:
         with self._lock:
             for block, entry in mine.items():
                 if entry is not None and not entry.pixels.done():
-                    self._entries.pop((href, *block), None)
+                    self._entries.pop((file, *block), None)
                     entry.pixels.set_exception(error)
 
-    def _release(self, href: str, had: Mapping[_Block, _Entry | None]) -> None:
+    def _release(self, file: _File, had: Mapping[_Block, _Entry | None]) -> None:
         with self._lock:
             for block, entry in had.items():
                 if entry is None:
                     continue
                 entry.wanted -= 1
-                if entry.wanted <= 0 and self._entries.get((href, *block)) is entry:
-                    del self._entries[(href, *block)]
-                    self._bytes -= entry.pixels.result().nbytes
+                if entry.wanted <= 0 and self._entries.get((file, *block)) is entry:
+                    self._forget((file, *block))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-from conftest import write_tiff
+from conftest import write_series, write_tiff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.transform import Affine
@@ -89,6 +90,23 @@ def test_a_full_cache_reads_again_and_never_wrong(make_series, monkeypatch):
     assert reader.BLOCKS._bytes <= 10_000
 
 
+def test_blocks_left_behind_serve_no_later_unit_of_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(reader, "BLOCKS", BlockCache())
+    scene, written_anew = (write_series(tmp_path / f"{n}", shape=(300, 333), dates=1, seed=n)[0] for n in (0, 1))
+    grid, source, tiling = scene.assets["red"].grid, band_source(scene, "red"), Tiling((300, 333), 128, 16)
+    window = tiling.read(0, 0)
+    read_window(source, grid, window, tiling)  # and its neighbours are never read, as after an interrupt
+    expected = whole(written_anew, "red")
+    shutil.copy(written_anew.assets["red"].href, scene.assets["red"].href)
+    np.testing.assert_array_equal(read_window(source, grid, window, replace(tiling, work="next")), expected[window])
+    assert len(reader.BLOCKS._entries) == 2 * len({key[1:] for key in reader.BLOCKS._entries})
+    reader.BLOCKS.drop(idle=60)
+    assert reader.BLOCKS._entries
+    reader.BLOCKS.drop(idle=0)
+    assert not reader.BLOCKS._entries
+    assert reader.BLOCKS._bytes == 0
+
+
 def test_a_failed_read_leaves_no_block_behind(make_series, monkeypatch, tmp_path):
     monkeypatch.setattr(reader, "BLOCKS", BlockCache())
     scene = make_series(shape=(300, 333), dates=1, block=64)[0]
@@ -110,9 +128,9 @@ def test_a_block_that_a_neighbour_could_not_decode_is_decoded_here(make_series, 
     grid, source, expected = scene.assets["red"].grid, band_source(scene, "red"), whole(scene, "red")
     tiling = Tiling(grid.shape, 128, 16)
     window, href = tiling.read(1, 1), source.hrefs[0]
-    theirs, _ = reader.BLOCKS._claim(href, [(1, 1)], {(1, 1): 4})  # a neighbour's, and not decoded yet
+    theirs, _ = reader.BLOCKS._claim((tiling.work, href), [(1, 1)], {(1, 1): 4})  # a neighbour's, and not decoded yet
     finish = reader._start(source, grid, window, tiling)
-    reader.BLOCKS._abandon(href, theirs, OSError("the neighbour's connection broke"))
+    reader.BLOCKS._abandon((tiling.work, href), theirs, OSError("the neighbour's connection broke"))
     np.testing.assert_array_equal(finish(), expected[window])
 
 
@@ -173,7 +191,8 @@ def test_unknown_band_names_what_the_scene_offers(make_series):
         band_source(make_series(dates=1)[0], "rededge1")
 
 
-def test_later_parts_fill_what_earlier_ones_do_not_cover(make_series):
+def test_later_parts_fill_what_earlier_ones_do_not_cover(make_series, monkeypatch):
+    monkeypatch.setattr(reader, "BLOCKS", BlockCache())
     first, second = make_series(dates=2)
     data = whole(first, "red")
     with rasterio.open(first.assets["red"].href, "r+") as dataset:
@@ -184,6 +203,11 @@ def test_later_parts_fill_what_earlier_ones_do_not_cover(make_series):
     np.testing.assert_array_equal(read[:, :100], data[:, :100])
     np.testing.assert_array_equal(read[:, 100:], whole(second, "red")[:, 100:])
     assert (read_overview(band_source(scene, "red"), grid, 2) > 0).all()
+    tiling = Tiling((200, 232), 64, 16)
+    for index in np.ndindex(tiling.blocks):
+        window = tiling.read(*index)
+        np.testing.assert_array_equal(read_window(band_source(scene, "red"), grid, window, tiling), read[window])
+    assert not reader.BLOCKS._entries  # though some chunks need nothing of the second part
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])

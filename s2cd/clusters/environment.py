@@ -15,6 +15,7 @@ from distributed import Worker, WorkerPlugin
 from tornado.ioloop import PeriodicCallback
 
 from s2cd.catalog.access import OPEN_FILES
+from s2cd.reader import BLOCKS
 
 # Features of one chunk are buffers of 100 MB and more. glibc returns such a buffer to the kernel at every free, and
 # each reuse costs a page fault per 4 KiB: half of the network's time. Large thresholds keep it. One arena, because
@@ -31,6 +32,7 @@ _THREAD_POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _RELIEF_MS, _RELIEF_FRACTION = 2000, 0.6
 _TRIM_EVERY = 4.0  # seconds
 _UNREAD = 60.0  # seconds after which a file is closed
+_UNWANTED = 300.0  # seconds after which nobody will come for a decoded block any more; it can be decoded again
 _FILES_A_THREAD = 64  # that stay open: those of a unit of work are 48
 _GDAL_CACHE_MB = "64"  # a run keeps blocks that it needs again itself; GDAL's own default is 5 % of memory
 
@@ -112,6 +114,7 @@ return_free_memory = _Trimmer()
 
 def _relieve(worker: Worker) -> None:
     OPEN_FILES.close(idle=_UNREAD)
+    BLOCKS.drop(idle=_UNWANTED)
     limit = worker.memory_manager.memory_limit
     if limit and worker.monitor.get_process_memory() > _RELIEF_FRACTION * limit:
         return_free_memory()
