@@ -1,8 +1,8 @@
 """Change detection on Sentinel-2 time series, Dask-native: the public verbs.
 
     scenes = s2cd.search("earth-search", bbox=(3.0, 50.7, 3.2, 50.9), datetime="2023-01-01/2023-12-31")
-    cube = s2cd.open_cube(scenes)
     pairs = s2cd.consecutive_pairs(scenes)
+    cube = s2cd.open_cube(pairs.scenes)
     change = s2cd.detect_changes(cube, pairs, model="generic")
     s2cd.write_change_maps(change, "out/")
 

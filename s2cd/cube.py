@@ -30,8 +30,8 @@ def open_cube(scenes: Sequence[Scene], bands: Sequence[str] | None = None, chunk
 
     Returns a DataArray (time, band, y, x) of uint16 digital numbers, 0 where there is no observation, on the
     finest grid among the bands, never resampled but for the exact replication of coarser bands. Coordinates: pixel
-    centres x and y, `id` (time), and `scale` and `offset` (time, band) with
-    reflectance = scale * digital number + offset. The CRS stands where rioxarray looks for it.
+    centres x and y, `id` (time), `parts` (time, what a split datatake is filled from), and `scale` and `offset`
+    (time, band) with reflectance = scale * digital number + offset. The CRS stands where rioxarray looks for it.
 
     Raises NoScenesError without scenes, ConfigError for a band a scene does not offer, and GridError for scenes of
     different grids; when computed, ReadError and GridError as in `s2cd.reader.read_window`.
@@ -155,6 +155,7 @@ def _with_coordinates(stacked: xr.DataArray, scenes: Sequence[Scene], bands: Seq
             "y": top + e * (np.arange(rows) + 0.5),
             "x": left + a * (np.arange(cols) + 0.5),
             "id": ("time", [s.id for s in scenes]),
+            "parts": ("time", [parts_of(s) for s in scenes]),
             "scale": (("time", "band"), np.array(radiometry[0], dtype=np.float64)),
             "offset": (("time", "band"), np.array(radiometry[1], dtype=np.float64)),
         },
@@ -162,6 +163,11 @@ def _with_coordinates(stacked: xr.DataArray, scenes: Sequence[Scene], bands: Seq
         attrs={"long_name": "Sentinel-2 digital number", "nodata": 0, "tile": scenes[0].tile},
     )
     return cube.rio.write_crs(grid.epsg).rio.write_transform()
+
+
+def parts_of(scene: Scene) -> str:
+    """Return the ids of the other pieces of a split datatake, as the cube's coordinate `parts` has them."""
+    return " ".join(part.id for part in scene.parts)
 
 
 def cube_grid(cube: xr.DataArray) -> Grid:

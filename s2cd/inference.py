@@ -23,7 +23,7 @@ from dask.typing import Key
 
 from s2cd.catalog.access import is_local
 from s2cd.catalog.scene import Grid, Scene
-from s2cd.cube import common_grid, cube_grid
+from s2cd.cube import common_grid, cube_grid, parts_of
 from s2cd.errors import ConfigError, GridError
 from s2cd.masks import Mask
 from s2cd.model import EncodedDate, Model, ModelRef
@@ -86,13 +86,16 @@ def detect_changes(
     Returns a DataArray (pair, y, x) float32 in [0, 1], NaN where either date has no valid observation, on the
     cube's grid. Statistics for the normalisation come from the overviews of the scenes' files.
 
-    Raises ConfigError for a pair, or a band of the model, that the cube lacks; GridError for an odd start.
+    Raises ConfigError for a pair, a band of the model, the mask band or the other half of a split datatake that the
+    cube lacks; GridError for an odd start.
     """
     ref, mask = ModelRef.of(model, device), mask or Mask()
     network = ref.load()
-    _require_bands(cube, (*network.bands, *mask.extra_assets))
-    positions = [_positions(cube, pair) for pair in pairs]
     scenes = {s.id: s for pair in pairs for s in (pair.before, pair.after)}
+    told = [mask.band] if mask.function is None and any(mask.band in s.assets for s in scenes.values()) else []
+    _require_bands(cube, (*network.bands, *mask.extra_assets, *told))
+    positions = [_positions(cube, pair) for pair in pairs]
+    _require_whole_dates(cube, scenes.values())
     grid = _require_even_start(cube, list(scenes.values()), network)
     inputs = {i: scene_input(s, network.bands, common_grid([s], network.bands), mask) for i, s in scenes.items()}
     surveys = {i: dask.delayed(survey_scene)(entry, mask, ref) for i, entry in inputs.items()}
@@ -335,6 +338,18 @@ def _require_bands(cube: xr.DataArray, bands: Sequence[str]) -> None:
     missing = [b for b in bands if b not in cube.band.values]
     if missing:
         raise ConfigError(f"model and mask need the bands {', '.join(bands)}, the cube lacks {', '.join(missing)}")
+
+
+def _require_whole_dates(cube: xr.DataArray, scenes: Iterable[Scene]) -> None:
+    """Make sure that the cube holds the same halves of a split datatake as the pairs: they are one date there."""
+    found = dict(zip(cube["id"].values, cube["parts"].values, strict=True)) if "parts" in cube.coords else {}
+    for scene in scenes:
+        parts, expected = found.get(scene.id, ""), parts_of(scene)
+        if parts != expected:
+            raise ConfigError(
+                f"{scene.id}: found {parts or 'no other half'} in the cube, expected {expected or 'none'}, since pairs "
+                "join the halves of a split datatake: open the cube of the pairs' scenes, open_cube(pairs.scenes)"
+            )
 
 
 def _positions(cube: xr.DataArray, pair: Pair) -> tuple[int, int]:

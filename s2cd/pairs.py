@@ -62,6 +62,12 @@ class PairList(list[Pair]):
         super().__init__(pairs)
         self.left_out = list(left_out)
 
+    @property
+    def scenes(self) -> list[Scene]:
+        """The scenes of the pairs, each once, in order of time: what `s2cd.open_cube` takes."""
+        scenes = {s.id: s for pair in self for s in (pair.before, pair.after)}
+        return sorted(scenes.values(), key=lambda s: (s.time, s.id))
+
 
 def consecutive_pairs(
     scenes: Iterable[Scene],

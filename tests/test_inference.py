@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
 
 import dask
 import dask.threaded
@@ -226,6 +229,50 @@ def test_invariant_7_the_graph_carries_urls_and_a_hash_only(make_series):
         assert REF.hash.encode() in graph
         assert b"Polygon" not in graph
         assert len(graph) < 200_000
+
+
+def test_the_halves_of_a_split_datatake_are_one_date_of_the_cube(make_series):
+    first, top = make_series(shape=(200, 232), dates=2)
+    takes = {"datatake": "GS2A_20230506T105031_041100_N05.09"}
+    top, bottom = (
+        replace(half_of(top, rows, name), strip_start=top.time + timedelta(seconds=late), **takes)
+        for name, rows, late in (("top", slice(0, 100), 0), ("bottom", slice(100, 200), 60))
+    )
+    pairs = consecutive_pairs([first, top, bottom])
+    assert [s.id for s in pairs.scenes] == [first.id, pairs[0].after.id]
+    change = detect_changes(open_cube(pairs.scenes), pairs, device="cpu").values[0]
+    np.testing.assert_allclose(change, decode_codes(run_codes([*pairs.scenes], 128))[0], atol=QUANTUM)
+    assert np.isfinite(change).all()
+    with pytest.raises(ConfigError, match=r"(top|bottom): found no other half in the cube, expected (top|bottom)"):
+        detect_changes(open_cube([first, top, bottom]), pairs, device="cpu")
+
+
+def half_of(scene, rows, name):
+    """The scene as one half of a split datatake: observed in some rows (of 10 m) only, on a footprint of its own."""
+    assets = {}
+    for key, asset in scene.assets.items():
+        href = Path(asset.href).with_name(f"{name}-{key}.tif")
+        shutil.copy(asset.href, href)
+        with rasterio.open(href, "r+") as dataset:
+            data, factor = dataset.read(1), 200 // dataset.height
+            seen = np.zeros(data.shape, bool)
+            seen[rows.start // factor : rows.stop // factor] = True
+            dataset.write(np.where(seen, data, 0), 1)
+        assets[key] = replace(asset, href=str(href))
+    return replace(scene, id=name, assets=assets)
+
+
+def no_cloud(reflectance, bands):
+    return np.zeros(reflectance.shape[1:], bool)
+
+
+def test_a_cube_without_the_mask_band_is_refused(make_series):
+    scenes = make_series(shape=(200, 232), dates=2)
+    pairs, cube = consecutive_pairs(scenes), open_cube(scenes, bands=list(MODEL.bands))
+    with pytest.raises(ConfigError, match="model and mask need the bands blue, .*, scl, the cube lacks scl"):
+        detect_changes(cube, pairs, device="cpu")
+    change = detect_changes(cube, pairs, mask=Mask(function=f"{__name__}:no_cloud"), device="cpu")
+    assert change.shape == (1, 200, 232)
 
 
 def test_parts_of_a_cube_start_at_even_pixels(make_series):
