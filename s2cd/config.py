@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from s2cd.addresses import public_href
 from s2cd.errors import ConfigError
 
 Longitude = Annotated[float, Field(ge=-180, le=180)]
@@ -107,8 +108,9 @@ class RunConfig(BaseModel):
         return cls(**values)
 
     def dump(self) -> str:
-        """Return the configuration as YAML, every option stated."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """Return the configuration as YAML, every option stated; of addresses what is not secret, to lie with maps."""
+        shown = {"catalog": public_href(self.catalog), "out": public_href(self.out)}
+        return yaml.safe_dump(self.model_dump(mode="json") | shown, sort_keys=False)
 
 
 def _one_line(error: ValidationError) -> str:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from s2cd.addresses import public_href, without_secrets
+
 
 class S2cdError(Exception):
-    """Base of every error s2cd raises on purpose; the command line prints it without a traceback."""
+    """Base of every error s2cd raises on purpose; the command line prints it without a traceback.
+
+    Messages end in logs and reports: user, password and query of the addresses in them are left out.
+    """
+
+    def __init__(self, message: str = ""):
+        super().__init__(without_secrets(message))
 
 
 class ConfigError(S2cdError):
@@ -22,11 +30,11 @@ class NoScenesError(CatalogError):
 class GridError(S2cdError):
     """Grids that disagree: an asset with its item, a scene with its tile, a result with its input.
 
-    `href` names the asset, where it is one that disagrees.
+    `href` names the asset, where it is one that disagrees; it stays as it is, with all its secrets.
     """
 
     def __init__(self, message: str, href: str | None = None):
-        super().__init__(message)
+        super().__init__(message.replace(href, public_href(href)) if href else message)
         self.href = href
 
     def __reduce__(self) -> tuple[type[GridError], tuple[str, str | None]]:
@@ -35,12 +43,12 @@ class GridError(S2cdError):
 
 
 class ReadError(S2cdError):
-    """An asset that could not be read; it never becomes nodata."""
+    """An asset that could not be read; it never becomes nodata. `href` stays as it is, with all its secrets."""
 
     def __init__(self, href: str, why: str):
-        super().__init__(f"cannot read {href}: {why}")
         self.href = href
-        self.why = why
+        self.why = without_secrets(why)
+        super().__init__(f"cannot read {public_href(href)}: {self.why}")
 
     def __reduce__(self) -> tuple[type[ReadError], tuple[str, str]]:
         """Pickle with both arguments: the error crosses from worker to client."""

@@ -27,6 +27,7 @@ from dask.typing import Key
 from distributed import Client, Future, wait
 
 from s2cd import outputs
+from s2cd.addresses import public_href
 from s2cd.catalog.scene import Scene
 from s2cd.config import RunConfig
 from s2cd.cube import common_grid
@@ -140,7 +141,7 @@ def run(
             _Submission(client, context, plan, report, progress or (lambda *_: None)).run()
     report.seconds = time.monotonic() - started
     outputs.write_catalog(config.out)
-    outputs.save_report(config.out, asdict(report))
+    outputs.save_report(config.out, asdict(report) | {"out": public_href(config.out)})
     return report
 
 

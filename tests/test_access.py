@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import time
 from collections import Counter
@@ -250,9 +251,15 @@ def test_a_signature_that_cannot_be_had_is_named_and_no_secret_is_told(
     monkeypatch.setattr(access, "SIGNER", access.SasSigner())
     with pytest.raises(ReadError, match="cannot be signed.*answered 404"):
         read(f"{server.url}/signed/c/red.tif?sig=secret", slice(0, 9), slice(0, 9), "planetary-computer")
-    with pytest.raises(ReadError) as error:
-        read(f"{server.url}/gone/red.tif?sig=secret", slice(0, 9), slice(0, 9))
-    assert "secret" not in error.value.why
+    href = server.url.replace("//", "//user:secret@") + "/{}?sig=secret"
+    write(server.root / "moved.tif", pixels(0)[1:], 256)
+    for kind, name in ((ReadError, "gone/red.tif"), (GridError, "moved.tif")):
+        with pytest.raises(kind, match=f"{server.url}/{name}: ") as error:
+            read(href.format(name), slice(0, 9), slice(0, 9))
+        assert error.value.href == href.format(name)
+        assert "secret" not in repr(error.value)
+        again = pickle.loads(pickle.dumps(error.value))
+        assert (repr(again), again.href) == (repr(error.value), error.value.href)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ from PIL import Image
 from pystac.validation import validate_dict
 from rasterio.warp import transform_bounds
 
+from s2cd.addresses import public_href, without_secrets
 from s2cd.catalog import freeze, load_scenes, search
 from s2cd.codes import CODE_NODATA, encode_codes
 from s2cd.errors import GridError, OutputError
 from s2cd.outputs import MapInfo, finished, is_done, save_report, save_run, write_catalog, write_map
-from s2cd.outputs.item import footprint, public_href
+from s2cd.outputs.item import footprint
 from s2cd.pairs import Pair
 from s2cd.simulate import simulate
 
@@ -92,11 +93,26 @@ def test_no_secret_reaches_an_item(out):
     [
         ("https://a:b@h.org/x/y.tif?sig=1#f", "https://h.org/x/y.tif"),
         ("s3://bucket/x.jp2", "s3://bucket/x.jp2"),
+        ("https://a:b?c@h.org/y.tif?sig=a b", "https://h.org/y.tif"),
+        ("http://[::1/y.tif", "http://[::1/y.tif"),
         ("/data/what?is#this.tif", "/data/what?is#this.tif"),
     ],
 )
 def test_hrefs_lose_what_may_be_secret(href, expected):
     assert public_href(href) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cannot read https://a:b@h.org/y.tif?sig=1: refused", "cannot read https://h.org/y.tif: refused"),
+        ("exceeded with url: /y.tif?sig=1 (Caused by 'x')", "exceeded with url: /y.tif (Caused by 'x')"),
+        ("failed: 'http://a:b@h:80', s3://c/d#1.", "failed: 'http://h:80', s3://c/d."),
+        ("/data/what?.tif: does not exist", "/data/what?.tif: does not exist"),
+    ],
+)
+def test_texts_lose_what_may_be_secret(text, expected):
+    assert without_secrets(text) == expected
 
 
 def test_inputs_of_an_api_are_linked_by_their_items(out):

@@ -7,6 +7,7 @@ import warnings
 from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import dask
 import numpy as np
@@ -14,9 +15,10 @@ import pystac
 import pytest
 import rasterio
 from distributed import Client, get_task_stream
+from fault_server import FaultServer
 
 import s2cd
-from s2cd.catalog import freeze
+from s2cd.catalog import access, freeze
 from s2cd.errors import ConfigError, NoScenesError, OutputError, S2cdError, S2cdWarning
 from s2cd.outputs import validate
 from s2cd.plan import describe_plan, make_plan
@@ -211,6 +213,30 @@ def test_frozen_scenes_run_again_exactly(make_series, config, client, tmp_path):
     assert [p.read_bytes() for p in a] == [p.read_bytes() for p in b]
     assert s2cd.RunConfig.load(tmp_path / "out" / "run.yaml") == config
     assert json.loads((tmp_path / "out" / "report.json").read_text())["maps"]
+
+
+def test_no_secret_of_an_address_reaches_what_a_run_leaves(make_series, config, client, tmp_path, monkeypatch):
+    """Of three dates behind addresses with password and signature the last lacks a file."""
+    monkeypatch.setattr(access, "FIRST_DELAY", 0.01)
+    scenes = make_series(dates=3)
+    Path(scenes[2].assets["nir"].href).unlink()
+    with FaultServer(tmp_path / "series") as server:
+        place = server.url.replace("//", "//user:SECRET@")
+        scenes = [
+            replace(s, assets={
+                band: replace(a, href=a.href.replace(str(tmp_path / "series"), place) + "?sig=SECRET")
+                for band, a in s.assets.items()
+            })
+            for s in scenes
+        ]  # fmt: skip
+        config = config.model_copy(update={"catalog": f"{place}?sig=SECRET", "quicklook": False})
+        report = run(config, client, scenes=scenes)
+        assert [r.status for r in report.maps] == ["failed", "written"]
+        assert report.maps[0].error.startswith(f"cannot read {server.url}/002/nir.tif: server answered 404")
+        assert s2cd.RunConfig.load(tmp_path / "out" / "run.yaml").catalog == server.url
+    texts = [p for p in (tmp_path / "out").rglob("*") if p.suffix in {".json", ".yaml"}]
+    assert len(texts) >= 5
+    assert not any("SECRET" in p.read_text() for p in texts)
 
 
 def test_a_reprocessed_date_is_compared_in_the_baseline_of_the_other(client, tmp_path):

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import random
-import re
 import threading
 import time
 from collections import OrderedDict
@@ -304,16 +303,15 @@ def with_retries(read: Callable[[], T], href: str) -> T:
             raise
         except Exception as error:
             if delay is None or (attempt and isinstance(error, FileNotFoundError)):
-                raise ReadError(href, _without_secrets(error)) from error
+                raise ReadError(href, _one_line(error)) from error
         SIGNER.forget(href)
         time.sleep(delay)
     raise ReadError(href, "no attempt was made")
 
 
-def _without_secrets(error: Exception) -> str:
-    """One line of what went wrong, without the signature that may stand in an address."""
-    text = " ".join(str(error).partition("Debug source:")[0].split())
-    return re.sub(r"\?[^\s'\"]+", "", text)
+def _one_line(error: Exception) -> str:
+    """What went wrong, without the internals that obstore appends."""
+    return " ".join(str(error).partition("Debug source:")[0].split())
 
 
 def _delays(tries: int) -> Iterator[float | None]:

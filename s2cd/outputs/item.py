@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 from rasterio.warp import transform_geom
 
+from s2cd.addresses import public_href
 from s2cd.catalog.providers import PROVIDERS
 from s2cd.catalog.scene import Grid, Scene
 from s2cd.codes import CODE_NODATA, CODE_SCALE, QUANTUM
@@ -135,14 +135,6 @@ def footprint(grid: Grid) -> tuple[dict[str, Any], list[float]]:
     return {"type": geometry["type"], "coordinates": _listed(geometry["coordinates"])}, [
         float(v) for v in (west, south, east, north)
     ]
-
-
-def public_href(href: str) -> str:
-    """Return an href without what may be secret: user, password, query string and fragment."""
-    if "://" not in href:
-        return href
-    parts = urlsplit(href)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def _properties(pair: Pair, grid: Grid, info: MapInfo) -> dict[str, Any]:

@@ -1,0 +1,28 @@
+"""Addresses of catalogues and files: which of them are paths of this machine, and what of them may be told."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import unquote, urlsplit
+
+# An address within a text, with what may be secret: the user before @, and the query. urllib3 says "url: /path?query".
+_ADDRESS = re.compile(r"(://|url: /)(?:[^\s/'\"]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*?)?(?=[:;,.)]?(?:[\s'\"]|$))")
+
+
+def local_path(href: str) -> str:
+    """Return the path that a file:// address names; any other href as it is."""
+    return unquote(urlsplit(href).path) if href.startswith("file://") else href
+
+
+def public_href(href: str) -> str:
+    """Return an href without what may be secret: user, password, query string and fragment."""
+    scheme, mark, rest = href.partition("://")
+    if not mark:
+        return href
+    host, slash, path = rest.partition("/")
+    return scheme + mark + re.split("[?#]", host.rpartition("@")[2] + slash + path, maxsplit=1)[0]
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with the addresses in it as `public_href` has them."""
+    return _ADDRESS.sub(r"\1\2", text)
