@@ -113,11 +113,11 @@ def _bbox(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tu
 
 
 def _names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return tuple(v.strip().upper() for v in value.split(",") if v.strip()) if value else None
+    return tuple(v.strip() for v in value.split(",") if v.strip()) if value else None
 
 
 def _number(_ctx: click.Context, _param: click.Parameter, value: str) -> str | int:
-    return int(value) if value.isdigit() else value
+    return int(value) if value.isdecimal() else value
 
 
 @main.command()

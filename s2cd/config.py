@@ -101,10 +101,13 @@ class RunConfig(BaseModel):
         """Read a configuration from a YAML (or JSON) file. Raises ConfigError naming the file."""
         try:
             values = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"cannot read configuration {path}: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"configuration {path} holds {type(values).__name__}, expected names and values")
+        strange = [name for name in values if not isinstance(name, str)]
+        if strange:
+            raise ConfigError(f"configuration {path} has the name {strange[0]!r}, expected those of options")
         return cls(**values)
 
     def dump(self) -> str:

@@ -117,12 +117,16 @@ def extra_assets(mask: str) -> tuple[str, ...]:
 
 @cache
 def load_function(name: str) -> Callable[[np.ndarray, tuple[str, ...]], np.ndarray]:
-    """Import a mask function. Raises ConfigError if there is none of that name."""
+    """Import a mask function. Raises ConfigError if there is none of that name, or its module cannot be imported."""
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f'mask function {name!r}: {error}, expected "package.module:name"') from error
+        function = getattr(importlib.import_module(module), attribute)
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f'mask function {name!r}: {why}, expected "package.module:name"') from error
+    if not callable(function):
+        raise ConfigError(f"mask function {name!r}: found {type(function).__name__}, expected a function")
+    return function
 
 
 def valid_mask(

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from s2cd.catalog import freeze, load_scenes, scene_from_item, scene_rows, scene_to_item, search
 from s2cd.catalog.filters import check_bbox, intersects, parse_interval
 from s2cd.catalog.frozen import BATCH
+from s2cd.catalog.scene import Scene
 from s2cd.errors import CatalogError, ConfigError, NoScenesError, OutputError, S2cdWarning
+from s2cd.reader import band_source, read_window
 
 
 def test_oscd_catalogue(shared_data: Path) -> None:
@@ -75,11 +80,55 @@ def test_swapped_bbox_is_named(shared_data: Path) -> None:
         ((200, 50, 201, 51), "longitude outside"),
         ((3, 50, 3, 51), "west equals east"),
         ((3, 50, 4), "found 3 numbers"),
+        ("3,50,4,51", "bbox: found '3,50,4,51', expected west, south"),
+        ("3504", "found 1 numbers"),
+        (3.0, "found 3.0"),
     ],
 )
-def test_bbox_that_is_none(bbox: tuple[float, ...], message: str) -> None:
+def test_bbox_that_is_none(bbox: Any, message: str) -> None:
     with pytest.raises(CatalogError, match=message):
         check_bbox(bbox)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "message"),
+    [
+        ({"tiles": [31]}, r"tiles: found \[31\], expected MGRS tiles"),
+        ({"tiles": 31}, "tiles: found 31"),
+        ({"orbit": "51"}, "orbit: found '51', expected relative orbits from 1 to 143"),
+        ({"orbit": 144}, "orbit: found 144"),
+        ({"max_cloud": "30"}, "max_cloud: found '30', expected percent"),
+        ({"bands": [3]}, "unknown band 3, expected one of"),
+        ({"datetime": ("2023-01-01", "2023-02-01")}, r"datetime: found \('2023-01-01', '2023-02-01'\), expected"),
+        ({"datetime": "9999-12-31T23:59:59-05:00"}, "datetime '9999.*outside the years"),
+    ],
+)
+def test_conditions_of_another_kind_are_named(shared_data: Path, conditions: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        search(shared_data / "oscd", **conditions)
+
+
+def test_tiles_are_told_in_any_case(shared_data: Path) -> None:
+    for name in ("OSCD-abudhabi", "oscd-ABUDHABI"):
+        assert {s.tile for s in search(shared_data / "oscd", tiles=name)} == {"OSCD-abudhabi"}
+    assert {s.tile for s in search(shared_data / "flanders", tiles=["t31uds", "31UES"])} == {"31UDS", "31UES"}
+
+
+def test_file_addresses_name_what_their_escapes_stand_for(
+    make_series: Callable[..., list[Scene]], tmp_path: Path
+) -> None:
+    """A catalogue in a folder with a blank and a percent sign, and its pixels."""
+    (scene,) = make_series(dates=1)
+    folder = (tmp_path / "series").rename(tmp_path / "my 100% data")
+    red = replace(scene.assets["red"], href=(folder / "000" / "red.tif").as_uri())
+    scene = replace(scene, assets={"red": red})
+    collection = {"type": "FeatureCollection", "features": [scene_to_item(scene)]}
+    (folder / "items.json").write_text(json.dumps(collection))
+    (found,) = search((folder / "items.json").as_uri())
+    assert found.assets["red"].href == str(folder / "000" / "red.tif")
+    window = slice(0, 40), slice(0, 40)
+    near, far = (read_window(band_source(s, "red"), red.grid, window) for s in (found, scene))
+    assert np.array_equal(near, far)
 
 
 def test_catalogue_that_is_none(tmp_path: Path) -> None:
@@ -166,9 +215,15 @@ def test_rows_have_one_form(shared_data: Path) -> None:
         ("2023-05-01/..", datetime(2023, 5, 1, tzinfo=UTC), None),
         ("../2023-05-01", None, datetime(2023, 5, 1, 23, 59, 59, 999999, tzinfo=UTC)),
         ("2023-05-01T10:00:00Z/2023-05-01T12:00:00+02:00",) + (datetime(2023, 5, 1, 10, tzinfo=UTC),) * 2,
+        (datetime(2023, 5, 1, 10), *(datetime(2023, 5, 1, 10, tzinfo=UTC),) * 2),
+        (
+            date(2023, 5, 1),
+            datetime(2023, 5, 1, tzinfo=UTC),
+            datetime(2023, 5, 1, 23, 59, 59, 999999, tzinfo=UTC),
+        ),
     ],
 )
-def test_intervals(text: str | None, start: datetime | None, end: datetime | None) -> None:
+def test_intervals(text: str | date | None, start: datetime | None, end: datetime | None) -> None:
     assert parse_interval(text) == (start, end)
 
 

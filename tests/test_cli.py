@@ -83,6 +83,17 @@ def test_a_bbox_that_is_none(catalog, tmp_path, value):
     assert "expected four numbers" in result.output
 
 
+def test_a_chunk_that_is_no_number(catalog, tmp_path):
+    result = invoke("plan", catalog, "--out", tmp_path, "--chunk", "²")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: chunk: ")
+
+
+def test_tiles_are_told_in_any_case(shared_data):
+    result = invoke("search", shared_data / "oscd", "--tiles", "OSCD-abudhabi,oscd-bercy", "--json")
+    assert {json.loads(line)["tile"] for line in result.output.splitlines()} == {"OSCD-abudhabi", "OSCD-bercy"}
+
+
 def test_search_lists_and_freezes(catalog, tmp_path):
     result = invoke("search", catalog, "--json", "--save", tmp_path / "s.parquet")
     rows = [json.loads(line) for line in result.output.splitlines()]

@@ -148,7 +148,7 @@ def test_parse_tells_bands_from_functions() -> None:
     assert Mask.parse(f"{__name__}:bright").function == f"{__name__}:bright"
     with pytest.raises(ConfigError, match="mask 'cloud' needs mask_classes"):
         Mask.parse("cloud")
-    with pytest.raises(ConfigError, match="mask function 'nowhere:x': No module named 'nowhere'"):
+    with pytest.raises(ConfigError, match="'nowhere:x': ModuleNotFoundError: No module named 'nowhere'"):
         Mask.parse("nowhere:x")
     with pytest.raises(ConfigError, match=r"mask_classes \[3\] mean nothing to the mask function"):
         Mask.parse(f"{__name__}:bright", (3,))
@@ -165,6 +165,25 @@ def test_every_value_of_another_band_grows() -> None:
 def test_a_function_that_is_none_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match="mask function"):
         Mask(function=name).from_reflectance(np.zeros((1, 3, 3), np.float32), ("red",))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def cloud(:", "SyntaxError: invalid syntax"),
+        ("nothing_here", "NameError: name 'nothing_here' is not defined"),
+        ("import sys; sys.exit(2)", "SystemExit: 2"),
+        ("cloud = 3", "found int, expected a function"),
+    ],
+)
+def test_a_function_that_cannot_be_had_is_named(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"mask_of_{len(source)}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=f"mask function '{name}:cloud': {message}"):
+        Mask.parse(f"{name}:cloud")
 
 
 def test_no_mask_at_all() -> None:

@@ -75,6 +75,8 @@ def test_an_exported_program_is_a_model(program, tmp_path):
         ({"bands": ["red", "nir", "blue"]}, "fails on two dates"),
         ({"output": "maybe"}, "output is 'maybe'"),
         ({"scale": "much"}, "could not convert"),
+        ({"halo": float("inf")}, "cannot convert float infinity"),
+        ({"bands": [3]}, "unknown band 3"),
     ],
 )
 def test_a_wrong_description_is_named(program, tmp_path, fields, message):

@@ -293,6 +293,16 @@ def test_output_folder_that_is_a_file(make_series, config, client, tmp_path):
     assert (tmp_path / "out").read_text() == "in the way"
 
 
+def test_a_configuration_file_that_is_none_is_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    for content, message in ((b"\xff\xfe\x00\x81", "cannot read"), (b"1: 2", "has the name 1"), (b"- 1", "holds list")):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=message) as caught:
+            s2cd.RunConfig.load(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import rasterio
 import urllib3
 
+from s2cd.addresses import local_path
 from s2cd.catalog.items import parse_time
 from s2cd.catalog.providers import PROVIDERS
 from s2cd.catalog.ranges import HEADS, HttpSource, Opener, RangeFile, S3Source, s3_source
@@ -53,12 +54,12 @@ def open_dataset(provider: str, href: str) -> Iterator[rasterio.DatasetReader]:
 
     Args:
         provider: the scene's provider key.
-        href: path, http(s):// or s3:// address.
+        href: path, file://, http(s):// or s3:// address.
 
     Raises ReadError if the asset needs keys and there are none; else what rasterio and the transport raise.
     """
     if is_local(href):
-        with OPEN_FILES.dataset(href.removeprefix("file://")) as dataset:
+        with OPEN_FILES.dataset(local_path(href)) as dataset:
             yield dataset
         return
     opener = Opener(RangeFile(_source(provider, href), HEADS.get(href)), PurePosixPath(urlsplit(href).path).suffix)

@@ -44,7 +44,7 @@ def band_info(name: str) -> Band:
     Raises ConfigError for a name no Sentinel-2 band has.
     """
     try:
-        return _BY_NAME[name.lower()]
+        return _BY_NAME[str(name).lower()]
     except KeyError:
         known = ", ".join(f"{b.name}/{b.common_name}" for b in BANDS)
         raise ConfigError(f"unknown band {name!r}, expected one of {known}") from None
@@ -52,4 +52,4 @@ def band_info(name: str) -> Band:
 
 def canonical_band(name: str) -> str:
     """Return the STAC common name of a band ("B04" -> "red"); "scl" stays "scl"."""
-    return SCL if name.lower() == SCL else band_info(name).common_name
+    return SCL if str(name).lower() == SCL else band_info(name).common_name

@@ -6,8 +6,10 @@ import calendar
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
+from functools import lru_cache
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 from s2cd.catalog.items import bounds, normal_tile, parse_time, rings
@@ -20,7 +22,7 @@ Interval = tuple[datetime | None, datetime | None]
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Conditions on scenes, all of which must hold; None lets everything through."""
+    """Conditions on scenes, all of which must hold; None lets everything through. Tiles are told in any case."""
 
     bbox: BBox | None = None
     interval: Interval = (None, None)
@@ -31,7 +33,7 @@ class Filter:
     def rejects(self, scene: Scene) -> str | None:
         """Return which condition `scene` fails ("bbox", ...), None if it passes."""
         start, end = self.interval
-        if self.tiles is not None and scene.tile not in self.tiles:
+        if self.tiles is not None and scene.tile.casefold() not in _in_any_case(self.tiles):
             return "tiles"
         if (start and scene.time < start) or (end and scene.time > end):
             return "datetime"
@@ -46,7 +48,7 @@ class Filter:
 
 def make_filter(
     bbox: Collection[float] | None = None,
-    datetime: str | None = None,
+    datetime: str | date | None = None,
     tiles: Collection[str] | str | None = None,
     orbit: int | Collection[int] | None = None,
     max_cloud: float | None = None,
@@ -55,19 +57,34 @@ def make_filter(
 
     Raises CatalogError for a bbox that is none, ConfigError for other values that cannot be used.
     """
-    names = [tiles] if isinstance(tiles, str) else tiles
-    orbits = None if orbit is None else frozenset([orbit] if isinstance(orbit, int) else orbit)
-    if orbits and not all(1 <= o <= 143 for o in orbits):
-        raise ConfigError(f"orbit: found {sorted(orbits)}, expected relative orbits from 1 to 143")
-    if max_cloud is not None and not 0 <= max_cloud <= 100:
-        raise ConfigError(f"max_cloud: found {max_cloud:g}, expected percent from 0 to 100")
+    if max_cloud is not None and not (isinstance(max_cloud, Real) and 0 <= max_cloud <= 100):
+        raise ConfigError(f"max_cloud: found {max_cloud!r}, expected percent from 0 to 100")
     return Filter(
         bbox=None if bbox is None else check_bbox(bbox),
         interval=parse_interval(datetime),
-        tiles=None if names is None else frozenset(normal_tile(t) for t in names),
-        orbits=orbits,
+        tiles=None if tiles is None else _check_tiles(tiles),
+        orbits=None if orbit is None else _check_orbits(orbit),
         max_cloud=max_cloud,
     )
+
+
+def _check_tiles(tiles: Collection[str] | str) -> frozenset[str]:
+    names = [tiles] if isinstance(tiles, str) else tiles
+    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f'tiles: found {tiles!r}, expected MGRS tiles such as "31UDS"')
+    return frozenset(normal_tile(name) for name in names)
+
+
+def _check_orbits(orbit: int | Collection[int]) -> frozenset[int]:
+    orbits = orbit if isinstance(orbit, Collection) else [orbit]
+    if not all(isinstance(o, Real) and 1 <= o <= 143 for o in orbits):
+        raise ConfigError(f"orbit: found {orbit!r}, expected relative orbits from 1 to 143")
+    return frozenset(orbits)
+
+
+@lru_cache(maxsize=8)
+def _in_any_case(tiles: frozenset[str]) -> frozenset[str]:
+    return frozenset(tile.casefold() for tile in tiles)
 
 
 def check_bbox(bbox: Collection[float]) -> BBox:
@@ -75,8 +92,11 @@ def check_bbox(bbox: Collection[float]) -> BBox:
 
     Raises CatalogError that says which number is wrong.
     """
-    values = tuple(float(v) for v in bbox)
     order = "expected west, south, east, north in degrees of longitude and latitude"
+    try:
+        values = tuple(float(v) for v in ([bbox] if isinstance(bbox, str) else bbox))
+    except (TypeError, ValueError):
+        raise CatalogError(f"bbox: found {bbox!r}, {order}") from None
     if len(values) != 4:
         raise CatalogError(f"bbox: found {len(values)} numbers, {order}")
     west, south, east, north = values
@@ -100,14 +120,18 @@ def _text(values: Collection[float]) -> str:
 _DAY = re.compile(r"^(\d{4})(?:-(\d{2})(?:-(\d{2}))?)?$")
 
 
-def parse_interval(text: str | None) -> Interval:
+def parse_interval(text: str | date | None) -> Interval:
     """Parse "2023", "2023-05", "2023-05-01", a full time, or two of them as "start/end" with ".." for an open
-    end.
+    end; a date or datetime means what its ISO form does.
 
     Both ends are inclusive; a year, month or day means all of it. Raises ConfigError for anything else.
     """
     if text is None:
         return None, None
+    text = text.isoformat() if isinstance(text, date) else text
+    expected = 'expected "2023-01-01/2023-12-31", with ".." for an open end'
+    if not isinstance(text, str):
+        raise ConfigError(f"datetime: found {text!r}, {expected}")
     ends = text.split("/")
     try:
         if len(ends) > 2:
@@ -115,7 +139,6 @@ def parse_interval(text: str | None) -> Interval:
         start = None if ends[0] in {"", ".."} else _span(ends[0])[0]
         end = None if ends[-1] in {"", ".."} else _span(ends[-1])[1]
     except ValueError as error:
-        expected = 'expected "2023-01-01/2023-12-31", with ".." for an open end'
         raise ConfigError(f"datetime {text!r}: {error}, {expected}") from error
     if start and end and start > end:
         raise ConfigError(f"datetime {text!r}: starts after it ends")

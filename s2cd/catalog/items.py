@@ -9,9 +9,10 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 from s2cd import radiometry
+from s2cd.addresses import local_path
 from s2cd.catalog.bands import BANDS, SCL, canonical_band
 from s2cd.catalog.providers import infer_provider
 from s2cd.catalog.scene import Asset, Grid, Scene
@@ -56,7 +57,7 @@ def scene_from_item(
         raise CatalogError(f"{base or 'document'}: found type {item.get('type')!r}, expected a STAC item")
     try:
         return _Reader(item, provider or infer_provider(item), base, extra).scene()
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise CatalogError(f"item {name}: cannot be understood: {error!r}") from error
 
 
@@ -331,7 +332,10 @@ def normal_tile(tile: str) -> str:
 def parse_time(text: str | datetime) -> datetime:
     """Parse an RFC 3339 time to UTC; a time without zone is UTC. Raises ValueError."""
     time = text if isinstance(text, datetime) else datetime.fromisoformat(text.replace("Z", "+00:00"))
-    return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    try:
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("outside the years 1 to 9999 in UTC") from None
 
 
 def _compact_time(text: str | None) -> datetime | None:
@@ -341,7 +345,7 @@ def _compact_time(text: str | None) -> datetime | None:
 def resolve_href(href: str, base: str | None) -> str:
     """Resolve `href` against the document at `base`, a path or a URL; local results are absolute paths."""
     if href.startswith("file://"):
-        return urlsplit(href).path
+        return local_path(href)
     if "://" in href or href.startswith("/") or base is None:
         return href
     if "://" in base:

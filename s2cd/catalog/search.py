@@ -6,11 +6,13 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from s2cd.addresses import local_path
 from s2cd.catalog import static
 from s2cd.catalog.api import provider_at, search_api
 from s2cd.catalog.bands import canonical_band
@@ -27,7 +29,7 @@ def search(
     source: str | PathLike[str],
     *,
     bbox: Collection[float] | None = None,
-    datetime: str | None = None,
+    datetime: str | date | None = None,
     tiles: Collection[str] | str | None = None,
     orbit: int | Collection[int] | None = None,
     max_cloud: float | None = None,
@@ -42,8 +44,9 @@ def search(
             or URL of a static catalogue, collection, item, ItemCollection or stac-geoparquet file, or a
             folder that holds a catalogue or .SAFE products.
         bbox: (west, south, east, north) in degrees; west > east crosses the antimeridian.
-        datetime: "2023-01-01/2023-12-31", either end "..", or one year, month, day or time, ends included.
-        tiles: MGRS tiles such as "31UDS".
+        datetime: "2023-01-01/2023-12-31", either end "..", or one year, month, day or time, ends included;
+            a date or datetime names one day or time.
+        tiles: MGRS tiles such as "31UDS", in upper or lower case.
         orbit: relative orbit or orbits, 1..143.
         max_cloud: percent by the scene's metadata; scenes that state none pass.
         collection: STAC collection id; for a provider its first by default.
@@ -59,7 +62,7 @@ def search(
     """
     wanted = make_filter(bbox, datetime, tiles, orbit, max_cloud)
     kept_bands = None if bands is None else {canonical_band(b) for b in bands} | {"scl", *extra}
-    address = fspath(source)
+    address = local_path(fspath(source))
     passed: list[Scene] = []
     failed: list[Scene] = []
     for scene in _read_scenes(address, wanted, collection, extra):

@@ -133,7 +133,7 @@ def _described(card: dict[str, Any], path: Path) -> tuple[tuple[str, ...], float
         scale, stride, halo = float(card["scale"]), int(card["stride"]), int(card["halo"])
     except KeyError as error:
         raise ModelError(f"{name} lacks {error}, expected bands, scale, stride and halo") from None
-    except (TypeError, ValueError, AttributeError, ConfigError) as error:
+    except (TypeError, ValueError, OverflowError, ConfigError) as error:
         raise ModelError(f"{name}: {_first_line(error)}") from None
     output = card.get("output", "logits")
     if not bands or stride < 2 or stride % 2 or halo < 0 or halo % stride or not np.isfinite(scale) or scale <= 0:
