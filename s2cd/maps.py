@@ -17,7 +17,7 @@ from s2cd import outputs
 from s2cd.catalog.scene import Grid
 from s2cd.clusters.environment import return_free_memory
 from s2cd.clusters.machine import available_cores
-from s2cd.codes import encode_codes, split_reasons
+from s2cd.codes import split_reasons
 from s2cd.config import RunConfig
 from s2cd.cube import cube_grid
 from s2cd.errors import ConfigError
@@ -42,7 +42,8 @@ def write_change_maps(
 
     Runs on the Dask client that is active, else on threads. Returns the STAC items.
 
-    Raises ConfigError for an array that does not know its pairs, OutputError, and what computing it raises.
+    Raises ConfigError for an array that does not know its pairs, OutputError for values outside [0, 1] and for what
+    cannot be written, and what computing it raises.
     """
     if not {"pairs", "model", "mask"} <= change.attrs.keys():
         raise ConfigError(f"array {change.name!r} has no pairs and model, expected what detect_changes returns")
@@ -72,7 +73,7 @@ def write_pair(
     codes = np.block([[block.codes[position] for block in row] for row in blocks])
     shift = next(block.shifts[position] for row in blocks for block in row if block.shifts)
     codes, validity = split_reasons(codes) if config.validity else (codes, None)
-    properties = _write_codes(codes, shift, pair, grid, ref, config, mask_of(config), validity)["properties"]
+    properties = _write_map(codes, shift, pair, grid, ref, config, mask_of(config), validity)["properties"]
     return {
         "valid_fraction": properties["s2cd:valid_fraction"],
         "changed_fraction": properties["s2cd:changed_fraction"],
@@ -84,11 +85,12 @@ def _write_array(
     probability: np.ndarray, pair: Pair, grid: Grid, ref: ModelRef, config: RunConfig, mask: Mask
 ) -> dict[str, Any]:
     shift = measure_shift(pair, ref.load().bands)
-    return _write_codes(encode_codes(probability), shift, pair, grid, ref, config, mask)
+    probability = probability.astype(np.float32, copy=False)  # integers would pass for codes
+    return _write_map(probability, shift, pair, grid, ref, config, mask)
 
 
-def _write_codes(
-    codes: np.ndarray,
+def _write_map(
+    values: np.ndarray,
     shift: Shift,
     pair: Pair,
     grid: Grid,
@@ -109,7 +111,7 @@ def _write_codes(
     info = outputs.MapInfo(model=ref.name, model_hash=ref.hash, bands=bands, extra=extra)
     rgb = (thumbnail(pair.before), thumbnail(pair.after)) if config.quicklook else None
     return outputs.write_map(
-        codes,
+        values,
         pair,
         grid,
         info,

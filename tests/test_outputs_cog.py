@@ -49,6 +49,17 @@ def test_map_keeps_shape_georeference_and_values_to_the_bit(tmp_path, shape, sys
         assert dataset.tags()["QUANTUM"] == str(QUANTUM)
 
 
+@pytest.mark.parametrize(
+    "lay",
+    [np.asfortranarray, lambda codes: np.repeat(codes, 2, axis=1)[:, ::2], lambda codes: codes[::-1].copy()[::-1]],
+    ids=["column by column", "every other", "upside down"],
+)
+def test_how_codes_lie_in_memory_does_not_change_the_map(tmp_path, lay):
+    codes = random_codes((700, 600))
+    one, two = (write(tmp_path / f"{n}.tif", c) for n, c in enumerate((codes, lay(codes))))
+    assert one.read_bytes() == two.read_bytes()
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_map_is_a_valid_cog(tmp_path, shape, profile):

@@ -202,6 +202,16 @@ def test_the_public_steps_write_the_same_values_as_a_run(make_series, config, cl
         np.testing.assert_allclose(read(a), read(b), atol=1.5 / 1024)
 
 
+def test_what_users_did_to_the_array_is_written_as_it_is_or_refused(make_series, client, tmp_path):
+    scenes = make_series(dates=2)
+    change = s2cd.detect_changes(s2cd.open_cube(scenes), s2cd.consecutive_pairs(scenes), device="cpu").compute()
+    s2cd.write_change_maps(change.copy(data=np.asfortranarray(change.values)), tmp_path / "turned")
+    np.testing.assert_allclose(read(next((tmp_path / "turned").rglob("*.tif"))), change.values[0], atol=0.5 / 1024)
+    with pytest.raises(OutputError, match=r"S2CD_31UDS\S+: probabilities from \S+ to 2\S*, expected 0 to 1 or NaN"):
+        s2cd.write_change_maps((change + 1).assign_attrs(change.attrs), tmp_path / "more")
+    assert not list((tmp_path / "more").rglob("S2CD_*"))
+
+
 def test_frozen_scenes_run_again_exactly(make_series, config, client, tmp_path):
     scenes = make_series(dates=3)
     run(config, client, scenes=scenes)

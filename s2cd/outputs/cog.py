@@ -71,6 +71,7 @@ def map_cog(
         raise ConfigError(f"unknown COG profile {profile!r}, expected one of {', '.join(PROFILES)}")
     if pyramid[0].shape != tuple(grid.shape):
         raise GridError(f"a map of {pyramid[0].shape} pixels, expected the grid's {tuple(grid.shape)}")
+    pyramid = [np.ascontiguousarray(level, np.uint16) for level in pyramid]  # GDAL is told an address, not an order
     chosen = PROFILES[profile]
     vrt = _vrt(pyramid, grid, chosen, {"QUANTUM": str(QUANTUM), **(tags or {})})
     with (

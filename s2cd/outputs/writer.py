@@ -9,7 +9,7 @@ import numpy as np
 
 from s2cd.catalog.scene import Grid
 from s2cd.codes import decode_codes, encode_codes
-from s2cd.errors import GridError
+from s2cd.errors import GridError, OutputError
 from s2cd.outputs.cog import code_pyramid, map_cog, validity_cog
 from s2cd.outputs.item import VALIDITY, MapInfo, build_item
 from s2cd.outputs.layout import path_of
@@ -43,12 +43,13 @@ def write_map(
     validity       uint8 (y, x) as `s2cd.codes.split_reasons` gives it, stored beside the map
 
     The item is written last: its presence means that the map is finished. Every file appears whole or not at all.
-    Raises OutputError naming the file, GridError if the shape is not the grid's, ConfigError for the profile.
+    Raises OutputError naming the file, or the pair if a value lies outside [0, 1]; GridError if the shape is not the
+    grid's, ConfigError for the profile.
     """
     if codes.shape != tuple(grid.shape):
         raise GridError(f"{pair.name}: a map of {codes.shape} pixels, expected {tuple(grid.shape)}")
     if codes.dtype != np.uint16:
-        codes = encode_codes(codes)
+        codes = _encoded(codes, pair)
     store, sizes = open_store(out), {}
     item_path = path_of(pair.name, ".json")
     pyramid = code_pyramid(codes)
@@ -67,6 +68,13 @@ def write_map(
     item = build_item(pair, grid, info, codes, profile, sizes)
     store.put(item_path, json.dumps(item, indent=1, allow_nan=False).encode())
     return item
+
+
+def _encoded(probability: np.ndarray, pair: Pair) -> np.ndarray:
+    try:
+        return encode_codes(probability)
+    except ValueError as error:
+        raise OutputError(f"{pair.name}: {error}") from None
 
 
 def _tags(pair: Pair, info: MapInfo) -> dict[str, str]:
