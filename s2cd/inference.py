@@ -86,9 +86,11 @@ def detect_changes(
     Returns a DataArray (pair, y, x) float32 in [0, 1], NaN where either date has no valid observation, on the
     cube's grid. Statistics for the normalisation come from the overviews of the scenes' files.
 
-    Raises ConfigError for a pair, a band of the model, the mask band or the other half of a split datatake that the
-    cube lacks; GridError for an odd start.
+    Raises ConfigError for no pairs, and for a pair, a band of the model, the mask band or the other half of a split
+    datatake that the cube lacks; GridError for an odd start.
     """
+    if not pairs:
+        raise ConfigError("pairs: found none, expected at least one of what consecutive_pairs returns")
     ref, mask = ModelRef.of(model, device), mask or Mask()
     network = ref.load()
     scenes = {s.id: s for pair in pairs for s in (pair.before, pair.after)}

@@ -285,13 +285,15 @@ def test_parts_of_a_cube_start_at_even_pixels(make_series):
         detect_changes(cube[:, :, :, 41:], pairs, device="cpu")
 
 
-def test_cube_that_lacks_a_band_or_a_date(make_series):
+def test_cube_that_lacks_a_band_or_a_date_and_no_pairs(make_series):
     scenes = make_series(dates=3)
     pairs = consecutive_pairs(scenes)
     with pytest.raises(ConfigError, match="the cube lacks swir16, swir22"):
         detect_changes(open_cube(scenes, bands=["B02", "B03", "B04", "B08", "B8A"]), pairs, device="cpu")
     with pytest.raises(ConfigError, match="needs scene-001 and scene-002"):
         detect_changes(open_cube(scenes[:2]), pairs, device="cpu")
+    with pytest.raises(ConfigError, match="pairs: found none"):
+        detect_changes(open_cube(scenes), consecutive_pairs(scenes[:1]), device="cpu")
 
 
 @pytest.mark.parametrize("size", [5, 64, 100, 130, 1025])
