@@ -162,14 +162,25 @@ def test_a_killed_writer_leaves_only_whole_files(tmp_path, delay):
 
 
 def test_what_a_killed_writer_left_is_swept_away_later(tmp_path):
-    old, young, other = (tmp_path / n for n in ("x.tif#1", "y.tif#2", "notes#a.txt"))
-    for path in (old, young, other):
+    pair = make_pair(GRID)
+    write_map(random_codes(GRID.shape), pair, GRID, INFO, str(tmp_path))
+    old = ["collection.json#1", "31UDS/catalog.json#12", "views/31UDS_R051.json#1"]
+    old += [f"31UDS/{pair.name}{extension}#2" for extension in (".tif", ".json", ".png", "_validity.tif")]
+    others = ["issue #12", "notes#1", "31UDS/plot.tif#1", f"{pair.name}.tif#1", f"33UVP/{pair.name}.tif#1"]
+    others += ["project/issue #12", "project/maps/collection.json#1", f"project/31UDS/{pair.name}.tif#1"]
+    for name in [*old, *others]:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
-    long_ago = time.time() - STALE_SECONDS - 5
-    os.utime(old, (long_ago, long_ago))
-    os.utime(other, (long_ago, long_ago))
+        os.utime(path, (time.time() - STALE_SECONDS - 5,) * 2)
+    young = f"31UDS/{pair.name}.tif#3"
+    (tmp_path / young).write_text("x")
+    (tmp_path / "run.yaml#1").symlink_to("nowhere")
+    before = files_below(tmp_path)
     check_writable(str(tmp_path))
-    assert files_below(tmp_path) == ["notes#a.txt", "y.tif#2"]
+    assert files_below(tmp_path) == sorted({*before} - {*old})
+    assert {*others, young} < {*before} - {*old}
+    assert (tmp_path / "run.yaml#1").is_symlink()
 
 
 @pytest.fixture(scope="module")

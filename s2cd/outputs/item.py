@@ -18,7 +18,7 @@ from s2cd.catalog.providers import PROVIDERS
 from s2cd.catalog.scene import Grid, Scene
 from s2cd.codes import CODE_NODATA, CODE_SCALE, QUANTUM
 from s2cd.outputs.cog import PROFILES, Profile
-from s2cd.outputs.layout import COLLECTION_ID, ROOT, TILE_CATALOG
+from s2cd.outputs.layout import COLLECTION_ID, ROOT, TILE_CATALOG, VALIDITY
 from s2cd.pairs import Pair
 
 STAC_VERSION = "1.1.0"
@@ -34,7 +34,6 @@ GRID_EXTENSION = "https://stac-extensions.github.io/grid/v1.1.0/schema.json"
 COG_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"
 LINEAGE = "Probability of change between two Sentinel-2 acquisitions of the same field of view, by a siamese network"
 EDGE_POINTS = 4
-VALIDITY = "_validity.tif"
 VALIDITY_CLASSES = (
     (0, "seen", "a valid observation on both dates"),
     (1, "unseen_before", "none on the earlier date"),

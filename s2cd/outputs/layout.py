@@ -9,7 +9,13 @@ from s2cd.errors import OutputError
 ROOT = "collection.json"
 TILE_CATALOG = "catalog.json"
 COLLECTION_ID = "s2cd-change"
+VALIDITY = "_validity.tif"
 _NAME = re.compile(r"S2CD_(?P<tile>[\w.\-]*\w)_R[\d\-]+_(?P<start>\d{8}T\d{6})_(?P<end>\d{8}T\d{6})")
+_FILE = re.compile(rf"(?P<name>{_NAME.pattern})(?P<extension>{re.escape(VALIDITY)}|\.tif|\.json|\.png)")
+_DOCUMENT = re.compile(
+    r"collection\.json|run\.yaml|scenes\.parquet|report\.json|watch\.json|index\.html|\.s2cd-[0-9a-f]{32}"
+    r"|[\w.\-]*\w/catalog\.json|views/[\w.\-]+_(R\d{3}|any_orbit)\.json"
+)
 
 
 def tile_of(name: str) -> str:
@@ -31,6 +37,14 @@ def path_of(name: str, extension: str) -> str:
 def is_map_name(name: str) -> bool:
     """Whether a file of this name (without extension) belongs to a map."""
     return _NAME.fullmatch(name) is not None
+
+
+def is_ours(path: str) -> bool:
+    """Whether a file at this path below an output folder is one that s2cd writes."""
+    match = _FILE.fullmatch(path.rpartition("/")[2])
+    if match is not None:
+        return path == path_of(match["name"], match["extension"])
+    return _DOCUMENT.fullmatch(path) is not None
 
 
 def _match(name: str) -> re.Match[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from obstore.exceptions import BaseError
 from obstore.store import LocalStore, from_url
 
 from s2cd.errors import OutputError
+from s2cd.outputs.layout import is_ours
 
 STALE_SECONDS = 600
-_STAGED = re.compile(r".*#\d+$")  # obstore writes "name#1" and renames it to "name"
+_STAGED = re.compile(r"(.*)#\d+")  # obstore writes "name#1" and renames it to "name"
 
 
 class Store:
@@ -71,13 +73,15 @@ class Store:
     def sweep(self) -> None:
         """Remove what a writer that was killed left of unfinished objects in a local folder.
 
-        Anything younger than ten minutes may still be in the making and stays.
+        Anything younger than ten minutes may still be in the making and stays, and so does what is not ours.
         """
         if self.folder is None:
             return
-        for path in self.folder.rglob("*#*"):
-            if _STAGED.match(path.name) and path.stat().st_mtime < time.time() - STALE_SECONDS:
-                path.unlink(missing_ok=True)
+        with suppress(OSError):  # files and folders may go meanwhile, and what stays does no harm
+            for path in (*self.folder.glob("*#*"), *self.folder.glob("*/*#*")):
+                staged = _STAGED.fullmatch(path.relative_to(self.folder).as_posix())
+                if staged and is_ours(staged[1]):
+                    _remove_stale(path)
 
 
 @lru_cache(maxsize=8)
@@ -98,6 +102,13 @@ def check_writable(out: str) -> None:
         obstore.put(store._store, probe, bytes(4096))
         obstore.delete(store._store, probe)
     store.sweep()
+
+
+def _remove_stale(path: Path) -> None:
+    with suppress(OSError):
+        status = path.lstat()
+        if stat.S_ISREG(status.st_mode) and status.st_mtime < time.time() - STALE_SECONDS:
+            path.unlink()
 
 
 def local_folder(out: str) -> Path | None:

@@ -11,8 +11,8 @@ from s2cd.catalog.scene import Grid
 from s2cd.codes import decode_codes, encode_codes
 from s2cd.errors import GridError, OutputError
 from s2cd.outputs.cog import code_pyramid, map_cog, validity_cog
-from s2cd.outputs.item import VALIDITY, MapInfo, build_item
-from s2cd.outputs.layout import path_of
+from s2cd.outputs.item import MapInfo, build_item
+from s2cd.outputs.layout import VALIDITY, path_of
 from s2cd.outputs.quicklook import quicklook
 from s2cd.outputs.store import open_store
 from s2cd.pairs import Pair
