@@ -14,7 +14,8 @@ from s2cd.cube import common_grid
 from s2cd.errors import NoScenesError
 from s2cd.masks import Mask, extra_assets
 from s2cd.model import Model, load_model
-from s2cd.pairs import LeftOut, PairList, consecutive_pairs, fields_of_view, select_scenes
+from s2cd.outputs.layout import names_alike
+from s2cd.pairs import LeftOut, Pair, PairList, consecutive_pairs, fields_of_view, select_scenes
 from s2cd.reader import Tiling, require_asset
 from s2cd.sizes import Sizes, Workers, task_sizes
 
@@ -40,6 +41,10 @@ class Plan:
     def scenes(self) -> list[Scene]:
         """Every scene that takes part."""
         return [scene for view in self.fields for scene in view.scenes]
+
+    def map_of(self, pair: Pair) -> str | None:
+        """Return the name of the pair's finished map, None if there is none."""
+        return next((name for name in names_alike(pair.name) if name in self.finished), None)
 
 
 def make_plan(config: RunConfig, scenes: Iterable[Scene] | None = None) -> Plan:
@@ -115,7 +120,7 @@ def describe_plan(plan: Plan) -> PlanTable:
                 "first": f"{view.scenes[0].time:%Y-%m-%d}",
                 "last": f"{view.scenes[-1].time:%Y-%m-%d}",
                 "pairs": len(pairs),
-                "finished": sum(pair.name in plan.finished for pair in pairs),
+                "finished": sum(plan.map_of(pair) is not None for pair in pairs),
                 "pixels": f"{grid.shape[0]} x {grid.shape[1]}",
                 "chunks": f"{tiling.blocks[0]} x {tiling.blocks[1]} of {sizes.chunk}",
             }

@@ -214,8 +214,9 @@ class _Submission:
     def _units_of(self, view: FieldOfView, futures: list[Future]) -> Iterator[_Unit]:
         surveys, errors = self._results(view.scenes, futures)
         pairs = self._pairs(view, surveys, errors)
-        todo = [pair for pair in pairs if pair.name not in self.plan.finished]
-        self.report.maps += [MapRecord(p.name, "kept") for p in pairs if p.name in self.plan.finished]
+        maps = [self.plan.map_of(pair) for pair in pairs]
+        todo = [pair for pair, name in zip(pairs, maps, strict=True) if name is None]
+        self.report.maps += [MapRecord(name, "kept") for name in maps if name is not None]
         self.total += len(todo)
         context = self.context
         grid = common_grid(view.scenes[:1], context.model.bands)
@@ -228,7 +229,7 @@ class _Submission:
         config = self.context.config
         pairs = pairs_of(view, config, {i: s.valid_fraction for i, s in surveys.items()})
         self.report.left_out += pairs.left_out
-        document = {"name": view.name, "pairs": [pair.name for pair in pairs]}
+        document = {"name": view.name, "pairs": [self.plan.map_of(pair) or pair.name for pair in pairs]}
         store = open_store(config.out)
         store.put(view_path(view.name), json.dumps(document).encode())
         editions = {s.id: s for p in pairs for s in (p.before, p.after) if s.id not in surveys and s.id not in errors}

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections import defaultdict
 from dataclasses import replace
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from s2cd.catalog import access, freeze
 from s2cd.errors import ConfigError, NoScenesError, OutputError, S2cdError, S2cdWarning
 from s2cd.outputs import validate
 from s2cd.plan import describe_plan, make_plan
-from s2cd.runner import places, run, units_at_a_time
+from s2cd.runner import places, run, run_status, units_at_a_time
 from s2cd.simulate import simulate
 from s2cd.sizes import Workers
 
@@ -60,6 +61,20 @@ def test_invariant_6_a_rerun_does_nothing_and_goes_on_where_it_stopped(make_seri
     repaired = run(config, client, scenes=scenes)
     assert (repaired.count("kept"), repaired.count("written")) == (3, 1)
     assert tiffs[1].read_bytes() == content
+
+
+@pytest.mark.parametrize("sooner", [True, False])
+def test_a_reprocessing_whose_times_move_across_a_full_second_keeps_its_maps(make_series, config, client, sooner):
+    scenes = make_series(dates=3)
+    moved = [replace(s, time=s.time - timedelta(milliseconds=1), id=f"{s.id}-moved") for s in scenes]
+    first, second = (scenes, moved) if sooner else (moved, scenes)
+    maps = {record.name for record in run(config, client, scenes=first).maps}
+    report = run(config, client, scenes=second)
+    assert {(record.name, record.status) for record in report.maps} == {(name, "kept") for name in maps}
+    assert run_status(config.out) == [{"field_of_view": "31UDS R051", "pairs": 2, "finished": 2}]
+    assert describe_plan(make_plan(config, second)).rows[0]["finished"] == 2
+    other = [replace(s, orbit=94) for s in second]
+    assert run(config, client, scenes=other).count("written") == 2
 
 
 @pytest.mark.parametrize(("dates", "together"), [(7, True), (3, False)])

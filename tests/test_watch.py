@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,16 @@ def test_maps_that_were_finished_before_the_state_was_saved_are_kept(make_series
     before = maps(config)
     assert look(config, scenes, client) == {"kept": [pair(0, 1), pair(1, 2)]}
     assert maps(config) == before
+
+
+def test_a_reprocessed_date_is_new_but_keeps_its_maps(make_series, config, client):
+    scenes = make_series(shape=(101, 133), dates=3)
+    look(config, scenes, client)
+    before = maps(config)
+    again = replace(scenes[1], id="again", time=scenes[1].time - timedelta(milliseconds=1))
+    assert look(config, [scenes[0], again, scenes[2]], client) == {"kept": [pair(0, 1), pair(1, 2)]}
+    assert maps(config) == before
+    assert run_status(config.out) == [{"field_of_view": "31UDS R051", "pairs": 2, "finished": 2}]
 
 
 def test_cloudy_dates_start_nothing(make_series, config):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from itertools import product
 
 from s2cd.errors import OutputError
 
@@ -10,7 +13,9 @@ ROOT = "collection.json"
 TILE_CATALOG = "catalog.json"
 COLLECTION_ID = "s2cd-change"
 VALIDITY = "_validity.tif"
+SAME_TIME = 2  # seconds: reprocessing moves a sensing time by a millisecond or so, and names cut it to seconds
 _NAME = re.compile(r"S2CD_(?P<tile>[\w.\-]*\w)_R[\d\-]+_(?P<start>\d{8}T\d{6})_(?P<end>\d{8}T\d{6})")
+_TIME = "%Y%m%dT%H%M%S"
 _FILE = re.compile(rf"(?P<name>{_NAME.pattern})(?P<extension>{re.escape(VALIDITY)}|\.tif|\.json|\.png)")
 _DOCUMENT = re.compile(
     r"collection\.json|run\.yaml|scenes\.parquet|report\.json|watch\.json|index\.html|\.s2cd-[0-9a-f]{32}"
@@ -27,6 +32,15 @@ def times_of(name: str) -> tuple[str, str]:
     """Return the two sensing times in a map's name, as RFC 3339."""
     match = _match(name)
     return _rfc3339(match["start"]), _rfc3339(match["end"])
+
+
+def names_alike(name: str) -> Iterator[str]:
+    """Yield the names that a map of the same pair may have, its own first: either time may differ by `SAME_TIME`."""
+    yield name
+    field, *times = name.rsplit("_", 2)
+    shifts = [timedelta(seconds=s) for s in range(-SAME_TIME, SAME_TIME + 1)]
+    starts, ends = ([f"{datetime.strptime(t, _TIME) + shift:{_TIME}}" for shift in shifts] for t in times)
+    yield from (f"{field}_{start}_{end}" for start, end in product(starts, ends))
 
 
 def path_of(name: str, extension: str) -> str:
