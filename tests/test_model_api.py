@@ -149,6 +149,13 @@ def test_the_input_made_on_a_device_is_the_one_made_by_numpy(shape, kind, half, 
     np.testing.assert_array_equal(found[0].permute(1, 2, 0).numpy(), expected)
 
 
+def test_pixels_that_lie_on_a_device_are_not_written_to():
+    planes = [torch.rand(6, 8) for _ in range(7)]
+    before = [plane.clone() for plane in planes]
+    to_input(planes, torch.rand(7, 2), torch.ones(6, 8, dtype=torch.bool), 4, STRIDE)
+    assert all(torch.equal(a, b) for a, b in zip(planes, before, strict=True))
+
+
 def test_tensors_are_kept_flat_and_as_they_were():
     tensors = [
         torch.rand(1, 3, 5, 7).to(memory_format=torch.channels_last),

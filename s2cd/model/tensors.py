@@ -23,7 +23,8 @@ def to_input(planes: Sequence[Tensor], gains: Tensor, valid: Tensor, fine: int, 
     out = torch.zeros((rows, cols, 4 * fine + len(coarse) + 1), device=valid.device)
     shares = seen.view(height, 2, width, 2)
     for band, plane in enumerate([*planes[:fine], *coarse]):
-        level = plane.float().mul_(gains[band, 0]).add_(gains[band, 1]).clamp_(-LIMIT, LIMIT)
+        pixels = plane.to(torch.float32, copy=True)  # they are the caller's, and what follows is done in place
+        level = pixels.mul_(gains[band, 0]).add_(gains[band, 1]).clamp_(-LIMIT, LIMIT)
         if band < fine:
             blocks = _even(level[None]).masked_fill_(hidden, 0).view(height, 2, width, 2).permute(0, 2, 1, 3)
             out[:height, :width, 4 * band : 4 * band + 4] = blocks.reshape(height, width, 4)
