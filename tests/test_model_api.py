@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from safetensors.torch import load_file
 from s2cd.codes import encode_codes, split_reasons
 from s2cd.errors import ModelError
 from s2cd.model import BANDS, device, list_models, load_model, normalise, registry
-from s2cd.model.device import fast_bfloat16
+from s2cd.model.device import CudaEngine, Engine, fast_bfloat16, out_of_memory
 from s2cd.model.network import HALO, INPUTS, REACH, STRIDE, ChangeNet, cost, network_of
 from s2cd.model.replay import Graphs, flatten, layout, unflatten
 from s2cd.model.tensors import to_input
@@ -269,6 +272,158 @@ def test_mlm_metadata_states_bands_and_shapes(model):
     assert found["mlm:total_parameters"] == shipped_cost(model.name)["parameters"]
 
 
+class _Card:
+    """Stands for CUDA, which is not needed here: what is captured runs at once, on the CPU, and once only.
+
+    `Graph` refuses what torch's allocator of pinned memory does (ATen/core/CachingHostAllocator.h): a pool whose count
+    of graphs has come back to zero.
+    """
+
+    def __init__(self, monkeypatch):
+        graphs_of: dict[int, int] = {}
+
+        class Graph:
+            def capture_begin(self, pool, capture_error_mode):
+                if graphs_of.get(pool) == 0:
+                    raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+                graphs_of[pool] = graphs_of.get(pool, 0) + 1
+                self.pool = pool
+
+            def capture_end(self):
+                pass
+
+            def replay(self):
+                pass
+
+            def __del__(self):
+                graphs_of[self.pool] -= 1
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        stand_ins = {
+            "CUDAGraph": Graph,
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "stream": lambda _: nullcontext(),
+            "synchronize": lambda: None,
+            "graph_pool_handle": itertools.count(1).__next__,
+        }
+        for name, stand_in in stand_ins.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    return _Card(monkeypatch)
+
+
+@pytest.mark.usefixtures("card")
+def test_graphs_are_captured_anew_after_all_were_given_up():
+    graphs = Graphs()
+    for number in (1, 2):
+        flat, pieces = graphs("plus", lambda t: [t[0] + 1], [torch.full((3,), number)])
+        assert unflatten(flat, pieces)[0].tolist() == [number + 1] * 3
+        graphs.clear()
+
+
+@pytest.mark.usefixtures("card")
+def test_a_capture_that_fails_says_why_and_the_next_one_works(monkeypatch):
+    def full_when_captured(t):
+        calls.append(t)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return [t[0] + 1]
+
+    def refuse(graph):
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    graphs, calls = Graphs(), []
+    with monkeypatch.context() as broken:
+        broken.setattr(torch.cuda.CUDAGraph, "capture_end", refuse)
+        with pytest.raises(torch.OutOfMemoryError, match="2 GiB"):
+            graphs("plus", full_when_captured, [torch.zeros(3)])
+    flat, pieces = graphs("plus", full_when_captured, [torch.zeros(3)])
+    assert unflatten(flat, pieces)[0].tolist() == [1] * 3
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("tried to allocate 2 GiB"), True),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_a_full_gpu_is_told_from_other_errors(error, expected):
+    assert out_of_memory(error) is expected
+
+
+class _Room(torch.nn.Module):
+    """A network on a card with room for blocks of `rows` rows."""
+
+    def __init__(self, network, rows):
+        super().__init__()
+        self.network, self.rows = network, rows
+
+    def encode(self, x):
+        self._require(x)
+        return self.network.encode(x)
+
+    def decode(self, a, b, background):
+        self._require(a[0])
+        return self.network.decode(a, b, background)
+
+    def _require(self, x):
+        if x.shape[2] > self.rows:
+            raise RuntimeError("CUDA error: out of memory")
+
+
+def engines(rows):
+    """The engine of CPUs, and the one of GPUs where there is room for `rows` rows of the network's input."""
+    network, place = load_model("generic", "cpu")._engine._network, torch.device("cpu")
+    sizes = {"stride": STRIDE // 2, "halo": HALO // 2}
+    return Engine(network, place, **sizes), CudaEngine(_Room(network, rows), place, **sizes)
+
+
+def compare(engine, images):
+    """Codes of two dates, whose arrays must stay as they are."""
+    given = [image.copy() for image in images]
+    gains, valid = np.tile(np.array([3, -0.3], np.float32), (7, 1)), np.ones(images[0].shape[1:], bool)
+    dates = [engine.encode(list(image), gains, valid, 4, STRIDE) for image in given]
+    for before, after in zip(images, given, strict=True):
+        np.testing.assert_array_equal(after, before)
+    return engine.decode(*dates, 1.0, "probability").numpy()
+
+
+@pytest.mark.usefixtures("card")
+def test_blocks_too_large_for_a_graph_are_run_in_parts_and_the_next_ones_as_graphs():
+    usual, small = engines(rows=200)
+    large, little = ([ground(shape, seed) for seed in (0, 1)] for shape in ((600, 48), (80, 48)))
+    for images, graphs in ((little, 2), (large, 0), (little, 2)):
+        np.testing.assert_allclose(compare(small, images), compare(usual, images), atol=0.01)
+        assert len(small._graphs._kept) == graphs
+
+
+@pytest.mark.usefixtures("card")
+def test_where_graphs_leave_no_memory_for_pixels_they_are_given_up(monkeypatch):
+    usual, other = engines(rows=1000)
+    images = [ground((80, 48), seed) for seed in (0, 1)]
+    compare(other, images)
+    send = torch.from_numpy
+
+    def full_of_graphs(array):
+        if other._graphs._kept:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return send(array)
+
+    monkeypatch.setattr(torch, "from_numpy", full_of_graphs)
+    found = compare(other, images)
+    monkeypatch.undo()
+    np.testing.assert_allclose(found, compare(usual, images), atol=0.01)
+
+
 @pytest.fixture
 def on_gpu(model):
     if not torch.cuda.is_available():
@@ -321,6 +476,8 @@ def test_a_block_too_large_for_the_gpu_is_split(on_gpu):
         np.testing.assert_allclose(on_gpu.predict(*images), expected, atol=0.01)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+    np.testing.assert_allclose(on_gpu.predict(*images), expected, atol=0.01)
+    assert len(on_gpu._engine._graphs._kept) == 2
 
 
 def test_reach_is_as_far_as_a_pixel_beyond_an_aligned_edge_matters():

@@ -11,7 +11,7 @@ import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from s2cd.model.tensors import FINISHES, to_input
 if TYPE_CHECKING:
     from s2cd.model.registry import Network
 
-_locks: dict[str, threading.Lock] = {}
+_locks: dict[str, threading.RLock] = {}
 _streams: dict[tuple[str, str], torch.cuda.Stream] = {}
 _locks_guard = threading.Lock()
 
@@ -88,6 +88,11 @@ Run = Callable[[Features, Callable[[Features], Features]], Features]
 """How a part of the network is called: on the whole block, or in pieces where there is no memory for that."""
 Part = tuple[slice, slice]
 WHOLE: Part = (slice(None), slice(None))
+Function = Callable[[Sequence[Tensor], Run], Features]
+Flat = tuple[Tensor, tuple[Piece, ...]]
+Call = Callable[[Hashable, Function, Sequence[Tensor]], Flat]
+"""How a function of some name is called on a GPU: as a graph, or in parts."""
+Result = TypeVar("Result")
 
 
 class Engine:
@@ -187,9 +192,10 @@ class Engine:
         """Call on the whole block; where the device runs out of memory, on two halves with their halo."""
         try:
             return call(inputs)
-        except torch.OutOfMemoryError:
-            pass  # outside the handler the traceback, which holds tensors, is gone
-        torch.cuda.empty_cache()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        torch.cuda.empty_cache()  # outside the handler: the traceback, which holds tensors, is gone
         return split_rows(inputs, lambda part: self._split(part, call), self._stride, self._halo)
 
 
@@ -208,16 +214,19 @@ class CudaEngine(Engine):
         self, planes: Sequence[Any], gains: npt.NDArray[np.float32], valid: Any, fine: int, stride: int
     ) -> EncodedDate:
         """Do what `Engine.encode` does, all on the device; arrays that lie there already are taken as they are."""
-        sent, wait = self._send([*planes, gains, valid])
 
         def features(t: Sequence[Tensor], run: Run) -> Features:
             x = to_input(t[:-2], t[-2], t[-1], fine, stride)
             return run((x,), lambda part: self._network.encode(part[0]))
 
-        with self._running():
-            wait()
-            flat, pieces = self._replayed(("encode", fine, stride), features, sent)
-            return EncodedDate((flat.clone(),), sent[-1], pieces)
+        def encoded(call: Call) -> EncodedDate:
+            sent, wait = self._send([*planes, gains, valid])
+            with self._running():
+                wait()
+                flat, pieces = call(("encode", fine, stride), features, sent)
+                return EncodedDate((flat,), sent[-1], pieces)
+
+        return self._with_memory(encoded)
 
     def decode(self, a: EncodedDate, b: EncodedDate, background: float, finish: str, part: Part = WHOLE) -> Tensor:
         """Do what `Engine.decode` does."""
@@ -228,21 +237,32 @@ class CudaEngine(Engine):
             probability = self._probability(before, after, t[2], run)
             return (FINISHES[finish](probability[:height, :width], t[3], t[4]),)
 
-        with self._running():
-            usual = torch.full((), background, device=self.device)
-            inputs = (*a.features, *b.features, usual, a.valid, b.valid)
-            flat, pieces = self._replayed(("decode", finish), result, inputs)
-            return unflatten(flat, pieces)[0][part].clone()
+        def decoded(call: Call) -> Tensor:
+            with self._running():
+                usual = torch.full((), background, device=self.device)
+                inputs = (*a.features, *b.features, usual, a.valid, b.valid)
+                flat, pieces = call(("decode", finish), result, inputs)
+                return unflatten(flat, pieces)[0][part].contiguous()
 
-    def _replayed(
-        self, name: Hashable, function: Callable[[Sequence[Tensor], Run], Features], inputs: Sequence[Tensor]
-    ) -> tuple[Tensor, tuple[Piece, ...]]:
+        return self._with_memory(decoded)
+
+    def _with_memory(self, work: Callable[[Call], Result]) -> Result:
+        """Do `work` with graphs; where the device's memory is full, give up those there are and do it without."""
         try:
-            return self._graphs(name, lambda t: function(t, _whole), inputs)
-        except torch.OutOfMemoryError:
-            pass  # outside the handler the traceback, which holds tensors, is gone
-        self._graphs.clear()
-        torch.cuda.empty_cache()
+            return work(self._replayed)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        with self._running():  # to the end: another thread would take what is free now for graphs of its own
+            self._graphs.clear()
+            torch.cuda.empty_cache()
+            return work(self._in_parts)
+
+    def _replayed(self, name: Hashable, function: Function, inputs: Sequence[Tensor]) -> Flat:
+        flat, pieces = self._graphs(name, lambda t: function(t, _whole), inputs)
+        return flat.clone(), pieces
+
+    def _in_parts(self, name: Hashable, function: Function, inputs: Sequence[Tensor]) -> Flat:
         results = function(inputs, self._split)
         return flatten(results), layout(results)
 
@@ -271,7 +291,16 @@ def split_rows(inputs: Features, call: Callable[[Features], Features], stride: i
     upper = tuple(u[:, :, : u.shape[2] * middle // (middle + halo)].clone() for u in upper)
     lower = call(tuple(part(t, middle - halo, rows) for t in inputs))
     lower = tuple(low[:, :, low.shape[2] * halo // (rows - middle + halo) :] for low in lower)
-    return tuple(torch.cat(halves, dim=2) for halves in zip(upper, lower, strict=True))
+    with torch.autocast(inputs[0].device.type, enabled=False):  # it refuses float16, a date's pixels, beside bfloat16
+        return tuple(torch.cat(halves, dim=2) for halves in zip(upper, lower, strict=True))
+
+
+_SHORTAGES = ("out of memory", "unable to find an engine", "ALLOC_FAILED")  # of CUDA, cuDNN and cuBLAS
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether an error of torch says that a GPU's memory is full; its libraries say so in their own words."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _SHORTAGES)
 
 
 def on_gpu(array: Any) -> bool:
@@ -323,7 +352,7 @@ def _stream(device: torch.device, direction: str) -> torch.cuda.Stream:
         return _streams[key]
 
 
-def device_lock(device: torch.device) -> threading.Lock:
+def device_lock(device: torch.device) -> threading.RLock:
     """Return the lock that lets one network call at a time run on `device`."""
     with _locks_guard:
-        return _locks.setdefault(str(device), threading.Lock())
+        return _locks.setdefault(str(device), threading.RLock())

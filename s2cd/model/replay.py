@@ -7,6 +7,7 @@ flat tensor of bytes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -85,7 +86,11 @@ class Graphs:
         if key not in self._kept:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             self._stream = self._stream or torch.cuda.Stream()
-            self._kept[key] = _Graph(function, inputs, self._pool, self._stream)
+            try:
+                self._kept[key] = _Graph(function, inputs, self._pool, self._stream)
+            except BaseException:
+                self._pool = None  # torch may refuse what a failed capture leaves of it
+                raise
             if len(self._kept) > MOST:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
@@ -94,22 +99,30 @@ class Graphs:
     def clear(self) -> None:
         """Give up all graphs and their memory."""
         self._kept.clear()
+        self._pool = None  # torch refuses a pool that has lost its last graph
 
 
 class _Graph:
     def __init__(self, function: Function, inputs: Sequence[Tensor], pool: Any, stream: torch.cuda.Stream):
         self._inputs = [t.clone() for t in inputs]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._pieces = layout(function(self._inputs))  # what is set up once must not be captured
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                self._pieces = layout(function(self._inputs))  # what is set up once must not be captured
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what was needed just now would lie idle: a graph takes its memory from its pool
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
             self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 self._flat = flatten(function(self._inputs))
-            finally:
-                self._graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # it may fail then too, and would hide what went wrong
+                    self._graph.capture_end()
+                raise
+            self._graph.capture_end()
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, tuple[Piece, ...]]:
         torch._foreach_copy_(self._inputs, list(inputs))
