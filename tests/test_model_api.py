@@ -480,6 +480,17 @@ def test_a_block_too_large_for_the_gpu_is_split(on_gpu):
     assert len(on_gpu._engine._graphs._kept) == 2
 
 
+@pytest.mark.gpu
+def test_what_lies_on_a_second_gpu_stays_there(model):
+    if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
+        pytest.skip("no second CUDA device")
+    cupy = pytest.importorskip("cupy")
+    second, images = load_model(model.name, device="cuda:1"), [ground((333, 401), seed) for seed in range(2)]
+    with cupy.cuda.Device(1):
+        found = second.predict(*(cupy.asarray(image) for image in images))
+        np.testing.assert_array_equal(cupy.asnumpy(found), second.predict(*images))
+
+
 def test_reach_is_as_far_as_a_pixel_beyond_an_aligned_edge_matters():
     """With positive weights every path counts: what is REACH away matters, what is further does not."""
     net = ChangeNet().double().eval()

@@ -183,7 +183,8 @@ class Model:
         if there:
             import cupy
 
-            return cupy.from_dlpack(self._decode(a, b, background, "probability"))
+            with torch.cuda.device(self.device):  # torch gives no other device's memory away
+                return cupy.from_dlpack(self._decode(a, b, background, "probability"))
         return self.decode(a, b, background)
 
     def _require_shapes(self, pixels: normalise.Planes, valid: np.ndarray) -> None:
