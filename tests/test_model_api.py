@@ -306,6 +306,7 @@ class _Card:
             "stream": lambda _: nullcontext(),
             "synchronize": lambda: None,
             "graph_pool_handle": itertools.count(1).__next__,
+            "get_allocator_backend": lambda: "native",
         }
         for name, stand_in in stand_ins.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
@@ -422,6 +423,13 @@ def test_where_graphs_leave_no_memory_for_pixels_they_are_given_up(monkeypatch):
     found = compare(other, images)
     monkeypatch.undo()
     np.testing.assert_allclose(found, compare(usual, images), atol=0.01)
+
+
+@pytest.mark.usefixtures("card")
+def test_graphs_are_refused_under_an_allocator_that_has_no_pools_for_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "pluggable")
+    with pytest.raises(ModelError, match="expected its own"):
+        engines(rows=1000)
 
 
 @pytest.fixture

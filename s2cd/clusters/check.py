@@ -46,7 +46,6 @@ def show_profile(profile: str | Path | Profile | dict[str, Any]) -> str:
         threads = cuda_threads(settings)
         command = f"dask cuda worker <scheduler address> --nthreads {threads} --memory-limit {settings.memory}"
         command += f" --device-memory-limit {settings.device_memory}"
-        command += "" if settings.rmm_pool is None else f" --rmm-pool-size {settings.rmm_pool}"
     else:
         threads = local_resources(LocalProfile())[0]
         address = settings.address or settings.scheduler_file or "$DASK_SCHEDULER_ADDRESS"

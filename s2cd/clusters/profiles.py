@@ -74,7 +74,6 @@ class CudaProfile(_Profile):
     threads: Count | Auto = "auto"
     memory: Bytes | Auto = "auto"
     device_memory: Bytes | Annotated[float, Field(gt=0, le=1)] = 0.8
-    rmm_pool: Bytes | None = None
     dashboard: Annotated[int, Field(strict=True, ge=0)] = 8787
 
 

@@ -168,18 +168,13 @@ def _quiet_ports() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _cuda(profile: CudaProfile) -> Iterator[SpecCluster]:
-    """One worker a GPU.
-
-    Without `rmm_pool` torch's caching allocator owns the device; with it, one RMM pool serves torch and CuPy.
-    """
+    """One worker a GPU."""
     local_cuda_cluster = _import_dask_cuda()
     threads = cuda_threads(profile)
     variables = worker_environment(threads) | profile.environment
     options: dict[str, Any] = {} if profile.memory == "auto" else {"memory_limit": profile.memory}
     if profile.gpus != "all":
         options["CUDA_VISIBLE_DEVICES"] = profile.gpus
-    if profile.rmm_pool is not None:
-        options["rmm_pool_size"] = profile.rmm_pool
     with _nanny_environment(variables), _quiet_ports():
         started = local_cuda_cluster(
             threads_per_worker=threads,
@@ -188,18 +183,7 @@ def _cuda(profile: CudaProfile) -> Iterator[SpecCluster]:
             **options,
         )
     with started:
-        if profile.rmm_pool is not None:
-            with Client(started) as client:
-                client.run(_torch_on_rmm)
         yield started
-
-
-def _torch_on_rmm() -> None:
-    """Let torch take device memory from its process's RMM pool; must precede torch's first allocation."""
-    import torch
-    from rmm.allocators.torch import rmm_torch_allocator
-
-    torch.cuda.memory.change_current_allocator(rmm_torch_allocator)
 
 
 def _import_dask_cuda() -> Any:

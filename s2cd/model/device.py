@@ -204,9 +204,13 @@ class CudaEngine(Engine):
 
     Digital numbers go there as they are and codes come back: what lies between (scaling, masks, rounding) is done
     there. Where a graph does not fit into the device's memory, the network is run in parts without one.
+
+    Raises ModelError where torch was given another allocator: without its pools graphs overwrite each other's memory.
     """
 
     def __init__(self, network: Network, device: torch.device, *, stride: int, halo: int):
+        if torch.cuda.get_allocator_backend() == "pluggable":
+            raise ModelError("torch was given an allocator under which CUDA graphs compute wrongly, expected its own")
         super().__init__(network, device, stride=stride, halo=halo)
         self._graphs = Graphs()
 
