@@ -42,15 +42,21 @@ def write_change_maps(
 
     Runs on the Dask client that is active, else on threads. Returns the STAC items.
 
-    Raises ConfigError for an array that does not know its pairs, OutputError for values outside [0, 1] and for what
-    cannot be written, and what computing it raises.
+    A map that is there already is made anew. Raises ConfigError for an array that does not know its pairs or has other
+    dimensions than theirs; OutputError for values outside [0, 1], for what cannot be written, and for a folder that
+    holds maps of another model, mask or COG profile, or with validity layers; and what computing it raises.
     """
     if not {"pairs", "model", "mask"} <= change.attrs.keys():
         raise ConfigError(f"array {change.name!r} has no pairs and model, expected what detect_changes returns")
+    if {*change.dims} != {"pair", "y", "x"}:
+        raise ConfigError(f"array {change.name!r} has the dimensions {change.dims}, expected ('pair', 'y', 'x')")
+    change = change.transpose("pair", "y", "x")
     outputs.check_writable(str(out))
     grid, ref = cube_grid(change), change.attrs["model"]
     config = RunConfig(catalog="", out=str(out), model=ref.name, cog_profile=cog_profile, quicklook=quicklook)
     mask = change.attrs["mask"]
+    recipe = outputs.recipe(ref.name, ref.hash, mask.description, validity=False, cog_profile=cog_profile)
+    outputs.require_recipe(config.out, outputs.finished(config.out), recipe)
     write = dask.delayed(_write_array, pure=False)
     items = dask.compute(
         *(write(one.data, change.attrs["pairs"][str(one.pair.values)], grid, ref, config, mask) for one in change)
@@ -108,7 +114,7 @@ def _write_map(
         "s2cd:shift_quality": round(shift.quality, 2),
         "s2cd:mask": mask.description,
     }
-    info = outputs.MapInfo(model=ref.name, model_hash=ref.hash, bands=bands, extra=extra)
+    info = outputs.MapInfo(model=Path(ref.name).name, model_hash=ref.hash, bands=bands, extra=extra)
     rgb = (thumbnail(pair.before), thumbnail(pair.after)) if config.quicklook else None
     return outputs.write_map(
         values,

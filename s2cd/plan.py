@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,10 +93,11 @@ def describe_plan(plan: Plan) -> PlanTable:
     """Say what a plan compares, reads and writes, from metadata alone.
 
     Raises ConfigError for a band of the model that a scene does not offer, ModelError for an unknown model,
-    ClusterError for a wrong cluster profile.
+    ClusterError for a wrong cluster profile, OutputError if the finished maps were made with other options.
     """
     model = load_model(plan.config.model, device="cpu")
     require_model_bands(plan, model)
+    require_same_recipe(plan.config, model, plan.finished)
     mask = mask_of(plan.config)
     workers = Workers.of_profile(load_profile(plan.config.cluster), plan.config.device)
     rows, tasks, total, decoded = [], 0, 0, 0
@@ -192,6 +193,13 @@ def require_model_bands(plan: Plan, model: Model) -> None:
     for scene in plan.scenes:
         for band in model.bands:
             require_asset(scene, band)
+
+
+def require_same_recipe(config: RunConfig, model: Model, finished: Collection[str]) -> None:
+    """Raise OutputError if the finished maps of the output folder were made in another way than `config` asks for."""
+    mask = mask_of(config).description
+    recipe = outputs.recipe(config.model, model.hash, mask, validity=config.validity, cog_profile=config.cog_profile)
+    outputs.require_recipe(config.out, finished, recipe)
 
 
 def view_name(series: Sequence[Scene], config: RunConfig) -> str:

@@ -38,7 +38,7 @@ from s2cd.masks import Mask
 from s2cd.model import Model, ModelRef, load_model
 from s2cd.outputs.store import open_store
 from s2cd.pairs import LeftOut, Pair
-from s2cd.plan import FieldOfView, Plan, make_plan, mask_of, pairs_of, require_model_bands
+from s2cd.plan import FieldOfView, Plan, make_plan, mask_of, pairs_of, require_model_bands, require_same_recipe
 from s2cd.radiometry import check_offsets
 from s2cd.sizes import Sizes, Workers, task_sizes
 from s2cd.survey import Survey, scene_input, survey_scene
@@ -118,7 +118,8 @@ def run(
     progress  called with (phase, done, total)
 
     Returns the report, also written to the output folder; a pair that failed is in it and does not stop the
-    others. Raises S2cdError for what concerns the whole run: catalogue, model, output folder, cluster.
+    others. Raises S2cdError for what concerns the whole run: catalogue, model, output folder, cluster; OutputError if
+    the folder holds maps of another model, mask, validity layer or COG profile.
     """
     started = time.monotonic()
     model = load_model(config.model, device="cpu")
@@ -126,6 +127,7 @@ def run(
     with _strictness(config.strict), ExitStack() as stack:
         plan = make_plan(config, scenes)
         require_model_bands(plan, model)
+        require_same_recipe(config, model, plan.finished)
         outputs.save_run(config.out, config.dump(), plan.scenes)
         workers = Workers()
         if client is None:

@@ -20,10 +20,11 @@ from s2cd.catalog.filters import parse_interval
 from s2cd.catalog.scene import Scene
 from s2cd.config import RunConfig
 from s2cd.errors import CatalogError, ConfigError, NoScenesError
+from s2cd.model import load_model
 from s2cd.outputs.layout import tile_of, times_of
 from s2cd.outputs.store import open_store
 from s2cd.pairs import fields_of_view, select_scenes
-from s2cd.plan import search_scenes, view_name
+from s2cd.plan import require_same_recipe, search_scenes, view_name
 from s2cd.runner import Progress, Report, run, view_path
 
 STATE = "watch.json"
@@ -70,6 +71,7 @@ def _look(config: RunConfig, client: Client | None, progress: Progress | None) -
     """Search, run what is new, and remember it."""
     seen = _load(config.out)
     finished = outputs.finished(config.out)
+    require_same_recipe(config, load_model(config.model, device="cpu"), finished)
     try:
         found = search_scenes(_since(config, seen, finished))
     except NoScenesError:

@@ -63,6 +63,66 @@ def test_invariant_6_a_rerun_does_nothing_and_goes_on_where_it_stopped(make_seri
     assert tiffs[1].read_bytes() == content
 
 
+def age(out):
+    """Take from the items what earlier versions did not state."""
+    for path in out.rglob("S2CD_*.json"):
+        item = json.loads(path.read_text())
+        del item["properties"]["s2cd:cog_profile"], item["properties"]["s2cd:mask"]
+        path.write_text(json.dumps(item))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "urban"}, r"model generic \(\w{12}\), expected urban \(\w{12}\)"),
+        ({"mask_classes": "0"}, r"mask_classes \[0, 1, 3, 8, 9, 10\], expected \[0\]"),
+        ({"mask_dilation": 0.0}, "mask_dilation 60, expected 0"),
+        ({"validity": True}, "validity False, expected True"),
+        ({"cog_profile": "zstd"}, "cog_profile default, expected zstd"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_folder_keeps_to_the_options_that_decide_what_is_in_a_map(
+    make_series, config, client, tmp_path, options, message
+):
+    scenes = make_series(dates=3)
+    run(config, client, scenes=scenes[:2])
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.*")}
+    other = config.model_validate(config.model_dump() | options)
+    wanted = rf"{tmp_path}/out holds maps of {message}: choose another folder for these options, or ask for the same$"
+    with pytest.raises(OutputError, match=wanted):
+        run(other, client, scenes=scenes)
+    with pytest.raises(OutputError, match=message):
+        describe_plan(make_plan(other, scenes))
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.*")} == before
+    free = config.model_copy(update={"max_cloud": 50.0, "max_gap_days": 9.0, "quicklook": False, "chunk": 64})
+    same = free.model_copy(update={"mask_classes": (10, 9, 8, 3, 1, 0)})
+    assert [record.status for record in run(same, client, scenes=scenes).maps] == ["kept", "written"]
+
+
+def test_public_steps_keep_to_the_options_of_a_folder(make_series, config, client, tmp_path):
+    scenes = make_series(dates=3)
+    run(config, client, scenes=scenes[:2])
+    change = s2cd.detect_changes(s2cd.open_cube(scenes), s2cd.consecutive_pairs(scenes), device="cpu")
+    assert len(s2cd.write_change_maps(change, config.out)) == 2
+    other = change.assign_attrs(mask=s2cd.Mask(dilation=0))
+    with pytest.raises(OutputError, match="mask_dilation 60, expected 0"):
+        s2cd.write_change_maps(other, config.out)
+    s2cd.write_change_maps(other, tmp_path / "steps")
+    with pytest.raises(OutputError, match="mask_dilation 0, expected 60"):
+        run(config.model_copy(update={"out": str(tmp_path / "steps")}), client, scenes=scenes)
+
+
+def test_maps_of_an_earlier_version_are_gone_on_with_where_nothing_contradicts(make_series, config, client, tmp_path):
+    scenes = make_series(dates=3)
+    run(config, client, scenes=scenes[:2])
+    age(tmp_path / "out")
+    with pytest.raises(OutputError, match="data_type float32, expected uint8"):
+        run(config.model_copy(update={"cog_profile": "uint8"}), client, scenes=scenes)
+    unstated = config.model_copy(update={"mask_dilation": 0.0, "cog_profile": "zstd"})
+    assert [record.status for record in run(unstated, client, scenes=scenes).maps] == ["kept", "written"]
+
+
 @pytest.mark.parametrize("sooner", [True, False])
 def test_a_reprocessing_whose_times_move_across_a_full_second_keeps_its_maps(make_series, config, client, sooner):
     scenes = make_series(dates=3)
@@ -220,8 +280,12 @@ def test_the_public_steps_write_the_same_values_as_a_run(make_series, config, cl
 def test_what_users_did_to_the_array_is_written_as_it_is_or_refused(make_series, client, tmp_path):
     scenes = make_series(dates=2)
     change = s2cd.detect_changes(s2cd.open_cube(scenes), s2cd.consecutive_pairs(scenes), device="cpu").compute()
-    s2cd.write_change_maps(change.copy(data=np.asfortranarray(change.values)), tmp_path / "turned")
-    np.testing.assert_allclose(read(next((tmp_path / "turned").rglob("*.tif"))), change.values[0], atol=0.5 / 1024)
+    turned = change.transpose("x", "y", "pair"), change.copy(data=np.asfortranarray(change.values))
+    for out, array in zip("ab", turned, strict=True):
+        s2cd.write_change_maps(array, tmp_path / out)
+        np.testing.assert_allclose(read(next((tmp_path / out).rglob("*.tif"))), change.values[0], atol=0.5 / 1024)
+    with pytest.raises(ConfigError, match=r"has the dimensions \('y', 'x'\), expected \('pair', 'y', 'x'\)"):
+        s2cd.write_change_maps(change[0], tmp_path / "one")
     with pytest.raises(OutputError, match=r"S2CD_31UDS\S+: probabilities from \S+ to 2\S*, expected 0 to 1 or NaN"):
         s2cd.write_change_maps((change + 1).assign_attrs(change.attrs), tmp_path / "more")
     assert not list((tmp_path / "more").rglob("S2CD_*"))

@@ -16,7 +16,7 @@ from test_api import load
 
 import s2cd
 from s2cd.catalog import freeze
-from s2cd.errors import CatalogError, ConfigError
+from s2cd.errors import CatalogError, ConfigError, OutputError
 from s2cd.runner import run, run_status
 from s2cd.simulate import simulate
 from s2cd.watch import watch
@@ -112,6 +112,13 @@ def test_a_reprocessed_date_is_new_but_keeps_its_maps(make_series, config, clien
     assert look(config, [scenes[0], again, scenes[2]], client) == {"kept": [pair(0, 1), pair(1, 2)]}
     assert maps(config) == before
     assert run_status(config.out) == [{"field_of_view": "31UDS R051", "pairs": 2, "finished": 2}]
+
+
+def test_a_watch_with_other_options_than_the_folder_ends_at_its_first_look(make_series, config, client):
+    scenes = make_series(shape=(101, 133), dates=2)
+    look(config, scenes, client)
+    with pytest.raises(OutputError, match="mask_dilation 60, expected 0"):
+        look(config.model_copy(update={"mask_dilation": 0.0}), scenes, client)
 
 
 def test_cloudy_dates_start_nothing(make_series, config):

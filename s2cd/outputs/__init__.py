@@ -4,6 +4,7 @@ from s2cd.outputs.catalog import finished, is_done, save_report, save_run, write
 from s2cd.outputs.checks import validate
 from s2cd.outputs.item import MapInfo
 from s2cd.outputs.layout import path_of
+from s2cd.outputs.recipe import recipe, require_recipe
 from s2cd.outputs.store import check_writable
 from s2cd.outputs.writer import write_map
 
@@ -13,6 +14,8 @@ __all__ = [
     "finished",
     "is_done",
     "path_of",
+    "recipe",
+    "require_recipe",
     "save_report",
     "save_run",
     "validate",

@@ -89,7 +89,8 @@ def build_item(
             ],
             "file:size": sizes[VALIDITY],
         }
-    properties = _properties(pair, grid, info) | _fractions(codes, info.threshold) | dict(info.extra)
+    properties = _properties(pair, grid, info) | _fractions(codes, info.threshold)
+    properties |= {"s2cd:cog_profile": profile, **info.extra}
     extensions = list(EXTENSIONS)
     extensions += [CLASSIFICATION_EXTENSION] if VALIDITY in sizes else []
     extensions += [SAT_EXTENSION] if "sat:relative_orbit" in properties else []

@@ -1,0 +1,77 @@
+"""What decides the content of a map beyond its pair: the maps of one folder share it, and their items tell it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from s2cd.errors import OutputError
+from s2cd.outputs.cog import PROFILES
+from s2cd.outputs.layout import path_of
+from s2cd.outputs.store import open_store
+
+Recipe = dict[str, Any]
+
+
+def recipe(model: str, model_hash: str, mask: Mapping[str, Any], *, validity: bool, cog_profile: str) -> Recipe:
+    """Return how maps are made, by option.
+
+    model, model_hash  name, or path, and SHA-256 of the weights
+    mask               as `Mask.description` gives it
+    validity           whether a layer beside each map tells why a pixel has no value
+    cog_profile        key of `s2cd.outputs.cog.PROFILES`
+    """
+    return {
+        **_by_option(model, model_hash, mask),
+        "validity": validity,
+        "cog_profile": cog_profile,
+        "data_type": PROFILES[cog_profile].dtype,
+    }
+
+
+def require_recipe(out: str, names: Collection[str], expected: Recipe) -> None:
+    """Raise OutputError if these finished maps of a folder were made in another way than `expected`.
+
+    One item is read and stands for all, since nothing is added to a folder without asking. What an item of an
+    earlier version does not state contradicts nothing.
+    """
+    if not names:
+        return
+    found = _stated(out, path_of(min(names), ".json"))
+    differ = [
+        f"{option} {value}, expected {expected[option]}"
+        for option, value in found.items()
+        if value is not None and expected[option] is not None and value != expected[option]
+    ]
+    if differ:
+        raise OutputError(
+            f"{out} holds maps of {'; '.join(differ)}: choose another folder for these options, or ask for the same"
+        )
+
+
+def _stated(out: str, path: str) -> Recipe:
+    """Return what the item of a map says of how it was made; None where it says nothing."""
+    try:
+        item = json.loads(open_store(out).get(path))
+        properties, assets = item["properties"], item["assets"]
+        stored = assets["change"]["raster:bands"][0]["data_type"]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise OutputError(f"{out}: {path}: {type(error).__name__} {error}, expected the item of a map") from None
+    profile = properties.get("s2cd:cog_profile")
+    return {
+        **_by_option(properties.get("s2cd:model"), properties.get("s2cd:model_hash"), properties.get("s2cd:mask", {})),
+        "validity": "validity" in assets,
+        "cog_profile": profile,
+        "data_type": None if profile else stored,
+    }
+
+
+def _by_option(model: str | None, model_hash: str | None, mask: Mapping[str, Any]) -> Recipe:
+    return {
+        "model": f"{Path(model).name} ({model_hash[:12]})" if model and model_hash else None,
+        "mask": mask.get("function", mask.get("band")),
+        "mask_classes": sorted(mask["invalid"]) if "invalid" in mask else None,
+        "mask_dilation": mask.get("dilation"),
+    }
