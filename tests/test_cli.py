@@ -137,6 +137,25 @@ def test_models_list_and_show():
     assert invoke("models", "show", "nosuch").exit_code == 1
 
 
+def test_damaged_files_are_told_of_without_a_traceback(tmp_path):
+    """GDAL's errors cannot be unpickled: with them Dask would lose ours on the way from a worker process."""
+    catalog = simulate(tmp_path / "scenes", size=256, dates=4, orbits=(51,), seed=1, clouds=False)
+    first, *_, last = sorted(catalog.parent.rglob("B04.tif"))
+    first.write_text("no image")
+    content = last.read_bytes()
+    last.write_bytes(content[: len(content) // 2])
+    arguments = ["run", str(catalog), "--out", str(tmp_path / "maps"), "-q"]
+    result = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    report = json.loads((tmp_path / "maps" / "report.json").read_text())
+    told = sorted(record["error"] for record in report["maps"] if record["status"] == "failed")
+    assert re.match(rf"cannot read \S+{first.parent.name}/B04.tif: '.*' not recognized as", told[0]), told
+    assert re.match(rf"cannot read \S+{last.parent.name}/B04.tif: B04.tif, band 1: IReadBlock failed at", told[-1]), (
+        told
+    )
+
+
 def test_an_interrupt_stops_the_workers_and_leaves_finished_maps(tmp_path):
     """SIGINT as soon as the first map is there: exit code 130, whole maps only, and the next run goes on."""
     catalog = simulate(tmp_path / "scenes", size=512, dates=16, orbits=(51,), seed=2, clouds=False)

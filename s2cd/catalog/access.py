@@ -294,6 +294,7 @@ def with_retries(read: Callable[[], T], href: str) -> T:
 
     Raises ReadError that names `href` and the last failure.
     """
+    why = "no attempt was made"
     for attempt, delay in enumerate(_delays(1 if is_local(href) else ATTEMPTS)):
         try:
             return read()
@@ -303,16 +304,18 @@ def with_retries(read: Callable[[], T], href: str) -> T:
         except S2cdError:
             raise
         except Exception as error:
+            why = _one_line(error)
             if delay is None or (attempt and isinstance(error, FileNotFoundError)):
-                raise ReadError(href, _one_line(error)) from error
+                break
         SIGNER.forget(href)
         time.sleep(delay)
-    raise ReadError(href, "no attempt was made")
+    raise ReadError(href, why)  # without GDAL's error as its cause: that cannot be unpickled, and Dask would lose both
 
 
 def _one_line(error: Exception) -> str:
-    """What went wrong, without the internals that obstore appends."""
-    return " ".join(str(error).partition("Debug source:")[0].split())
+    """What went wrong: GDAL's words where rasterio only points at them, without the internals that obstore appends."""
+    told = error.__cause__ if error.__cause__ and "previous exception" in str(error) else error
+    return " ".join(str(told).partition("Debug source:")[0].split())
 
 
 def _delays(tries: int) -> Iterator[float | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import math
 import os
 import resource
@@ -14,7 +15,9 @@ from collections.abc import Iterator, Mapping
 from distributed import Worker, WorkerPlugin
 from tornado.ioloop import PeriodicCallback
 
+from s2cd import errors
 from s2cd.catalog.access import OPEN_FILES
+from s2cd.errors import S2cdError
 from s2cd.reader import BLOCKS
 
 # Features of one chunk are buffers of 100 MB and more. glibc returns such a buffer to the kernel at every free, and
@@ -76,6 +79,7 @@ class SetupWorker(WorkerPlugin):
         """Run once in each worker process, before its first task."""
         self._relief = PeriodicCallback(lambda: _relieve(worker), _RELIEF_MS)
         self._relief.start()
+        logging.getLogger("distributed.worker").addFilter(_in_one_line)
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         OPEN_FILES.most = min(_FILES_A_THREAD * worker.state.nthreads, allowed // 2)
         if os.environ.get("OMP_NUM_THREADS") != "1":  # else torch obeys that, and is imported when first needed
@@ -88,6 +92,18 @@ class SetupWorker(WorkerPlugin):
     def teardown(self, worker: Worker) -> None:
         """Run when the worker ends or another client registers the plugin anew."""
         self._relief.stop()
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """Let Dask log our own errors without a traceback: they name an asset or an output, and reach the client."""
+    arguments = record.args if isinstance(record.args, tuple) else ()
+    told = next((a for a in arguments if isinstance(a, str) and a.partition("(")[0] in _OUR_ERRORS), None)
+    if record.levelno == logging.ERROR and told:
+        record.msg, record.args = "%s", (told,)
+    return True
+
+
+_OUR_ERRORS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, S2cdError)}
 
 
 class _Trimmer:
