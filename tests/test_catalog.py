@@ -267,6 +267,18 @@ def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
         search(tmp_path / "none.parquet")
 
 
+@pytest.mark.parametrize("name", ["scenes.parquet", "sub/scenes.parquet", "é a/50 %.parquet", "#1?.parquet"])
+def test_a_search_is_frozen_wherever_it_is_told(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(exist_ok=True)
+    scenes = search(shared_data / "oscd")[:2]
+    freeze(scenes, name)
+    assert search(name) == scenes
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / name]
+
+
 def test_a_frozen_search_that_was_damaged(shared_data: Path, tmp_path: Path) -> None:
     freeze(search(shared_data / "oscd"), tmp_path / "whole.parquet")
     whole = (tmp_path / "whole.parquet").read_bytes()

@@ -12,10 +12,12 @@ from itertools import islice
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 import rustac
 from arro3.core import Table
 from arro3.io import read_parquet
+from rustac.store import LocalStore
 
 from s2cd.catalog.items import scene_from_item, scene_to_item
 from s2cd.catalog.scene import Scene
@@ -35,11 +37,11 @@ def freeze(scenes: Iterable[Scene], path: str | PathLike[str]) -> None:
     scenes = tuple(scenes)
     if not scenes:
         raise NoScenesError(f"{fspath(path)}: no scenes to freeze, expected at least one")
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.partial.parquet")
+    target = Path(path).absolute()
+    partial = target.with_name(f".s2cd-{uuid4().hex}.parquet")  # a plain name: the writer takes it for part of a URL
     try:
         with ThreadPoolExecutor(1) as thread:  # a notebook has an event loop of its own
-            thread.submit(asyncio.run, _write(scenes, str(partial))).result()
+            thread.submit(asyncio.run, _write(scenes, partial)).result()
         partial.replace(target)
     except (OSError, rustac.RustacError) as error:
         with suppress(OSError):
@@ -47,11 +49,12 @@ def freeze(scenes: Iterable[Scene], path: str | PathLike[str]) -> None:
         raise OutputError(f"{target}: cannot be written: {error}") from error
 
 
-async def _write(scenes: Sequence[Scene], path: str) -> None:
+async def _write(scenes: Sequence[Scene], path: Path) -> None:
     """Write the items of `scenes`; columns and their types follow from the first batch, so that must show them all."""
     examples = _examples(_all_items(scenes))
     rest = (item for number, item in enumerate(_all_items(scenes)) if number not in examples)
-    async with rustac.geoparquet_writer(list(examples.values()), path) as writer:
+    store = LocalStore(path.parent)
+    async with rustac.geoparquet_writer(list(examples.values()), path.name, store=store) as writer:
         while batch := list(islice(rest, BATCH)):
             await writer.write(batch)
 
