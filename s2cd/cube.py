@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -33,12 +32,14 @@ def open_cube(scenes: Sequence[Scene], bands: Sequence[str] | None = None, chunk
     centres x and y, `id` (time), `parts` (time, what a split datatake is filled from), and `scale` and `offset`
     (time, band) with reflectance = scale * digital number + offset. The CRS stands where rioxarray looks for it.
 
-    Raises NoScenesError without scenes, ConfigError for a band a scene does not offer, and GridError for scenes of
-    different grids; when computed, ReadError and GridError as in `s2cd.reader.read_window`.
+    Raises NoScenesError without scenes, ConfigError for a band a scene does not offer or a chunk below 1, and
+    GridError for scenes of different grids; when computed, ReadError and GridError as in `s2cd.reader.read_window`.
     """
     ordered = sorted(scenes, key=lambda s: (s.time, s.id))
     if not ordered:
         raise NoScenesError("no scenes to open, expected at least one")
+    if chunk < 1:
+        raise ConfigError(f"chunk: found {chunk}, expected a number of pixels of at least 1")
     names = cube_bands(ordered, bands)
     grid = common_grid(ordered, names)
     stacked = stackstac.stack(
@@ -173,10 +174,20 @@ def parts_of(scene: Scene) -> str:
 def cube_grid(cube: xr.DataArray) -> Grid:
     """Return the pixel grid of a cube (or of any part of one).
 
-    Raises GridError if it has no CRS with an EPSG code.
+    Raises GridError if it has no CRS with an EPSG code, or no pixels.
     """
     epsg = cube.rio.crs.to_epsg() if cube.rio.crs else None
     if epsg is None:
         raise GridError(f"cube has CRS {cube.rio.crs}, expected one with an EPSG code (cube.rio.write_crs)")
-    transform = cube.rio.transform(recalc=math.prod(cube.shape[-2:]) > 1)
-    return Grid(epsg, tuple(transform)[:6], (cube.sizes["y"], cube.sizes["x"]))
+    if not cube.size:
+        raise GridError(f"cube has shape {cube.shape}, expected pixels")
+    whole = cube.rio.transform(recalc=False)  # of the cube that this may be a part of
+    (left, a), (top, e) = _axis(cube.x.values, whole.a), _axis(cube.y.values, whole.e)
+    return Grid(epsg, (a, 0.0, left, 0.0, e, top), (cube.sizes["y"], cube.sizes["x"]))
+
+
+def _axis(centres: np.ndarray, spacing: float) -> tuple[float, float]:
+    """Return where pixels of these centres begin, and their spacing, which a single one does not tell."""
+    if len(centres) > 1:
+        spacing = (centres[-1] - centres[0]) / (len(centres) - 1)
+    return float(centres[0] - spacing / 2), float(spacing)

@@ -91,7 +91,10 @@ def detect_changes(
     """
     if not pairs:
         raise ConfigError("pairs: found none, expected at least one of what consecutive_pairs returns")
-    ref, mask = ModelRef.of(model, device), mask or Mask()
+    cube, mask = _checked(cube), mask or Mask()
+    if not isinstance(mask, Mask):
+        raise ConfigError(f"mask: found {mask!r}, expected a Mask, such as Mask.parse({str(mask)!r})")
+    ref = ModelRef.of(model, device)
     network = ref.load()
     scenes = {s.id: s for pair in pairs for s in (pair.before, pair.after)}
     told = [mask.band] if mask.function is None and any(mask.band in s.assets for s in scenes.values()) else []
@@ -334,6 +337,22 @@ def _aligned_chunks(size: int, wish: int, stride: int, halo: int) -> tuple[int, 
     elif rest:
         sizes.append(rest)
     return tuple(sizes)
+
+
+def _checked(cube: xr.DataArray) -> xr.DataArray:
+    """Return the cube with its axes in order; raise ConfigError for one that `open_cube` cannot have made."""
+    axes = ("time", "band", "y", "x")
+    if set(cube.dims) != set(axes) or not {*axes, "id"} <= set(cube.coords):
+        raise ConfigError(
+            f"cube: found dimensions {cube.dims} and coordinates {', '.join(map(str, cube.coords))}, expected {axes} "
+            "and id as open_cube gives them"
+        )
+    if cube.dtype.kind not in "iu":
+        raise ConfigError(
+            f"cube: found {cube.dtype}, expected the digital numbers of open_cube (uint16): scale and "
+            "offset are applied here"
+        )
+    return cube.transpose(*axes)
 
 
 def _require_bands(cube: xr.DataArray, bands: Sequence[str]) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from numbers import Real
 from typing import Literal
 
 from s2cd.catalog.duplicates import reduce_duplicates
 from s2cd.catalog.scene import Scene
-from s2cd.errors import BaselineWarning, GridError, OrbitWarning
+from s2cd.errors import BaselineWarning, ConfigError, GridError, OrbitWarning
 
 REFERENCE_BAND_ORDER = ("red", "blue", "green", "nir")
 
@@ -86,8 +88,16 @@ def consecutive_pairs(
     in `valid_fractions`); pairs are left out above `max_gap_days`. With `orbit="any"` neighbouring orbits are
     compared as well: their viewing angles differ, so shadows, facades and displaced summits appear as change.
 
-    Raises GridError if two scenes of one tile lie on different grids.
+    Raises GridError if two scenes of one tile lie on different grids, ConfigError for another `orbit`, for limits that
+    are no numbers, and for `min_valid` without `valid_fractions`.
     """
+    if orbit not in ("same", "any"):
+        raise ConfigError(f"orbit: found {orbit!r}, expected 'same' or 'any'; a search can be for one orbit")
+    for name, limit in (("max_cloud", max_cloud), ("max_gap_days", max_gap_days), ("min_valid", min_valid)):
+        if limit is not None and (not isinstance(limit, Real) or math.isnan(limit)):
+            raise ConfigError(f"{name}: found {limit!r}, expected a number")
+    if min_valid is not None and valid_fractions is None:
+        raise ConfigError(f"min_valid: found {min_valid:g} without valid_fractions, expected a fraction of each scene")
     kept, left_out = select_scenes(scenes, max_cloud=max_cloud)
     if min_valid is not None and valid_fractions is not None:
         kept, cloudy = _split_by_validity(kept, min_valid, valid_fractions)

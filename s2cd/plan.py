@@ -153,7 +153,7 @@ def pairs_of(view: FieldOfView, config: RunConfig, valid_fractions: dict[str, fl
     """Pair the scenes of a field of view as `config` asks; `valid_fractions` by scene id, if pixels were looked at."""
     return consecutive_pairs(
         view.scenes,
-        min_valid=config.min_valid,
+        min_valid=None if valid_fractions is None else config.min_valid,
         max_gap_days=config.max_gap_days,
         valid_fractions=valid_fractions,
         orbit="any" if config.orbit == "any" else "same",

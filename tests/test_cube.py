@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import rasterio
 
+from s2cd.catalog.scene import Grid
 from s2cd.cube import cube_grid, open_cube
 from s2cd.errors import ConfigError, GridError, NoScenesError, ReadError
 
@@ -91,3 +92,20 @@ def test_grid_of_a_part(make_series):
     grid = cube_grid(part)
     assert grid.shape == (40, 100)
     assert grid.transform == (10.0, 0.0, 500180.0, 0.0, -10.0, 5699900.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols"), [((10, 11), (20, 70)), ((4, 60), (7, 8)), ((2, 3), (230, 231)), ((0, 2), (0, 2))]
+)
+def test_a_part_of_a_cube_has_its_own_grid_even_one_pixel(make_series, rows, cols):
+    part = open_cube(make_series(dates=1))[:, :, slice(*rows), slice(*cols)]
+    shape = rows[1] - rows[0], cols[1] - cols[0]
+    assert cube_grid(part) == Grid(32631, (10, 0, 499980 + 10 * cols[0], 0, -10, 5700000 - 10 * rows[0]), shape)
+
+
+def test_a_cube_without_pixels_or_chunks_is_refused(make_series):
+    scenes = make_series(dates=1)
+    with pytest.raises(GridError, match=r"cube has shape \(1, 8, 0, 232\), expected pixels"):
+        cube_grid(open_cube(scenes)[:, :, 10:10])
+    with pytest.raises(ConfigError, match="chunk: found 0, expected a number of pixels of at least 1"):
+        open_cube(scenes, chunk=0)

@@ -262,6 +262,24 @@ def half_of(scene, rows, name):
     return replace(scene, id=name, assets=assets)
 
 
+def test_a_cube_is_taken_with_its_axes_in_any_order_and_else_as_it_was_opened(make_series):
+    scenes = make_series(shape=(200, 232), dates=2)
+    cube, pairs = open_cube(scenes), consecutive_pairs(scenes)
+    change = detect_changes(cube, pairs, device="cpu").values
+    turned = detect_changes(cube.transpose("x", "y", "time", "band"), pairs, device="cpu")
+    np.testing.assert_array_equal(turned.values, change)
+    for wrong, message in (
+        (cube * cube.scale + cube.offset, r"cube: found float64, expected the digital numbers of open_cube"),
+        (cube.where(cube > 0), r"cube: found float\d+, expected the digital numbers"),
+        (cube[0], r"cube: found dimensions \('band', 'y', 'x'\) and coordinates"),
+        (cube.drop_vars("id"), r"cube: found dimensions .*, expected .* and id as open_cube gives them"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            detect_changes(wrong, pairs, device="cpu")
+    with pytest.raises(ConfigError, match=r"mask: found 'scl', expected a Mask, such as Mask.parse\('scl'\)"):
+        detect_changes(cube, pairs, mask="scl", device="cpu")
+
+
 def no_cloud(reflectance, bands):
     return np.zeros(reflectance.shape[1:], bool)
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -251,6 +252,31 @@ def test_unknown_names_devices_and_shapes_are_named():
         load_model("generic").predict(np.zeros((6, 5, 5), np.float32), np.zeros((6, 5, 5), np.float32))
     with pytest.raises(ModelError, match="CUDA devices found"):
         load_model("generic", device="cuda:63")
+
+
+def test_what_a_masked_array_hides_is_no_observation():
+    model, before = load_model("generic", device="cpu"), ground((64, 70))
+    after = before.copy()
+    after[:, 20:40, 20:40] = 0
+    hidden = np.ma.masked_equal(after, 0)
+    expected = model.predict(before, hidden.filled(np.nan))
+    np.testing.assert_array_equal(model.predict(before, hidden), expected)
+    assert np.isnan(expected[20:40, 20:40]).all()
+    digital = np.ma.masked_equal((after * 10000).astype(np.uint16), 0)
+    assert np.isnan(model.predict((before * 10000).astype(np.uint16), digital)[20:40, 20:40]).all()
+
+
+def test_labelled_bands_must_be_in_order_and_arrays_hold_numbers():
+    model, image = load_model("generic", device="cpu"), ground((20, 30))
+    labelled = xr.DataArray(image, dims=("band", "y", "x"), coords={"band": list(model.bands)})
+    np.testing.assert_array_equal(model.predict(labelled, labelled), model.predict(image, image))
+    numbered = labelled.assign_coords(band=np.arange(1, 8))
+    np.testing.assert_array_equal(model.predict(numbered, numbered), model.predict(image, image))
+    with pytest.raises(ModelError, match="found bands swir22, .*, blue, expected blue, .*, swir22"):
+        model.predict(labelled, labelled[::-1])
+    for kind in (object, np.complex64, bool):
+        with pytest.raises(ModelError, match=f"found an array of {np.dtype(kind)}, expected reflectance float32"):
+            model.predict(image, image.astype(kind))
 
 
 def test_damaged_weights_raise_one_line(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2cd.catalog.scene import Asset, Grid, Scene
-from s2cd.errors import BaselineWarning, GridError, OrbitWarning
+from s2cd.errors import BaselineWarning, ConfigError, GridError, OrbitWarning
 from s2cd.pairs import Pair, consecutive_pairs
 
 GRID = Grid(32631, (10.0, 0.0, 499980.0, 0.0, -10.0, 5700000.0), (64, 64))
@@ -113,3 +113,17 @@ def test_name_and_gap():
     pair = Pair(scene(0), scene(5))
     assert pair.gap_days == 5
     assert pair.name == "S2CD_31UDS_R051_20230101T105051_20230106T105051"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"orbit": 51}, "orbit: found 51, expected 'same' or 'any'"),
+        ({"max_cloud": float("nan")}, "max_cloud: found nan, expected a number"),
+        ({"max_gap_days": "30"}, "max_gap_days: found '30', expected a number"),
+        ({"min_valid": 0.5}, "min_valid: found 0.5 without valid_fractions"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        consecutive_pairs([scene(0), scene(5)], **options)

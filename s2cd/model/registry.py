@@ -158,15 +158,16 @@ class Model:
     ) -> npt.NDArray[np.float32]:
         """Return the probability of change float32 (y, x) in [0, 1], NaN where a band of either date is NaN.
 
-        before, after  reflectance float32 (band, y, x), bands as in `bands`, all on the 10 m grid; where the model is
-                       on a GPU they may lie there too, as CuPy's arrays, and so does the result then
+        before, after  reflectance float32 (band, y, x), bands as in `bands`, all on the 10 m grid; what a masked array
+                       hides is NaN; where the model is on a GPU they may lie there too, as CuPy's arrays, and so does
+                       the result then
         statistics     of both dates, as from `statistics`; by default of the arrays themselves, decimated
         background     of both dates, as from `background`; by default of the arrays themselves, decimated
 
-        Raises ModelError if the shapes do not fit.
+        Raises ModelError if the shapes do not fit, for arrays of no numbers, and for labelled bands in another order.
         """
         there = on_gpu(before) and on_gpu(after) and self._engine.device.type == "cuda"
-        dates = [date if there else to_host(date) for date in (before, after)]
+        dates = [date if there else self._numbers(date) for date in (before, after)]
         for date in dates:
             if date.ndim != 3 or date.shape != dates[0].shape or len(date) != len(self.bands) or not date.size:
                 raise ModelError(
@@ -186,6 +187,16 @@ class Model:
             with torch.cuda.device(self.device):  # torch gives no other device's memory away
                 return cupy.from_dlpack(self._decode(a, b, background, "probability"))
         return self.decode(a, b, background)
+
+    def _numbers(self, date: Any) -> np.ndarray:
+        """Return a date as plain numbers, NaN where a masked array hides them."""
+        named = [str(name) for name in np.atleast_1d(getattr(date, "coords", {}).get("band", ()))]
+        if not all(map(str.isdigit, named)) and tuple(named) != tuple(self.bands):
+            raise ModelError(f"model {self.name!r}: found bands {', '.join(named)}, expected {', '.join(self.bands)}")
+        array = np.ma.filled(date.astype(np.float32), np.nan) if np.ma.isMaskedArray(date) else to_host(date)
+        if array.dtype.kind not in "fiu":
+            raise ModelError(f"model {self.name!r}: found an array of {array.dtype}, expected reflectance float32")
+        return array
 
     def _require_shapes(self, pixels: normalise.Planes, valid: np.ndarray) -> None:
         half = tuple(-(-n // 2) for n in valid.shape)
