@@ -180,6 +180,18 @@ def test_a_worker_that_looks_full_returns_its_free_memory(client):
         time.sleep(0.5)
 
 
+def test_a_script_needs_no_guard_around_what_starts_workers(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import s2cd\n"
+        "print('once')\n"
+        "def double(x): return 2 * x\n"
+        "with s2cd.cluster('local') as client: print(client.submit(double, 4).result(), __file__)\n"
+    )
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout) == (0, f"once\n8 {script}\n"), result.stderr
+
+
 def test_this_process_keeps_its_own_environment(client):
     assert "MALLOC_ARENA_MAX" not in os.environ
     with environment({"S2CD_TEST": "1"}):

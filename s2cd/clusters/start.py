@@ -136,7 +136,7 @@ def cuda_threads(profile: CudaProfile) -> int:
 def _local(profile: LocalProfile) -> Iterator[SpecCluster]:
     threads, memory = local_resources(profile)
     variables = worker_environment(threads) | profile.environment
-    with _nanny_environment(variables), _quiet_ports():
+    with _nanny_environment(variables), _quiet_ports(), _script_unseen():
         started = LocalCluster(
             n_workers=profile.processes,
             threads_per_worker=threads,
@@ -159,6 +159,21 @@ def _nanny_environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _script_unseen() -> Iterator[None]:
+    """Keep new worker processes from importing the script that starts them: without a guard it would run in each.
+
+    They do not need it: what is defined there travels by value (cloudpickle).
+    """
+    main = sys.modules["__main__"]
+    seen = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+    vars(main).update(dict.fromkeys(seen))
+    try:
+        yield
+    finally:
+        vars(main).update(seen)
+
+
+@contextlib.contextmanager
 def _quiet_ports() -> Iterator[None]:
     """A second cluster on the machine gets another dashboard port; that needs no warning."""
     with warnings.catch_warnings():
@@ -175,7 +190,7 @@ def _cuda(profile: CudaProfile) -> Iterator[SpecCluster]:
     options: dict[str, Any] = {} if profile.memory == "auto" else {"memory_limit": profile.memory}
     if profile.gpus != "all":
         options["CUDA_VISIBLE_DEVICES"] = profile.gpus
-    with _nanny_environment(variables), _quiet_ports():
+    with _nanny_environment(variables), _quiet_ports(), _script_unseen():
         started = local_cuda_cluster(
             threads_per_worker=threads,
             device_memory_limit=profile.device_memory,
