@@ -133,8 +133,8 @@ def search(as_json: bool, save: str | None, **options: Any) -> None:
     from s2cd.pairs import select_scenes
     from s2cd.plan import search_scenes
 
-    max_cloud = options.pop("max_cloud")
-    scenes, left_out = select_scenes(search_scenes(RunConfig(out=".", **options)), max_cloud=max_cloud)
+    config = RunConfig(out=".", **options)
+    scenes, left_out = select_scenes(search_scenes(config), max_cloud=config.max_cloud)
     if save:
         catalog.freeze(scenes, save)
     if as_json:
@@ -200,8 +200,11 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
 
 
 def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    if not rows:  # a table without columns would not show its title
+        OUT.print(title, markup=False, highlight=False)
+        return
     table = Table(title=title, title_justify="left")
-    for name in rows[0] if rows else ():
+    for name in rows[0]:
         table.add_column(name.replace("_", " "), overflow="fold", no_wrap=name not in WORDY)
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
@@ -330,7 +333,7 @@ def cluster_check(profile: str, out: str | None, source: str | None) -> None:
 @main.command()
 @click.option("--out", default="demo", metavar="DIR", help="Where scenes, maps and picture go.")
 @click.option("--size", type=click.IntRange(64, 10980), default=1024, help="Pixels along a side.")
-@click.option("--dates", type=click.IntRange(2, 36), default=8, help="Acquisitions.")
+@click.option("--dates", type=click.IntRange(3, 36), default=8, help="Acquisitions, of two orbits.")
 @click.option("--cluster", "profile", default="local", help="Kind of cluster, or a profile.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
 def demo(out: str, size: int, dates: int, profile: str, quiet: bool) -> None:

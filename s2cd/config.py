@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from s2cd.addresses import public_href
 from s2cd.errors import ConfigError
 
+
+def _path(value: Any) -> Any:
+    return fspath(value) if isinstance(value, PathLike) else value
+
+
+Place = Annotated[str, BeforeValidator(_path)]
 Longitude = Annotated[float, Field(ge=-180, le=180)]
 Latitude = Annotated[float, Field(ge=-90, le=90)]
 
@@ -62,8 +69,8 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    catalog: str
-    out: str
+    catalog: Place
+    out: Annotated[str, Field(min_length=1), BeforeValidator(_path)]
     bbox: tuple[Longitude, Latitude, Longitude, Latitude] | None = None
     datetime: str | None = None
     tiles: tuple[str, ...] | None = None
@@ -75,9 +82,9 @@ class RunConfig(BaseModel):
     mask: Annotated[str, Field(min_length=1)] = "scl"
     mask_classes: Classes | None = None
     mask_dilation: Annotated[float, Field(ge=0, le=600)] = 60.0
-    model: str = "generic"
+    model: Place = "generic"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    cluster: str = "local"
+    cluster: Place = "local"
     chunk: Literal["auto"] | Annotated[int, Field(ge=64, le=16384)] = "auto"
     dates_per_task: Literal["auto"] | Annotated[int, Field(ge=2, le=64)] = "auto"
     cog_profile: Literal["default", "zstd", "lerc", "uint8"] = "default"
@@ -117,8 +124,11 @@ class RunConfig(BaseModel):
 
 
 def _one_line(error: ValidationError) -> str:
-    parts = []
+    """Name each option once a value, with all that it could be."""
+    told: dict[tuple[str, str], list[str]] = {}
     for problem in error.errors():
         where = ".".join(str(p) for p in problem["loc"][:1]) or "configuration"
-        parts.append(f"{where}: {problem['msg'].lower()}, found {problem['input']!r}")
-    return "; ".join(dict.fromkeys(parts))
+        message, start = problem["msg"].lower(), "input should be "
+        known = told.setdefault((where, repr(problem["input"])), [])
+        known.append(message.removeprefix(start) if known and known[0].startswith(start) else message)
+    return "; ".join(f"{where}: {' or '.join(dict.fromkeys(m))}, found {found}" for (where, found), m in told.items())

@@ -5,6 +5,7 @@ Nothing here is a special case of the pipeline: it is `s2cd run` on a catalogue 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 from s2cd.catalog import search
 from s2cd.catalog.scene import Scene
 from s2cd.config import RunConfig
+from s2cd.errors import ConfigError
 from s2cd.outputs.quicklook import paint_probability, side_by_side
 from s2cd.runner import Progress, Report, run
 from s2cd.simulate import CHANGE_KINDS, HARVEST, simulate, truth_between
@@ -38,10 +40,20 @@ class Score:
 
 
 def simulate_catalogue(out: str | Path, size: int = 1024, dates: int = 8, seed: int = 0) -> Path:
-    """Return the simulated catalogue in `out`, drawn now unless it is there already."""
-    folder = Path(out) / "scenes"
-    ready = folder / "catalog.json"
-    return ready if ready.exists() else simulate(folder, size=size, dates=dates, seed=seed)
+    """Return the simulated catalogue in `out`, drawn now unless it is there already.
+
+    Raises ConfigError if one of another size, number of dates or seed is there.
+    """
+    folder, asked = Path(out) / "scenes", {"size": size, "dates": dates, "seed": seed}
+    ready, drawn = folder / "catalog.json", folder / "demo.json"
+    if not ready.exists():
+        ready = simulate(folder, size=size, dates=dates, seed=seed)
+        drawn.write_text(json.dumps(asked))
+    found = json.loads(drawn.read_text()) if drawn.exists() else asked
+    if found != asked:
+        told, wanted = (", ".join(f"{name} {value}" for name, value in which.items()) for which in (found, asked))
+        raise ConfigError(f"{folder}: found scenes of {told}, expected {wanted}: remove the folder or choose another")
+    return ready
 
 
 def run_demo(

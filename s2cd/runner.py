@@ -36,7 +36,7 @@ from s2cd.inference import change_blocks
 from s2cd.maps import LARGEST_SHIFT, write_pair
 from s2cd.masks import Mask
 from s2cd.model import Model, ModelRef, load_model
-from s2cd.outputs.store import open_store
+from s2cd.outputs.store import open_store, require_there
 from s2cd.pairs import LeftOut, Pair
 from s2cd.plan import FieldOfView, Plan, make_plan, mask_of, pairs_of, require_model_bands, require_same_recipe
 from s2cd.radiometry import check_offsets
@@ -152,6 +152,7 @@ def run_status(out: str) -> list[dict[str, Any]]:
 
     Raises OutputError if there is no run.
     """
+    require_there(out)
     store = open_store(out)
     views = [name for name, _ in store.list(VIEWS)]
     if not views:

@@ -53,6 +53,11 @@ def test_every_command_has_help_with_defaults():
         (["{catalog}", "--bbox", "10,10,11,11"], "10"),
         (["{catalog}", "--model", "nosuch"], "nosuch"),
         (["{catalog}", "--cluster", "nosuch.yaml"], "nosuch"),
+        (["{catalog}", "--model", "{not_stac}"], "not_stac.json: found a file of type .json, expected .pt2 or .onnx"),
+        (["{catalog}", "--chunk", "1"], "chunk: input should be 'auto' or greater than or equal to 64, found 1"),
+        (["{catalog}", "--orbit", "foo"], "orbit: input should be 'same' or 'any' or a valid integer"),
+        (["s3://bucket/catalog.json"], "found an address of kind s3://, expected a path, http(s):// or file://"),
+        (["{catalog}", "--out", ""], "out: string should have at least 1 character, found ''"),
         (["{one_date}"], "no two dates"),
     ],
 )
@@ -67,7 +72,7 @@ def test_bad_input_is_one_clear_line(catalog, tmp_path, arguments, message):
         "one_date": tmp_path / "one_date.parquet",
     }
     filled = [a.format(**places) for a in arguments]
-    result = invoke("run", *filled, "--out", tmp_path / "out", "-q")
+    result = invoke("run", "--out", tmp_path / "out", *filled, "-q")
     assert result.exit_code == 1
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1
@@ -128,6 +133,28 @@ def test_status_of_a_folder_without_a_run(tmp_path):
     result = invoke("status", tmp_path)
     assert result.exit_code == 1
     assert "holds no run" in result.stderr
+    for command in ("status", "validate", "view"):
+        result = invoke(command, tmp_path / "mistyped")
+        assert result.exit_code == 1
+        assert (
+            result.stderr == f"error: {tmp_path / 'mistyped'}: is no folder, expected one that a run has written to\n"
+        )
+    assert not (tmp_path / "mistyped").exists()
+
+
+def test_nothing_to_do_is_said_too(catalog, tmp_path):
+    result = invoke("run", catalog, "--out", tmp_path / "out", "--max-gap-days", "0.5", "-q")
+    assert result.exit_code == 0
+    assert "0 maps written, 0 were there, 0 failed" in result.output
+    assert result.output.count("days apart, more than 0.5") == 2
+    assert "max_cloud: input should be" in invoke("search", catalog, "--max-cloud", "nan").stderr
+
+
+def test_a_demo_is_not_taken_for_another(tmp_path):
+    for arguments, code in ((["--size", "64", "--dates", "3"], 0), (["--size", "96", "--dates", "3"], 1)):
+        result = invoke("demo", "--out", tmp_path, *arguments, "-q")
+        assert result.exit_code == code, result.output
+    assert "found scenes of size 64, dates 3, seed 0, expected size 96, dates 3, seed 0" in result.stderr
 
 
 def test_models_list_and_show():

@@ -101,6 +101,9 @@ _PARQUET = (".parquet", ".geoparquet")
 
 
 def _read_local(source: str, extra: Collection[str]) -> Iterator[Scene]:
+    if "://" in source and not static.is_url(source):
+        kind = source.partition("://")[0]
+        raise CatalogError(f"{source}: found an address of kind {kind}://, expected a path, http(s):// or file://")
     if source.endswith(_PARQUET):
         return iter(read_frozen(source))
     path = Path(source).absolute()

@@ -164,13 +164,13 @@ def _script_unseen() -> Iterator[None]:
 
     They do not need it: what is defined there travels by value (cloudpickle).
     """
-    main = sys.modules["__main__"]
-    seen = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
-    vars(main).update(dict.fromkeys(seen))
+    main: dict[str, Any] = vars(sys.modules["__main__"])
+    seen: dict[str, Any] = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    main.update(dict.fromkeys(seen))
     try:
         yield
     finally:
-        vars(main).update(seen)
+        main.update(seen)
 
 
 @contextlib.contextmanager

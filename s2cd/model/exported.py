@@ -81,6 +81,8 @@ def load_exported(path: Path, device: torch.device) -> ExportedModel:
 
     Raises ModelError if one of them is missing or damaged, or the program does not do what the description says.
     """
+    if path.suffix not in (".pt2", ".onnx"):
+        raise ModelError(f"{path.name}: found a file of type {path.suffix or 'none'}, expected .pt2 or .onnx")
     card = read_json(path.with_suffix(".json"))
     bands, scale, stride, halo, logits = _described(card, path)
     try:

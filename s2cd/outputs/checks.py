@@ -17,7 +17,7 @@ from s2cd.codes import CODE_NODATA, decode_codes, encode_codes
 from s2cd.errors import OutputError
 from s2cd.outputs.cog import BLOCK, code_pyramid
 from s2cd.outputs.layout import ROOT, is_map_name
-from s2cd.outputs.store import Store, open_store
+from s2cd.outputs.store import Store, open_store, require_there
 
 Document = dict[str, Any]
 Files = Mapping[str, int]
@@ -31,6 +31,7 @@ def validate(out: str, threads: int = 2) -> list[str]:
     no observation. The links and assets of every item must resolve, and the catalogue must list every finished map
     and no other. Raises OutputError if the folder itself cannot be read.
     """
+    require_there(out)
     store = open_store(out)
     files = dict(store.list())
     names = {path: path.rpartition("/")[2].rpartition(".") for path in files}

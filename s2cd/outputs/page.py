@@ -9,7 +9,7 @@ from typing import Any
 from s2cd.errors import OutputError
 from s2cd.outputs.catalog import finished
 from s2cd.outputs.layout import path_of
-from s2cd.outputs.store import open_store
+from s2cd.outputs.store import open_store, require_there
 
 PAGE = "index.html"
 _HEAD = """<!doctype html>
@@ -28,6 +28,7 @@ def write_page(out: str) -> str:
 
     Raises OutputError if the folder holds no finished map or cannot be used.
     """
+    require_there(out)
     names = finished(out)
     if not names:
         raise OutputError(f"{out} holds no finished map: nothing to view")

@@ -90,6 +90,13 @@ def open_store(out: str) -> Store:
     return Store(out)
 
 
+def require_there(out: str) -> None:
+    """Raise OutputError for a folder that is not there: to look at results must not make one."""
+    folder = local_folder(out)
+    if folder is not None and not folder.is_dir():
+        raise OutputError(f"{out}: is no folder, expected one that a run has written to")
+
+
 def check_writable(out: str) -> None:
     """Write and remove a small object, and clear what a killed run left unfinished.
 
