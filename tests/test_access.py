@@ -163,6 +163,31 @@ def test_remote_jpeg_2000_whatever_threads_gdal_has(
     assert np.array_equal(read(f"{server.url}/red.jp2", *window), data[window])
 
 
+def test_a_small_file_that_is_replaced_is_noticed(server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its head is the whole file, so that nothing else would ever be asked for."""
+    monkeypatch.setattr(ranges, "FRESH", 0.5)
+    path, href = server.root / "small.tif", f"{server.url}/small.tif"
+    for value, asked in ((5, ["bytes=0-65535"]), (6, ["bytes=0-0", "bytes=0-65535"]), (6, ["bytes=0-0"])):
+        write(path, np.full(SHAPE, value, np.uint16), 256)
+        assert path.stat().st_size < ranges.HEAD_BYTES
+        server.requests.clear()
+        for _ in range(3):
+            assert (read(href, slice(0, 40), slice(0, 40)) == value).all()
+        assert [span for _, span in server.requests] == asked
+        time.sleep(0.6)
+
+
+def test_a_file_that_is_read_all_the_time_is_not_asked_for_its_edition(
+    server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "FRESH", 2.0)
+    for top in (0, 300, 600):
+        read(f"{server.url}/0.tif", slice(top, top + 40), slice(0, 40))
+        time.sleep(1.2)
+    assert [span for _, span in server.requests].count("bytes=0-65535") == 1
+    assert len(server.requests) == 4
+
+
 def test_a_local_file_that_is_replaced_is_opened_anew(tmp_path: Path) -> None:
     path, window = tmp_path / "red.tif", (slice(900, 940), slice(0, 40))
     for index, block in ((0, 256), (1, 256), (2, 16)):

@@ -62,7 +62,8 @@ def open_dataset(provider: str, href: str) -> Iterator[rasterio.DatasetReader]:
         with OPEN_FILES.dataset(local_path(href)) as dataset:
             yield dataset
         return
-    opener = Opener(RangeFile(_source(provider, href), HEADS.get(href)), PurePosixPath(urlsplit(href).path).suffix)
+    source = _source(provider, href)
+    opener = Opener(RangeFile(source, HEADS.get(href, source)), PurePosixPath(urlsplit(href).path).suffix)
     try:
         with rasterio.Env(**GDAL_OPTIONS), rasterio.open(opener.name, opener=opener) as dataset:
             if opener.file.failure is not None:

@@ -10,6 +10,7 @@ import io
 import itertools
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from obstore.store import S3Store
 from s2cd.catalog.static import RETRIED_STATUS, Retry
 
 HEAD_BYTES = 1 << 16
+FRESH = 10.0  # seconds for which a file is taken for the one that it was
 GAP_BYTES = 1 << 18
 PARALLEL = 8
 CONNECT_TIMEOUT = 10.0
@@ -114,13 +116,14 @@ def _http() -> urllib3.PoolManager:
         return _pools["pool"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Head:
-    """The first HEAD_BYTES of a file, its size and edition."""
+    """The first HEAD_BYTES of a file, its size and edition, and when the file last was of that edition."""
 
     data: bytes
     size: int | None
     tag: str | None
+    seen: float
 
 
 class Heads:
@@ -131,12 +134,22 @@ class Heads:
         self._heads: OrderedDict[str, Head] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, href: str) -> Head | None:
-        """Return what is known of a file."""
+    def get(self, href: str, source: Source) -> Head | None:
+        """Return what is known of a file. One not asked for anything lately is asked whether it still is the same.
+
+        Raises what the transport raises.
+        """
         with self._lock:
             if href in self._heads:
                 self._heads.move_to_end(href)
-            return self._heads.get(href)
+            head = self._heads.get(href)
+        if head is None or time.monotonic() - head.seen < FRESH:
+            return head
+        source.fetch(0, 1)
+        if (source.size, source.tag) != (head.size, head.tag):
+            return None
+        head.seen = time.monotonic()
+        return head
 
     def put(self, href: str, head: Head) -> None:
         """Keep the head of a file that can be told from a later edition."""
@@ -167,14 +180,9 @@ class RangeFile(io.RawIOBase):
         self.failure: Exception | None = None
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
         self._position = 0
-        if head is not None:
-            source.size, source.tag = head.size, head.tag
-        self._store(0, head.data if head is not None else self._fetch(0, HEAD_BYTES))
-
-    @property
-    def head(self) -> Head:
-        """What another `RangeFile` of the same file can start from."""
-        return Head(self._chunks[0], self.source.size, self.source.tag)
+        self.head = head or self._read_head()  # what another `RangeFile` of the same file can start from
+        source.size, source.tag = self.head.size, self.head.tag
+        self._store(0, self.head.data)
 
     def readable(self) -> bool:
         """Return True."""
@@ -225,12 +233,18 @@ class RangeFile(io.RawIOBase):
                 for (start, _), data in zip(missing, pool.map(lambda r: self._fetch(*r), missing), strict=True):
                     self._store(start, data)
 
+    def _read_head(self) -> Head:
+        data = self.source.fetch(0, HEAD_BYTES)
+        return Head(data, self.source.size, self.source.tag, time.monotonic())
+
     def _fetch(self, start: int, stop: int) -> bytes:
         try:
-            return self.source.fetch(start, stop)
+            data = self.source.fetch(start, stop)
         except Exception as error:
             self.failure = self.failure or error
             raise
+        self.head.seen = time.monotonic()  # every answer is of the same edition, or an error
+        return data
 
     def _store(self, start: int, data: bytes) -> None:
         self._chunks[start] = data
