@@ -15,7 +15,7 @@ from torch import nn
 
 import s2cd
 from s2cd.errors import ModelError
-from s2cd.model import load_model
+from s2cd.model import ModelRef, load_model
 
 DESCRIPTION = {"bands": ["B04", "nir"], "scale": 10000.0, "stride": 4, "halo": 4, "output": "probability"}
 
@@ -85,10 +85,28 @@ def test_a_wrong_description_is_named(program, tmp_path, fields, message):
     assert "\n" not in str(caught.value)
 
 
-def onnx_distance(path: Path, bands: int = 2) -> None:
+def test_a_program_that_is_exported_anew_is_loaded_anew(program, tmp_path):
+    path, (before, after) = tmp_path / "mine.onnx", np.full((2, 2, 16, 16), 0.1, np.float32)
+    after[:] = 0.2
+    onnx_distance(path, minus_ten=-10.0)
+    described(program, tmp_path)
+    first = load_model(str(path), device="cpu")
+    assert load_model(str(path), device="cpu") is first
+    onnx_distance(path, minus_ten=-20.0)
+    second = load_model(str(path), device="cpu")
+    found = [model.predict(before, after)[8, 8] for model in (first, second)]
+    assert found == pytest.approx([1 - np.exp(-1), 1 - np.exp(-2)], abs=1e-5)
+    assert ModelRef(str(path), second.hash, "cpu").load() is second
+    described(program, tmp_path, halo=8)
+    assert load_model(str(path), device="cpu").halo == 8
+    path.unlink()
+    assert load_model(str(path), device="cpu").halo == 8
+
+
+def onnx_distance(path: Path, bands: int = 2, minus_ten: float = -10.0) -> None:
     """`Distance`, written as an ONNX network."""
     image = ["n", bands, "rows", "cols"]
-    constants = {"thousands": 10000.0, "minus_ten": -10.0, "one": 1.0}
+    constants = {"thousands": 10000.0, "minus_ten": minus_ten, "one": 1.0}
     nodes = [
         helper.make_node("Sub", ["before", "after"], ["difference"]),
         helper.make_node("Abs", ["difference"], ["distance"]),

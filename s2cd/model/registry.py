@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,8 @@ from s2cd.model.network import FINE_BANDS, HALO, REACH, STRIDE, ChangeNet, Commi
 
 BANDS = ("blue", "green", "red", "nir", "nir08", "swir16", "swir22")
 WEIGHTS = Path(__file__).parent / "weights"
-_cache: dict[tuple[str, str], Model] = {}
+_Edition = tuple[tuple[int, int], ...] | None  # of each file: when it was written, and its bytes
+_cache: dict[tuple[str, str], tuple[_Edition, Model]] = {}
 _lock = threading.Lock()
 
 
@@ -223,18 +225,29 @@ def list_models() -> list[str]:
 
 
 def load_model(name: str = "generic", device: str = "auto") -> Model:
-    """Return the model called `name`, or the exported one at the path `name`; once per process and device.
+    """Return the model called `name`, or the exported one at the path `name`.
+
+    It is loaded once per process and device, and again when its files have changed.
 
     device: "auto" (a CUDA device where there is one), "cpu", "cuda", "cuda:1" ...
 
     Raises ModelError for an unknown name, a damaged file, or a device that is not there.
     """
     place = choose_device(device)
-    key = (str(name), str(place))
+    key, edition = (str(name), str(place)), _edition(Path(name))
     with _lock:
-        if key not in _cache:
-            _cache[key] = _load(str(name), place)
-        return _cache[key]
+        if key not in _cache or edition not in {None, _cache[key][0]}:
+            _cache[key] = edition, _load(str(name), place)
+        return _cache[key][1]
+
+
+def _edition(path: Path) -> _Edition:
+    """Tell an exported model from a later one of the same path; None where there is no file (any more)."""
+    try:
+        files = [os.stat(path), os.stat(path.with_suffix(".json"))]
+    except (OSError, ValueError):
+        return None
+    return tuple((file.st_mtime_ns, file.st_size) for file in files)
 
 
 def model_card(name: str) -> dict[str, Any]:
