@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
@@ -145,9 +146,36 @@ def test_catalogue_that_is_none(tmp_path: Path) -> None:
         number: "is JSON but not STAC",
         strange: "found type 'Topology', expected Catalog",
     }
+    for name, content, message in (
+        ("features", {"type": "FeatureCollection", "features": ["a"]}, r"features: found \['a'\], expected a list"),
+        ("mapping", {"type": "FeatureCollection", "features": {"a": 1}}, "features: found {'a': 1}, expected a list"),
+        ("links", {"type": "Catalog", "links": ["a"]}, r"links: found \['a'\], expected a list of objects"),
+        ("number", {"type": "Catalog", "links": [{"rel": "item", "href": 5}]}, "link 'item': found href 5, expected"),
+        ("null", {"type": "Catalog", "links": [{"rel": "child", "href": None}]}, "link 'child': found href None"),
+        ("item", {"type": "Feature", "id": "a", "links": 5}, "links: found 5, expected a list"),
+    ):
+        (tmp_path / f"{name}_.json").write_text(json.dumps(content))
+        cases[tmp_path / f"{name}_.json"] = f"{name}_.json: {message}"
     for source, message in cases.items():
         with pytest.raises(CatalogError, match=message):
             search(source)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"links": ["a"]},
+        {"properties": {"datetime": "9999-12-31T23:59:59-05:00", "platform": "sentinel-2a", "grid:code": "MGRS-31UDS"}},
+        {"assets": {"red": {"href": 5}}},
+        {"assets": {"red": {"href": "r.tif", "proj:epsg": 1, "proj:transform": [1] * 6, "proj:shape": [1, math.inf]}}},
+    ],
+)
+def test_an_item_that_makes_no_sense_is_left_out(shared_data: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    items = [scene_to_item(s) for s in search(shared_data / "oscd")[:2]]
+    collection = {"type": "FeatureCollection", "features": [items[0] | fields, items[1]]}
+    (tmp_path / "items.json").write_text(json.dumps(collection))
+    with pytest.warns(S2cdWarning, match=f"1 items left out, the first: item {items[0]['id']}: cannot be understood"):
+        assert [s.id for s in search(tmp_path / "items.json")] == [items[1]["id"]]
 
 
 def test_item_behind_a_broken_link_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Static catalogues by URL, from a server that misbehaves and from nginx."""
+"""Catalogues by URL, from servers that misbehave and from nginx."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from api_server import ApiServer
 from fault_server import FaultServer
 from service_addresses import service
 
-from s2cd.catalog import freeze, search, static
+from s2cd.catalog import freeze, scene_to_item, search, static
+from s2cd.catalog.api import search_api
+from s2cd.catalog.filters import make_filter
+from s2cd.catalog.providers import PROVIDERS
 from s2cd.errors import CatalogError
 from s2cd.reader import band_source, read_window
 
@@ -61,6 +65,57 @@ def test_a_frozen_search_by_url(server: FaultServer, shared_data: Path, tmp_path
     freeze(scenes, tmp_path / "scenes.parquet")
     server.root = tmp_path
     assert search(f"{server.url}/scenes.parquet") == scenes
+
+
+@pytest.fixture
+def pages(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
+    monkeypatch.setattr(static, "_pools", {})
+    with ApiServer([scene_to_item(scene) for scene in search(shared_data / "oscd")[:4]]) as running:
+        yield running
+
+
+@pytest.mark.parametrize("place", ["", "/items"])
+def test_every_page_is_read(pages: ApiServer, shared_data: Path, place: str) -> None:
+    expected = [s.id for s in search(shared_data / "oscd")[:4]]
+    assert [s.id for s in search(pages.url + place)] == expected
+    pages.following[3] = 4  # some servers lead on from every page, to an empty one at last
+    assert [s.id for s in search(pages.url + place)] == expected
+
+
+@pytest.mark.parametrize("place", ["", "/items"])
+@pytest.mark.parametrize(("number", "following"), [(1, 1), (2, 0), (3, 1)])
+def test_pages_that_lead_back_are_an_error(pages: ApiServer, place: str, number: int, following: int) -> None:
+    pages.following[number] = following
+    with pytest.raises(CatalogError, match=f"{pages.url}/.*: found a page of 1 items for the second time"):
+        search(pages.url + place)
+
+
+NONSENSE = [
+    (b"<html>maintenance</html>", "is not JSON, so not STAC"),
+    (b"{}", "is JSON but not STAC"),
+    (b'{"code": "InternalError", "description": "backend timeout"}', "is JSON but not STAC"),
+    (b"[]", "is JSON but not STAC"),
+    (b'{"type": "FeatureCollection", "features": null}', "features: found None, expected a list of objects"),
+    (b'{"type": "FeatureCollection", "features": ["a"]}', r"features: found \['a'\], expected a list"),
+    (b'{"type": "FeatureCollection", "features": [], "links": [5]}', r"links: found \[5\], expected a list"),
+    (b'{"type": "FeatureCollection", "features": [], "links": [{"rel": "next", "href": 5}]}', "found href 5"),
+]
+
+
+@pytest.mark.parametrize(("place", "number"), [("", 0), ("", 1), ("/items", 1)])
+@pytest.mark.parametrize(("body", "message"), NONSENSE)
+def test_a_page_that_is_none_is_an_error(pages: ApiServer, place: str, number: int, body: bytes, message: str) -> None:
+    pages.answers[number] = body
+    with pytest.raises(CatalogError, match=f"^{pages.url}/[^ ]*: .*{message}"):
+        search(pages.url + place)
+
+
+def test_a_provider_whose_api_is_away_behind_a_page(pages: ApiServer) -> None:
+    """Providers are searched without a look at their landing page before."""
+    for body in (b"<html>maintenance</html>", b"{}", b"[]", b'{"type": "Catalog", "links": 3}'):
+        pages.answers["/"] = body
+        with pytest.raises(CatalogError, match=f"{pages.url}: is no STAC API: "):
+            list(search_api(pages.url, make_filter(), None, PROVIDERS["cdse"]))
 
 
 @pytest.mark.services

@@ -10,12 +10,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from api_server import ApiServer
 from distributed import Client
 from service_addresses import service
 from test_api import load
 
 import s2cd
-from s2cd.catalog import freeze
+from s2cd.catalog import freeze, scene_to_item
 from s2cd.errors import CatalogError, ConfigError, OutputError
 from s2cd.runner import run, run_status
 from s2cd.simulate import simulate
@@ -137,6 +138,16 @@ def test_the_watch_goes_on_when_a_catalogue_is_away_for_a_while(make_series, con
     os.rename(config.catalog, config.catalog + ".away")
     with pytest.raises(CatalogError):
         next(watch(config, interval=0.2, client=client))
+
+
+def test_the_watch_goes_on_when_a_catalogue_answers_nonsense_for_a_while(make_series, config, client):
+    items = [scene_to_item(s) for s in make_series(shape=(101, 133), dates=3)]
+    with ApiServer(items[:2]) as server:
+        reports = watch(config.model_copy(update={"catalog": server.url}), interval=0.2, client=client)
+        assert [record.status for record in next(reports).maps] == ["written"]
+        server.items, server.answers = items, {1: b"<html>maintenance</html>"}
+        threading.Timer(1.0, server.answers.clear).start()
+        assert [record.name[-15:] for record in next(reports).maps if record.status == "written"] == [pair(1, 2)[-15:]]
 
 
 def test_workers_come_for_the_work_and_go_after_it(make_series, config):

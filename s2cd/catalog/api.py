@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import pystac_client
 import requests
+from pystac.link import Link
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
 
 from s2cd.catalog.filters import Filter
 from s2cd.catalog.items import format_time
 from s2cd.catalog.providers import PROVIDERS, TILE_QUERY, Provider
-from s2cd.catalog.static import Document, retry_policy
+from s2cd.catalog.static import Document, iter_pages, links_of, parse_document, retry_policy
 from s2cd.errors import CatalogError
 
 PAGE_SIZE = 250
@@ -28,11 +30,11 @@ def provider_at(url: str) -> Provider | None:
 def search_api(url: str, wanted: Filter, collection: str | None, provider: Provider | None) -> Iterator[Document]:
     """Search a STAC API and yield its items as they arrive, one page in memory at a time, each item once.
 
-    Raises CatalogError if the API cannot be reached, is none, or fails for good.
+    Raises CatalogError if the API cannot be reached, is none, fails for good, or gives what is no page of items.
     """
     try:
         io = StacApiIO(max_retries=retry_policy(), timeout=READ_TIMEOUT)
-        client = pystac_client.Client.open(url, stac_io=io)
+        client = _open(url, io)
         seen: set[tuple[str, str]] = set()
         for query in _queries(wanted, provider, seen):
             found = client.search(
@@ -43,13 +45,33 @@ def search_api(url: str, wanted: Filter, collection: str | None, provider: Provi
                 query=query or None,
                 limit=PAGE_SIZE,
             )
-            for item in found.items_as_dicts():
-                key = (item.get("collection") or "", item.get("id") or "")
+            for item, page in _iter_found(found, io):
+                key = (str(item.get("collection") or ""), str(item.get("id") or ""))
                 if key not in seen:
                     seen.add(key)
-                    yield item, _address(item, url)
+                    yield item, _address(item, page)
     except (APIError, requests.RequestException, NotImplementedError) as error:
         raise CatalogError(f"{url}: search failed: {' '.join(str(error).split())[:300]}") from error
+
+
+def _open(url: str, io: StacApiIO) -> pystac_client.Client:
+    try:
+        return pystac_client.Client.open(url, stac_io=io)
+    except (APIError, requests.RequestException):
+        raise
+    except Exception as error:  # of a document that is no landing page pystac raises what it stumbles over
+        raise CatalogError(f"{url}: is no STAC API: {type(error).__name__}: {error}") from error
+
+
+def _iter_found(found: pystac_client.ItemSearch, io: StacApiIO) -> Iterator[Document]:
+    """Iterate over what was found, page after page: pystac_client takes what is no page for the end of the search."""
+    parameters = found.get_parameters()
+
+    def follow(link: Mapping[str, Any]) -> Mapping[str, Any]:
+        return parse_document(io.read_text(Link.from_dict(dict(link)), parameters=parameters), link["href"])
+
+    first = parse_document(io.read_text(found.url, method=found.method, parameters=parameters), found.url)
+    return iter_pages(first, found.url, follow)
 
 
 def _interval(wanted: Filter) -> str | None:
@@ -76,6 +98,8 @@ def _queries(wanted: Filter, provider: Provider | None, seen: Collection[object]
         yield cloud
 
 
-def _address(item: dict[str, Any], url: str) -> str:
-    links = (link for link in item.get("links") or () if link.get("rel") == "self")
-    return next((link["href"] for link in links), url)
+def _address(item: Mapping[str, Any], page: str) -> str:
+    """Where an item says that it stands; what is wrong with its links is told when a scene is made of it."""
+    with suppress(CatalogError):
+        return next((link["href"] for link in links_of(item, page, "self")), page)
+    return page

@@ -116,7 +116,7 @@ def _read_local(source: str, extra: Collection[str]) -> Iterator[Scene]:
             return (scene_from_safe(product, extra) for product in products)
         path = static.entry_document(path)
     document = static.read_document(str(path))
-    root, _ = _api_behind(document, None)
+    root, _ = _api_behind(document, str(path))
     if root is not None:
         raise CatalogError(f"{source}: holds no items, it belongs to the STAC API at {root}: search that URL")
     return _scenes(static.iter_items(document, str(path)), None, extra)
@@ -135,11 +135,11 @@ def _scenes(items: Iterable[static.Document], provider: str | None, extra: Colle
         warnings.warn(f"{refused.total()} items left out, the first: {first}", S2cdWarning, stacklevel=2)
 
 
-def _api_behind(document: Mapping[str, Any], address: str | None) -> tuple[str | None, str | None]:
+def _api_behind(document: Mapping[str, Any], source: str) -> tuple[str | None, str | None]:
     """Root URL of the STAC API that a landing page or collection belongs to, and the collection, if any."""
-    links = {link.get("rel"): link.get("href") for link in document.get("links") or ()}
+    links = {link["rel"]: link["href"] for link in static.links_of(document, source, "search", "items", "self", "root")}
     if document.get("type") == "Catalog" and "search" in links:
-        return address or links.get("self") or links.get("root"), None
+        return source if static.is_url(source) else links.get("self") or links.get("root"), None
     if document.get("type") == "Collection" and "items" in links and "root" in links:
         return links["root"], document.get("id")
     return None, None
