@@ -15,6 +15,7 @@ from s2cd.catalog.scene import Grid, Scene
 from s2cd.errors import ReadError
 from s2cd.masks import Mask
 from s2cd.model import ModelRef
+from s2cd.model.device import to_host
 from s2cd.model.normalise import Planes, decimation
 from s2cd.reader import Source, band_source, read_overviews, require_asset
 
@@ -108,7 +109,7 @@ def observed(pixels: Planes, classes: np.ndarray | None, scene: SceneInput, mask
     """Return bool (y, x): True where every band has an observation and the mask lets it pass.
 
     `pixels`, an array (y, x) for each band, and `classes`, those of the mask band, are decimated by `factor` against
-    the 10 m grid; all but the first may be half as large, at 20 m. Arrays of CuPy give one of CuPy.
+    the 10 m grid; all but the first may be half as large, at 20 m. Arrays of CuPy give one of CuPy if classes do.
     """
     seen: np.ndarray = np.ones_like(pixels[0], dtype=bool)
     half: np.ndarray = np.ones_like(seen, shape=tuple(-(-n // 2) for n in seen.shape))
@@ -125,7 +126,8 @@ def observed(pixels: Planes, classes: np.ndarray | None, scene: SceneInput, mask
         seen[1::2] &= wide[: len(seen) // 2]
     if classes is not None:
         return seen
-    reflectance = to_reflectance(np.asarray(pixels), scene, seen)
+    seen = to_host(seen)  # what looks at the spectrum is NumPy's and SciPy's, or a function of the user's
+    reflectance = to_reflectance(to_host(pixels), scene, seen)
     return seen & mask.from_reflectance(reflectance, [s.band for s in scene.sources], factor)
 
 

@@ -99,11 +99,12 @@ def test_invariant_1_chunked_equals_whole(make_series, shape, chunk):
 
 
 @pytest.mark.gpu
-def test_chunks_that_lie_on_a_gpu_give_the_same(make_series):
+@pytest.mark.parametrize("scl", [True, False])
+def test_chunks_that_lie_on_a_gpu_give_the_same(make_series, scl):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     cupy = pytest.importorskip("cupy")
-    scenes = make_series(shape=(300, 333))
+    scenes = make_series(shape=(300, 333), scl=scl)
     pairs, cube = consecutive_pairs(scenes), open_cube(scenes, chunk=128)
     there = cube.copy(data=cube.data.map_blocks(cupy.asarray, meta=cupy.empty((0,) * 4, cube.dtype)))
     for device in ("cuda", "cpu"):

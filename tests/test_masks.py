@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -207,3 +208,29 @@ def test_bands_and_classes_at_20_m_hide_the_same_pixels_as_replicated_ones(seed:
     )
     for planes, given_classes in (([*fine, coarse], classes), ([*fine, full], full_classes)):
         assert np.array_equal(observed(planes, given_classes, scene, Mask()), expected)
+
+
+class _Away(np.ndarray):
+    """Stands for an array of CuPy: it lies on a GPU, and no function takes it together with NumPy's arrays."""
+
+    __cuda_array_interface__: ClassVar = {}
+
+    def __array_function__(self, func, types, args, kwargs):  # type: ignore[no-untyped-def]
+        if np.ndarray in types:
+            raise TypeError(f"{func.__name__}: unsupported type {np.ndarray}")
+        return super().__array_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask(function=f"{__name__}:bright")])
+def test_scenes_without_classes_are_masked_on_the_host_wherever_their_pixels_lie(mask: Mask) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(1, 2000, (3, 1, 1)).repeat(64, 1).repeat(65, 2).astype(np.uint16)
+    pixels[:, 5:50, 7:50] = 8000
+    pixels[:, :3] = 0
+    sources = tuple(Source(band, (), "static") for band in VISIBLE)
+    scene = SceneInput("a", Grid(32631, (10.0, 0, 0, 0, -10.0, 0), (64, 65)), sources, (1e-4,) * 3, (0,) * 3, None, 1)
+    expected = observed(pixels, None, scene, mask)
+    assert 0 < expected.mean() < 1 - 3 / 64
+    found = observed(pixels.view(_Away), None, scene, mask)
+    assert type(found) is np.ndarray
+    np.testing.assert_array_equal(found, expected)
