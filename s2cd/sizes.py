@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from s2cd.model.device import device_memory
+from s2cd.model.device import first_device
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -27,6 +28,7 @@ FEATURE_COPIES = (
 )
 PIXEL_BYTES = 45  # of a task beside the features: pixels of two dates, the network's input, probabilities, codes
 DEVICE_DATES = 3  # whose features a task holds on a GPU; what the network holds meanwhile is there once for all tasks
+GRAPHS = 9  # shapes of chunks in a tile: the graphs of each hold what a task does, once for all threads of a worker
 SENT_BYTES = 24  # of two dates on their way to a GPU, on either side
 
 
@@ -35,7 +37,7 @@ class Workers:
     """What a cluster offers: `count` processes, `threads` in all, and bytes for each thread, None where unknown.
 
     memory  of the host, on the worker that has least
-    device  of the GPU that the threads of a worker share; None without one
+    device  of the GPU that the threads of a worker, or of several, share; None without one
     """
 
     count: int = 1
@@ -60,13 +62,14 @@ class Workers:
         if not workers:
             return None
         limits = [w["memory_limit"] / w["nthreads"] for w in workers if w["memory_limit"]]
-        devices = [] if device == "cpu" else [size for size in client.run(device_memory).values() if size]
+        cards = [] if device == "cpu" else [card for card in client.run(first_device).values() if card]
+        sharing = Counter(name for name, _ in cards)
         threads = [w["nthreads"] for w in workers]
         return cls(
             count=len(threads),
             threads=sum(threads),
             memory=min(limits, default=None),
-            device=min(devices) / max(threads) if devices else None,
+            device=min(size / sharing[name] for name, size in cards) / max(threads) if cards else None,
         )
 
     @classmethod
@@ -75,10 +78,12 @@ class Workers:
         from s2cd.clusters.profiles import CudaProfile, LocalProfile, PbsProfile, SlurmProfile
         from s2cd.clusters.start import batch_threads, cuda_threads, local_resources
 
-        here = 0 if device == "cpu" else device_memory()
+        card = None if device == "cpu" else first_device()
+        here = card[1] if card else 0
         if isinstance(profile, LocalProfile):
             threads, memory = local_resources(profile)
-            return cls(profile.processes, profile.processes * threads, memory / threads, here / threads or None)
+            share = here / (profile.processes * threads) or None
+            return cls(profile.processes, profile.processes * threads, memory / threads, share)
         if isinstance(profile, SlurmProfile | PbsProfile):
             threads, jobs = batch_threads(profile), profile.jobs.maximum
             return cls(jobs, jobs * threads, profile.memory / threads)
@@ -148,4 +153,5 @@ def _bytes_per_pixel(model: Model, workers: Workers) -> tuple[float, float]:
     """Bytes that a task needs for each pixel on the host, and on the GPU if there is one."""
     if workers.device is None:
         return FEATURE_COPIES * model.feature_bytes + PIXEL_BYTES, 0
-    return PIXEL_BYTES + SENT_BYTES, DEVICE_DATES * model.feature_bytes + SENT_BYTES
+    task = DEVICE_DATES * model.feature_bytes + SENT_BYTES
+    return PIXEL_BYTES + SENT_BYTES, task * (1 + GRAPHS * workers.count / workers.threads)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
+import torch
 from distributed import Client
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,6 +81,27 @@ def test_workers_are_asked_and_none_is_told_from_some():
         assert Workers.of_client(c, "auto") == Workers(2, 4, 1.5 * GB)
     with Client(n_workers=0, processes=False, dashboard_address=None) as client:
         assert Workers.of_client(client, "cpu") is None
+
+
+def test_workers_that_share_a_gpu_have_a_part_of_its_memory_each(monkeypatch):
+    names = itertools.repeat("GPU-1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GB, uuid=next(names))
+    )
+    four = load_profile({"kind": "local", "processes": 4, "threads": 5, "memory": "10 GB"})
+    assert Workers.of_profile(four, "auto") == Workers(4, 20, 2 * GB, device=4 * GB)
+    with Client(n_workers=2, threads_per_worker=4, memory_limit="8 GB", processes=False, dashboard_address=None) as c:
+        assert Workers.of_client(c, "auto") == Workers(2, 8, 2 * GB, device=10 * GB)
+        assert Workers.of_client(c, "cpu") == Workers(2, 8, 2 * GB)
+        names = itertools.cycle(["GPU-1", "GPU-2"])
+        assert Workers.of_client(c, "auto") == Workers(2, 8, 2 * GB, device=20 * GB)
+
+
+def test_the_fewer_threads_share_graphs_the_more_of_a_gpu_they_take_from_each():
+    many, one = (sizes(Workers(1, threads, 64 * GB, device=2 * GB)) for threads in (32, 1))
+    assert one.chunk < 0.6 * many.chunk
+    assert (one.device_need, many.device_need) == pytest.approx((GB, GB), rel=0.3)
 
 
 def test_profiles_tell_what_they_will_offer(tmp_path):

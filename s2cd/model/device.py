@@ -54,9 +54,12 @@ def device_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def device_memory() -> int:
-    """Bytes of this process's first GPU, 0 without one."""
-    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
+def first_device() -> tuple[str, int] | None:
+    """What identifies this process's first GPU, the same in all processes, and its bytes; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    card = torch.cuda.get_device_properties(0)
+    return str(card.uuid), int(card.total_memory)
 
 
 def fast_bfloat16(device: torch.device) -> bool:
