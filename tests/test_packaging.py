@@ -49,6 +49,15 @@ def test_dask_range_admits_what_dask_cuda_pins():
     assert dask.specifier.contains("2026.7.1")
 
 
+def test_the_cuda_extra_is_for_the_cuda_that_torch_is_built_for():
+    extra = {r.name: r for r in map(Requirement, PROJECT["optional-dependencies"]["cuda"])}
+    assert extra.keys() == {"cupy-cuda13x", "dask-cuda", "torch"}
+    assert extra["dask-cuda"].extras == {"cu13"}
+    assert not extra["torch"].specifier.contains("2.10.0")  # on PyPI the last one for CUDA 12
+    (pinned,) = (x for x in (ROOT / "constraints.txt").read_text().splitlines() if x.startswith("torch=="))
+    assert extra["torch"].specifier.contains(pinned.removeprefix("torch=="))
+
+
 @pytest.mark.parametrize("name", s2cd.__all__)
 def test_public_names_exist(name):
     assert callable(getattr(s2cd, name))
