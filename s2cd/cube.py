@@ -10,6 +10,7 @@ import numpy as np
 import rioxarray  # noqa: F401  (registers the .rio accessor that carries the CRS)
 import stackstac
 import xarray as xr
+from rasterio.transform import Affine
 from rasterio.windows import Window
 
 from s2cd.catalog.bands import SCL, canonical_band
@@ -163,7 +164,7 @@ def _with_coordinates(stacked: xr.DataArray, scenes: Sequence[Scene], bands: Seq
         name="digital_number",
         attrs={"long_name": "Sentinel-2 digital number", "nodata": 0, "tile": scenes[0].tile},
     )
-    return cube.rio.write_crs(grid.epsg).rio.write_transform()
+    return cube.rio.write_crs(grid.epsg).rio.write_transform(Affine(*grid.transform))
 
 
 def parts_of(scene: Scene) -> str:

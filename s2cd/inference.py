@@ -20,6 +20,7 @@ import numpy as np
 import xarray as xr
 from dask.array.overlap import overlap
 from dask.typing import Key
+from rasterio.transform import Affine
 
 from s2cd.catalog.access import is_local
 from s2cd.catalog.scene import Grid, Scene
@@ -409,4 +410,4 @@ def _labelled(
         name="change_probability",
         attrs={"pairs": {pair.name: pair for pair in pairs}, "model": ref, "mask": mask, "units": "1"},
     )
-    return result.rio.write_crs(grid.epsg).rio.write_transform()
+    return result.rio.write_crs(grid.epsg).rio.write_transform(Affine(*grid.transform))

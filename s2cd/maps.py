@@ -42,14 +42,19 @@ def write_change_maps(
 
     Runs on the Dask client that is active, else on threads. Returns the STAC items.
 
-    A map that is there already is made anew. Raises ConfigError for an array that does not know its pairs or has other
-    dimensions than theirs; OutputError for values outside [0, 1], for what cannot be written, and for a folder that
-    holds maps of another model, mask or COG profile, or with validity layers; and what computing it raises.
+    A map that is there already is made anew. Raises ConfigError for an array that does not know its pairs, has other
+    dimensions than theirs or holds no floating point numbers; OutputError for values outside [0, 1], for what cannot
+    be written, and for a folder that holds maps of another model, mask or COG profile, or with validity layers; and
+    what computing it raises.
     """
     if not {"pairs", "model", "mask"} <= change.attrs.keys():
         raise ConfigError(f"array {change.name!r} has no pairs and model, expected what detect_changes returns")
     if {*change.dims} != {"pair", "y", "x"}:
         raise ConfigError(f"array {change.name!r} has the dimensions {change.dims}, expected ('pair', 'y', 'x')")
+    if change.dtype.kind != "f":
+        raise ConfigError(
+            f"array {change.name!r} holds {change.dtype}, expected probabilities as floating point numbers"
+        )
     change = change.transpose("pair", "y", "x")
     outputs.check_writable(str(out))
     grid, ref = cube_grid(change), change.attrs["model"]

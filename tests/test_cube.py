@@ -103,6 +103,11 @@ def test_a_part_of_a_cube_has_its_own_grid_even_one_pixel(make_series, rows, col
     assert cube_grid(part) == Grid(32631, (10, 0, 499980 + 10 * cols[0], 0, -10, 5700000 - 10 * rows[0]), shape)
 
 
+def test_a_cube_of_one_pixel_has_its_grid(make_series):
+    scenes = make_series(shape=(1, 1), dates=1)
+    assert cube_grid(open_cube(scenes)) == scenes[0].assets["red"].grid
+
+
 def test_a_cube_without_pixels_or_chunks_is_refused(make_series):
     scenes = make_series(dates=1)
     with pytest.raises(GridError, match=r"cube has shape \(1, 8, 0, 232\), expected pixels"):

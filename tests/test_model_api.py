@@ -246,6 +246,8 @@ def test_a_model_is_loaded_once_and_pickles_as_a_name(model):
 def test_unknown_names_devices_and_shapes_are_named():
     with pytest.raises(ModelError, match="unknown model 'nope', expected one of generic, urban"):
         load_model("nope")
+    with pytest.raises(ModelError, match="model: found Model, expected the name of a shipped model or a path"):
+        load_model(load_model())
     with pytest.raises(ModelError, match="unknown device 'tpu9x'"):
         load_model("generic", device="tpu9x")
     with pytest.raises(ModelError, match=r"7 bands, found \(6, 5, 5\)"):

@@ -286,6 +286,13 @@ def test_what_users_did_to_the_array_is_written_as_it_is_or_refused(make_series,
         np.testing.assert_allclose(read(next((tmp_path / out).rglob("*.tif"))), change.values[0], atol=0.5 / 1024)
     with pytest.raises(ConfigError, match=r"has the dimensions \('y', 'x'\), expected \('pair', 'y', 'x'\)"):
         s2cd.write_change_maps(change[0], tmp_path / "one")
+    with pytest.raises(ConfigError, match="holds bool, expected probabilities as floating point numbers"):
+        s2cd.write_change_maps(change > 0.5, tmp_path / "found")
+    row = s2cd.detect_changes(
+        s2cd.open_cube(scenes)[:, :, 10:11, 20:70], list(change.attrs["pairs"].values()), device="cpu"
+    )
+    (item,) = s2cd.write_change_maps(row, tmp_path / "row")
+    assert item["properties"]["proj:transform"] == [10, 0, 499980 + 200, 0, -10, 5700000 - 100]
     with pytest.raises(OutputError, match=r"S2CD_31UDS\S+: probabilities from \S+ to 2\S*, expected 0 to 1 or NaN"):
         s2cd.write_change_maps((change + 1).assign_attrs(change.attrs), tmp_path / "more")
     assert not list((tmp_path / "more").rglob("S2CD_*"))

@@ -233,6 +233,8 @@ def load_model(name: str = "generic", device: str = "auto") -> Model:
 
     Raises ModelError for an unknown name, a damaged file, or a device that is not there.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise ModelError(f"model: found {type(name).__name__}, expected the name of a shipped model or a path")
     place = choose_device(device)
     key, edition = (str(name), str(place)), _edition(Path(name))
     with _lock:
