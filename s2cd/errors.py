@@ -71,6 +71,10 @@ class OffsetError(S2cdError):
     """The pixels contradict the radiometric offset that the metadata states (strict mode)."""
 
 
+class ShiftError(S2cdError):
+    """The two images of a pair are displaced against each other (strict mode)."""
+
+
 class S2cdWarning(UserWarning):
     """Base of every warning s2cd gives; `warnings.simplefilter("error", S2cdWarning)` is the strict mode."""
 

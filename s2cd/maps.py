@@ -20,7 +20,7 @@ from s2cd.clusters.machine import available_cores
 from s2cd.codes import split_reasons
 from s2cd.config import RunConfig
 from s2cd.cube import cube_grid
-from s2cd.errors import ConfigError
+from s2cd.errors import ConfigError, OutputError, ShiftError
 from s2cd.inference import Block
 from s2cd.masks import Mask
 from s2cd.model import ModelRef
@@ -56,18 +56,22 @@ def write_change_maps(
             f"array {change.name!r} holds {change.dtype}, expected probabilities as floating point numbers"
         )
     change = change.transpose("pair", "y", "x")
-    outputs.check_writable(str(out))
+    out = outputs.absolute(str(out))
+    outputs.check_writable(out)
     grid, ref = cube_grid(change), change.attrs["model"]
-    config = RunConfig(catalog="", out=str(out), model=ref.name, cog_profile=cog_profile, quicklook=quicklook)
+    config = RunConfig(catalog="", out=out, model=ref.name, cog_profile=cog_profile, quicklook=quicklook)
     mask = change.attrs["mask"]
     recipe = outputs.recipe(ref.name, ref.hash, mask.description, validity=False, cog_profile=cog_profile)
     outputs.require_recipe(config.out, outputs.finished(config.out), recipe)
     write = dask.delayed(_write_array, pure=False)
-    items = dask.compute(
-        *(write(one.data, change.attrs["pairs"][str(one.pair.values)], grid, ref, config, mask) for one in change)
-    )
-    outputs.write_catalog(str(out))
-    return list(items)
+    maps = [write(one.data, change.attrs["pairs"][str(one.pair.values)], grid, ref, config, mask) for one in change]
+    with outputs.cataloguing(out) as listed:
+        written = dask.compute(*maps)
+    lost = outputs.lost_maps(out, listed, {item["id"]: place for item, place in written})
+    if lost:
+        name, error = next(iter(lost.items()))
+        raise OutputError(f"{name}: {error}")
+    return [item for item, _ in written]
 
 
 def write_pair(
@@ -79,25 +83,31 @@ def write_pair(
     ref: ModelRef,
     config: RunConfig,
 ) -> dict[str, Any]:
-    """Put the chunks of one pair together and write its map; return the figures for the report."""
+    """Put the chunks of one pair together and write its map; return the figures for the report, and the `place`.
+
+    In strict mode raises ShiftError, before anything is written, if the images are displaced.
+    """
     return_free_memory()  # what the network needed: when maps are put together, memory is at its peak
     codes = np.block([[block.codes[position] for block in row] for row in blocks])
     shift = next(block.shifts[position] for row in blocks for block in row if block.shifts)
+    if config.strict and shifted(shift):
+        raise ShiftError(f"strict: {pair.name}: {_displaced(shift)}, expected at most {LARGEST_SHIFT:g}")
     codes, validity = split_reasons(codes) if config.validity else (codes, None)
     properties = _write_map(codes, shift, pair, grid, ref, config, mask_of(config), validity)["properties"]
     return {
         "valid_fraction": properties["s2cd:valid_fraction"],
         "changed_fraction": properties["s2cd:changed_fraction"],
         "shift": properties["s2cd:shift"],
+        "place": outputs.place_of(config.out),
     }
 
 
 def _write_array(
     probability: np.ndarray, pair: Pair, grid: Grid, ref: ModelRef, config: RunConfig, mask: Mask
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], str]:
     shift = measure_shift(pair, ref.load().bands)
     probability = probability.astype(np.float32, copy=False)  # integers would pass for codes
-    return _write_map(probability, shift, pair, grid, ref, config, mask)
+    return _write_map(probability, shift, pair, grid, ref, config, mask), outputs.place_of(config.out)
 
 
 def _write_map(
@@ -112,7 +122,7 @@ def _write_map(
 ) -> dict[str, Any]:
     bands = ref.load().bands
     if shifted(shift):
-        pair = replace(pair, notes=(*pair.notes, f"the images are displaced by {_length(shift):.2f} pixels of 10 m"))
+        pair = replace(pair, notes=(*pair.notes, _displaced(shift)))
     known = shift.quality >= LEAST_QUALITY
     extra = {
         "s2cd:shift": [round(shift.dy, 2), round(shift.dx, 2)] if known else None,
@@ -158,6 +168,10 @@ def measure_shift(pair: Pair, bands: Sequence[str]) -> Shift:
 def shifted(shift: Shift) -> bool:
     """Tell whether a shift is large enough to be read as change, and certain enough to be spoken of."""
     return shift.quality >= LEAST_QUALITY and _length(shift) > LARGEST_SHIFT
+
+
+def _displaced(shift: Shift) -> str:
+    return f"the images are displaced by {_length(shift):.2f} pixels of 10 m"
 
 
 def _length(shift: Shift) -> float:

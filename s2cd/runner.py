@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -31,11 +31,12 @@ from s2cd.addresses import public_href
 from s2cd.catalog.scene import Scene
 from s2cd.config import RunConfig
 from s2cd.cube import common_grid
-from s2cd.errors import OutputError, S2cdError, S2cdWarning, ShiftWarning
+from s2cd.errors import OutputError, S2cdError, S2cdWarning, ShiftError, ShiftWarning
 from s2cd.inference import change_blocks
 from s2cd.maps import LARGEST_SHIFT, write_pair
 from s2cd.masks import Mask
 from s2cd.model import Model, ModelRef, load_model
+from s2cd.model.ref import absolute_name
 from s2cd.outputs.store import open_store, require_there
 from s2cd.pairs import LeftOut, Pair
 from s2cd.plan import FieldOfView, Plan, make_plan, mask_of, pairs_of, require_model_bands, require_same_recipe
@@ -122,29 +123,37 @@ def run(
     the folder holds maps of another model, mask, validity layer or COG profile.
     """
     started = time.monotonic()
+    config = _located(config)
     model = load_model(config.model, device="cpu")
     outputs.check_writable(config.out)
-    with _strictness(config.strict), ExitStack() as stack:
+    with _strictness(config.strict):
         plan = make_plan(config, scenes)
         require_model_bands(plan, model)
         require_same_recipe(config, model, plan.finished)
         outputs.save_run(config.out, config.dump(), plan.scenes)
-        workers = Workers()
-        if client is None:
-            from s2cd.clusters import cluster, load_profile
-
-            workers = Workers.of_profile(load_profile(config.cluster), config.device)
-            client = stack.enter_context(cluster(config.cluster))
-        workers = Workers.of_client(client, config.device) or workers
-        ref = ModelRef(config.model, model.hash, config.device)
-        context = _Context(config, ref, model, mask_of(config), workers)
         report = Report(config.out, left_out=list(plan.left_out))
-        with client.as_current():
-            _Submission(client, context, plan, report, progress or (lambda *_: None)).run()
+        with outputs.cataloguing(config.out) as listed, ExitStack() as stack:
+            workers = Workers()
+            if client is None:
+                from s2cd.clusters import cluster, load_profile
+
+                workers = Workers.of_profile(load_profile(config.cluster), config.device)
+                client = stack.enter_context(cluster(config.cluster))
+            workers = Workers.of_client(client, config.device) or workers
+            ref = ModelRef(config.model, model.hash, config.device)
+            context = _Context(config, ref, model, mask_of(config), workers)
+            submission = _Submission(client, context, plan, report, progress or (lambda *_: None))
+            with client.as_current():
+                submission.run()
+    submission.look_for_maps(listed)
     report.seconds = time.monotonic() - started
-    outputs.write_catalog(config.out)
     outputs.save_report(config.out, asdict(report) | {"out": public_href(config.out)})
     return report
+
+
+def _located(config: RunConfig) -> RunConfig:
+    """Say in full where output and model lie: workers have working directories of their own."""
+    return config.model_copy(update={"out": outputs.absolute(config.out), "model": absolute_name(config.model)})
 
 
 def run_status(out: str) -> list[dict[str, Any]]:
@@ -180,7 +189,7 @@ class _Submission:
         self.steps = sum(len(view.scenes) - 1 for view in plan.fields)  # pairs, before pixels rule out dates
         self.total = 0
         self.submitted = 0
-        self.strict = context.config.strict
+        self.places: dict[str, str] = {}  # where each map was written
 
     def run(self) -> None:
         """Work through the plan; on an interrupt cancel what is under way and leave finished maps alone."""
@@ -195,6 +204,12 @@ class _Submission:
         except BaseException:
             self.client.cancel(list(self.pending), force=True)
             raise
+
+    def look_for_maps(self, listed: Collection[str]) -> None:
+        """Report as failed what was written but is not in the folder, as `listed` shows it."""
+        lost = outputs.lost_maps(self.context.config.out, listed, self.places)
+        maps = self.report.maps
+        maps[:] = [MapRecord(r.name, "failed", error=lost[r.name]) if r.name in lost else r for r in maps]
 
     def _units(self) -> Iterator[_Unit]:
         """Yield work field by field; the next one, on many workers the next few, are surveyed while it is computed."""
@@ -275,6 +290,8 @@ class _Submission:
                 self._written(pair, future.result())
                 continue
             error = future.exception()
+            if isinstance(error, ShiftError):
+                raise error
             href = getattr(error, "href", None)
             if href is None or _reads(pair, href) or not any(_reads(p, href) for p in unit.pairs):
                 self._failed(pair, _message(error))
@@ -300,6 +317,7 @@ class _Submission:
                 return set(wait(futures, timeout=HEED, return_when=return_when).done)
 
     def _written(self, pair: Pair, figures: dict[str, Any]) -> None:
+        self.places[pair.name] = figures.pop("place")
         record = MapRecord(pair.name, "written", **figures)
         self.report.maps.append(record)
         if record.shift and math.hypot(*record.shift) > LARGEST_SHIFT:

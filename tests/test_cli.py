@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from s2cd.catalog import freeze
 from s2cd.cli import main
+from s2cd.outputs import validate
 from s2cd.simulate import simulate
 
 COMMAND = [sys.executable, "-c", "from s2cd.cli import main; main()"]
@@ -201,6 +202,7 @@ def test_an_interrupt_stops_the_workers_and_leaves_finished_maps(tmp_path):
     assert finished <= {p.stem for p in out.rglob("S2CD_*.tif")}
     leftovers = [p for p in Path(out).rglob("*") if "#" in p.name or ".tmp" in p.name]
     assert leftovers == []
+    assert not any("not listed" in problem or "not exist" in problem for problem in validate(str(out)))
     result = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert f"{15 - len(finished)} maps written, {len(finished)} were there" in result.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from distributed import Client
 from onnx import TensorProto, helper
 from torch import nn
 
 import s2cd
 from s2cd.errors import ModelError
 from s2cd.model import ModelRef, load_model
+from s2cd.runner import run
 
 DESCRIPTION = {"bands": ["B04", "nir"], "scale": 10000.0, "stride": 4, "halo": 4, "output": "probability"}
 
@@ -63,6 +66,21 @@ def test_an_exported_program_is_a_model(program, tmp_path):
     affine = model.affine(model.statistics(before), 1e-4, -0.1)
     a, b = (model.encode(n, affine, np.isfinite(after).all(axis=0)) for n in numbers)
     np.testing.assert_allclose(model.decode(a, b, 1.0)[8:, 8:], result[8:, 8:], atol=1e-4)
+
+
+def test_a_relative_path_is_the_clients_wherever_workers_run(program, tmp_path, monkeypatch, make_series):
+    described(program, tmp_path)
+    scenes = make_series(dates=2)
+    monkeypatch.chdir(tmp_path)
+    with Client(n_workers=1, threads_per_worker=2, dashboard_address=None) as client:
+        client.run(os.chdir, "/")
+        config = s2cd.RunConfig(catalog="given", out="maps", model="mine.pt2", device="cpu", min_valid=0.0)
+        assert [record.status for record in run(config, client, scenes=scenes).maps] == ["written"]
+        change = s2cd.detect_changes(
+            s2cd.open_cube(scenes), s2cd.consecutive_pairs(scenes), model="mine.pt2", device="cpu"
+        )
+        (item,) = s2cd.write_change_maps(change, "maps")
+    assert item["properties"]["s2cd:model"] == "mine.pt2"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import warnings
 from collections import defaultdict
 from dataclasses import replace
@@ -15,12 +17,13 @@ import numpy as np
 import pystac
 import pytest
 import rasterio
+from conftest import GSD
 from distributed import Client, get_task_stream
 from fault_server import FaultServer
 
 import s2cd
 from s2cd.catalog import access, freeze
-from s2cd.errors import ConfigError, NoScenesError, OutputError, S2cdError, S2cdWarning
+from s2cd.errors import ConfigError, NoScenesError, OutputError, S2cdError, S2cdWarning, ShiftWarning
 from s2cd.outputs import validate
 from s2cd.plan import describe_plan, make_plan
 from s2cd.runner import places, run, run_status, units_at_a_time
@@ -98,19 +101,6 @@ def test_a_folder_keeps_to_the_options_that_decide_what_is_in_a_map(
     free = config.model_copy(update={"max_cloud": 50.0, "max_gap_days": 9.0, "quicklook": False, "chunk": 64})
     same = free.model_copy(update={"mask_classes": (10, 9, 8, 3, 1, 0)})
     assert [record.status for record in run(same, client, scenes=scenes).maps] == ["kept", "written"]
-
-
-def test_public_steps_keep_to_the_options_of_a_folder(make_series, config, client, tmp_path):
-    scenes = make_series(dates=3)
-    run(config, client, scenes=scenes[:2])
-    change = s2cd.detect_changes(s2cd.open_cube(scenes), s2cd.consecutive_pairs(scenes), device="cpu")
-    assert len(s2cd.write_change_maps(change, config.out)) == 2
-    other = change.assign_attrs(mask=s2cd.Mask(dilation=0))
-    with pytest.raises(OutputError, match="mask_dilation 60, expected 0"):
-        s2cd.write_change_maps(other, config.out)
-    s2cd.write_change_maps(other, tmp_path / "steps")
-    with pytest.raises(OutputError, match="mask_dilation 0, expected 60"):
-        run(config.model_copy(update={"out": str(tmp_path / "steps")}), client, scenes=scenes)
 
 
 def test_maps_of_an_earlier_version_are_gone_on_with_where_nothing_contradicts(make_series, config, client, tmp_path):
@@ -277,6 +267,19 @@ def test_the_public_steps_write_the_same_values_as_a_run(make_series, config, cl
         np.testing.assert_allclose(read(a), read(b), atol=1.5 / 1024)
 
 
+def test_public_steps_keep_to_the_options_of_a_folder(make_series, config, client, tmp_path):
+    scenes = make_series(dates=3)
+    run(config, client, scenes=scenes[:2])
+    change = s2cd.detect_changes(s2cd.open_cube(scenes), s2cd.consecutive_pairs(scenes), device="cpu")
+    assert len(s2cd.write_change_maps(change, config.out)) == 2
+    other = change.assign_attrs(mask=s2cd.Mask(dilation=0))
+    with pytest.raises(OutputError, match="mask_dilation 60, expected 0"):
+        s2cd.write_change_maps(other, config.out)
+    s2cd.write_change_maps(other, tmp_path / "steps")
+    with pytest.raises(OutputError, match="mask_dilation 0, expected 60"):
+        run(config.model_copy(update={"out": str(tmp_path / "steps")}), client, scenes=scenes)
+
+
 def test_what_users_did_to_the_array_is_written_as_it_is_or_refused(make_series, client, tmp_path):
     scenes = make_series(dates=2)
     change = s2cd.detect_changes(s2cd.open_cube(scenes), s2cd.consecutive_pairs(scenes), device="cpu").compute()
@@ -364,6 +367,70 @@ def test_plan_says_what_is_compared_before_anything_is_read(make_series, config,
         for note in table.notes
     )
     assert not (tmp_path / "out").exists()
+
+
+def displace(scene):
+    """Move an image by 20 m."""
+    for band, asset in scene.assets.items():
+        with rasterio.open(asset.href, "r+") as dataset:
+            dataset.write(np.roll(dataset.read(1), 1 if GSD[band] == 20 else 2, axis=0), 1)
+
+
+def test_strict_runs_stop_at_displaced_images_every_time_and_list_what_is_finished(make_series, config, tmp_path):
+    scenes = make_series(dates=4, shape=(256, 256), change=False)
+    displace(scenes[3])
+    strict = config.model_copy(update={"strict": True, "dates_per_task": 2})
+    displaced = (
+        r"strict: S2CD\S+_20230516T105000: the images are displaced by 2\.0\d pixels of 10 m, expected at most 0\.5"
+    )
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as one:
+        for _ in range(2):
+            with pytest.raises(S2cdError, match=displaced):
+                run(strict, one, scenes=scenes)
+            assert len(list((tmp_path / "out").rglob("S2CD_*.tif"))) == 2
+            assert validate(config.out) == []
+        with pytest.warns(ShiftWarning):
+            assert run(config, one, scenes=scenes).count("written") == 1
+
+
+def test_an_interrupted_run_lists_what_is_finished(make_series, config, client):
+    def interrupt(phase, _done, _total):
+        if phase == "maps":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config.model_copy(update={"dates_per_task": 2}), client, scenes=make_series(dates=5), progress=interrupt)
+    collection = pystac.Collection.from_file(f"{config.out}/collection.json")
+    assert list(collection.get_items(recursive=True))
+
+
+def test_a_map_that_is_not_where_the_client_looks_is_reported_as_failed(make_series, config, client, tmp_path):
+    def lose(phase, done, total):
+        if phase == "maps" and done == total:
+            next((tmp_path / "out").rglob("S2CD_*.tif")).unlink()
+
+    report = run(config, client, scenes=make_series(dates=3), progress=lose)
+    assert (report.ok, report.count("written"), report.count("failed")) == (False, 1, 1)
+    (error,) = (record.error for record in report.maps if record.error)
+    place = f"{tmp_path}/out on {socket.gethostname()}"
+    assert f"written to {place}, not found in {place}" in error
+    saved = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert sorted(record["status"] for record in saved["maps"]) == ["failed", "written"]
+
+
+def test_a_relative_folder_is_the_clients_wherever_workers_run(make_series, config, tmp_path, monkeypatch):
+    scenes = make_series(dates=2)
+    monkeypatch.chdir(tmp_path)
+    relative = config.model_copy(update={"out": "maps"})
+    with Client(n_workers=1, threads_per_worker=2, dashboard_address=None) as other:
+        (tmp_path / "elsewhere").mkdir()
+        other.run(os.chdir, tmp_path / "elsewhere")
+        assert run(relative, other, scenes=scenes).count("written") == 1
+        change = s2cd.detect_changes(s2cd.open_cube(scenes), s2cd.consecutive_pairs(scenes), device="cpu")
+        s2cd.write_change_maps(change, "steps")
+    assert not list((tmp_path / "elsewhere").rglob("*"))
+    assert validate(str(tmp_path / "maps")) == validate(str(tmp_path / "steps")) == []
+    assert s2cd.RunConfig.load("maps/run.yaml").out == str(tmp_path / "maps")
 
 
 def test_one_date_only(make_series, config, client):

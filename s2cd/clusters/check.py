@@ -74,7 +74,10 @@ def check_profile(
     `out` is an output folder or URL, `source` an asset's path or URL: both are tried from the worker. Raises
     ClusterError if no worker arrives within `timeout` seconds.
     """
+    from s2cd.outputs import absolute
+
     settings = _one_worker(load_profile(profile))
+    out = None if out is None else absolute(out)  # as a run does
     with cluster(settings) as client:
         found = client.submit(probe, out, source, key=f"s2cd-check-{os.urandom(4).hex()}")
         try:

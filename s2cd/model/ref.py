@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from s2cd.errors import ModelError
-from s2cd.model.registry import Model, load_model
+from s2cd.model.registry import Model, list_models, load_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class ModelRef:
     @classmethod
     def of(cls, name: str, device: str = "auto") -> ModelRef:
         """Return the reference of the model called `name` here. Raises ModelError if there is none."""
+        name = absolute_name(name)
         return cls(name, load_model(name, device=device).hash, device)
 
     def load(self) -> Model:
@@ -29,3 +31,8 @@ class ModelRef:
                 f"model {self.name!r} has weights {model.hash[:12]} on this worker, expected {self.hash[:12]}"
             )
         return model
+
+
+def absolute_name(name: str) -> str:
+    """Return a model's name so that it means the same in every process: a file by its whole path."""
+    return name if name in list_models() or not Path(name).is_file() else str(Path(name).absolute())

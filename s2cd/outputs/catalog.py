@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from s2cd.catalog.frozen import freeze
 from s2cd.catalog.scene import Scene
 from s2cd.outputs.item import STAC_VERSION
 from s2cd.outputs.layout import COLLECTION_ID, ROOT, TILE_CATALOG, is_map_name, path_of, tile_of, times_of
-from s2cd.outputs.store import Store, local_folder, open_store
+from s2cd.outputs.store import Store, local_folder, open_store, place_of
 
 CONFIG_FILE = "run.yaml"
 SCENES_FILE = "scenes.parquet"
@@ -36,14 +37,15 @@ def finished(out: str) -> set[str]:
     return _finished(open_store(out))
 
 
-def write_catalog(out: str) -> None:
-    """Make the folder a valid static STAC catalogue of the maps that are finished.
+def write_catalog(out: str) -> set[str]:
+    """Make the folder a valid static STAC catalogue of the maps that are finished; return their names.
 
     One collection, a catalogue a tile, links relative. Only the client calls it: it rewrites whole files.
     """
     store = open_store(out)
+    done = _finished(store)
     by_tile: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(_finished(store)):
+    for name in sorted(done):
         by_tile[tile_of(name)].append(name)
     boxes = []
     for tile, names in sorted(by_tile.items()):
@@ -51,6 +53,34 @@ def write_catalog(out: str) -> None:
         boxes.append(json.loads(store.get(path_of(names[0], ".json")))["bbox"])
     times = [t for names in by_tile.values() for name in names for t in times_of(name)]
     _put_json(store, ROOT, _collection(sorted(by_tile), boxes, times))
+    return done
+
+
+@contextmanager
+def cataloguing(out: str) -> Iterator[set[str]]:
+    """Write the catalogue when the block ends, however it ends; after it the set has the names of the finished maps."""
+    listed: set[str] = set()
+    try:
+        yield listed
+    except BaseException:
+        with suppress(Exception):  # what ended the block says more
+            write_catalog(out)
+        raise
+    listed |= write_catalog(out)
+
+
+def lost_maps(out: str, listed: Collection[str], places: Mapping[str, str]) -> dict[str, str]:
+    """Return the maps that were written but are not in the folder, by name, each with an error that says so.
+
+    listed  names of the maps that the folder's listing shows
+    places  where each map was written, by name, as `place_of` tells it there
+    """
+    return {
+        name: f"written to {place}, not found in {place_of(out)}: expected a folder that both share"
+        for name, place in places.items()
+        # a network folder may list late what another machine wrote, but knows it when asked
+        if name not in listed and not is_done(out, name)
+    }
 
 
 def save_run(out: str, config: str, scenes: Iterable[Scene]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import stat
 import time
 from collections.abc import Iterator
@@ -123,6 +124,17 @@ def local_folder(out: str) -> Path | None:
     if out.startswith("file://"):
         return Path(unquote(urlsplit(out).path))
     return None if "://" in out else Path(out).absolute()
+
+
+def absolute(out: str) -> str:
+    """Return `out` so that it means the same in every process: a local folder by its whole path."""
+    folder = local_folder(out)
+    return out if folder is None else str(folder)
+
+
+def place_of(out: str) -> str:
+    """Name an output folder as this machine sees it, for a person."""
+    return out if local_folder(out) is None else f"{out} on {socket.gethostname()}"
 
 
 @contextmanager
