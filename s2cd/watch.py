@@ -47,8 +47,8 @@ def watch(
     once    look once and stop
     client  a Dask client to work on; without one, `config.cluster` is started for each look that finds something
 
-    A look that finds nothing new yields an empty report. A catalogue that does not answer ends the watch at the
-    first look, and is tried again at later ones. Raises S2cdError otherwise as `s2cd.run` does.
+    A look that finds nothing new yields an empty report. A catalogue that does not answer, or answers nonsense, ends
+    the watch at the first look, and is tried again at later ones. Raises S2cdError otherwise as `s2cd.run` does.
     """
     if interval <= 0:
         raise ConfigError(f"interval: found {interval:g} s, expected more than 0")

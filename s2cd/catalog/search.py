@@ -42,7 +42,7 @@ def search(
     Args:
         source: a provider ("earth-search", "planetary-computer", "cdse"), the URL of a STAC API, or the path
             or URL of a static catalogue, collection, item, ItemCollection or stac-geoparquet file, or a
-            folder that holds a catalogue or .SAFE products.
+            folder that holds a catalogue or .SAFE products. An ItemCollection by URL is read to its last page.
         bbox: (west, south, east, north) in degrees; west > east crosses the antimeridian.
         datetime: "2023-01-01/2023-12-31", either end "..", or one year, month, day or time, ends included;
             a date or datetime names one day or time.
