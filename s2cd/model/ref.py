@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s2cd.errors import ModelError
-from s2cd.model.registry import Model, list_models, load_model
+from s2cd.model.registry import Model, list_models, load_model, plain_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,4 +35,5 @@ class ModelRef:
 
 def absolute_name(name: str) -> str:
     """Return a model's name so that it means the same in every process: a file by its whole path."""
+    name = plain_name(name)
     return name if name in list_models() or not Path(name).is_file() else str(Path(name).absolute())

@@ -233,13 +233,11 @@ def load_model(name: str = "generic", device: str = "auto") -> Model:
 
     Raises ModelError for an unknown name, a damaged file, or a device that is not there.
     """
-    if not isinstance(name, str | os.PathLike):
-        raise ModelError(f"model: found {type(name).__name__}, expected the name of a shipped model or a path")
-    place = choose_device(device)
-    key, edition = (str(name), str(place)), _edition(Path(name))
+    name, place = plain_name(name), choose_device(device)
+    key, edition = (name, str(place)), _edition(Path(name))
     with _lock:
         if key not in _cache or edition not in {None, _cache[key][0]}:
-            _cache[key] = edition, _load(str(name), place)
+            _cache[key] = edition, _load(name, place)
         return _cache[key][1]
 
 
@@ -250,6 +248,13 @@ def _edition(path: Path) -> _Edition:
     except (OSError, ValueError):
         return None
     return tuple((file.st_mtime_ns, file.st_size) for file in files)
+
+
+def plain_name(name: str | os.PathLike[str]) -> str:
+    """Return a model's name or path as text. Raises ModelError for anything else."""
+    if not isinstance(name, str | os.PathLike):
+        raise ModelError(f"model: found {type(name).__name__}, expected the name of a shipped model or a path")
+    return os.fspath(name)
 
 
 def model_card(name: str) -> dict[str, Any]:
