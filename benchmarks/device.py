@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from statistics import fmean
 from typing import Any
 
@@ -25,8 +25,9 @@ def watched() -> Iterator[list[Sample]]:
 
     def look() -> None:
         while not stop.wait(INTERVAL):
-            busy, used = pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu, pynvml.nvmlDeviceGetMemoryInfo(gpu).used
-            samples.append((time.time(), float(busy), float(used)))
+            with suppress(pynvml.NVMLError):  # in a part of a card (MIG), say, the driver does not tell
+                busy, used = pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu, pynvml.nvmlDeviceGetMemoryInfo(gpu).used
+                samples.append((time.time(), float(busy), float(used)))
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()

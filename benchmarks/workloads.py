@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from s2cd.model import Model
 
 CORES = len(os.sched_getaffinity(0))
+TRY_OUT = {"size": 1098, "dates": 3}
 
 
 def _scenes(folder: str, size: int, dates: int, source: str, tiles: int = 1) -> prepared.Data:
@@ -179,7 +180,7 @@ def _try_out(client: Client, folder: Path, source: str) -> None:
     """Run on a few pixels, so that CUDA, its kernels and pinned memory are there when the clock starts."""
     from s2cd.runner import run
 
-    scenes = prepared.prepare(folder, size=1098, dates=3, source=source).scenes
+    scenes = prepared.prepare(folder, source=source, **TRY_OUT).scenes
     with tempfile.TemporaryDirectory() as out:
         report = run(s2cd.RunConfig(catalog="given", out=out), client, scenes=scenes)
     if not report.ok:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +18,9 @@ from click.testing import CliRunner
 from benchmarks import europe, suite
 from benchmarks.__main__ import main
 from benchmarks.data import prepare, repeated
+from benchmarks.device import seen_since, watched
 from benchmarks.report import latest, table, write_report
+from s2cd.errors import ConfigError
 from s2cd.pairs import consecutive_pairs
 
 TINY = {"size": 512, "dates": 3}
@@ -133,6 +140,45 @@ def test_what_was_measured_on_a_gpu_is_told_with_its_machine(tmp_path):
     assert "## On a GPU: a card, " in page
     assert "| a worker | 2.06 | 10% | 15.3 | 12.9 | 18.1 | 1.140 |" in page
     assert "| 1024 | 66 | 90 |" in page
+
+
+def test_a_driver_that_does_not_answer_is_asked_again(monkeypatch):
+    class Refused(Exception):
+        pass
+
+    def used(gpu):
+        if next(looks) < 2:
+            raise Refused
+        return SimpleNamespace(used=8e9)
+
+    looks = itertools.count()
+    driver = SimpleNamespace(
+        NVMLError=Refused,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetUtilizationRates=lambda gpu: SimpleNamespace(gpu=50),
+        nvmlDeviceGetMemoryInfo=used,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    with watched() as samples:
+        deadline = time.monotonic() + 20
+        while not samples and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert seen_since(samples, 0.0) == {"gpu_busy": 0.5, "gpu_gb": 8.0}
+    assert suite._gpu_line({"seconds_per_map": 1.5, **seen_since(samples, 0.0)}) == "1.50 s a map, busy 50%"
+    assert "does not tell" in suite._gpu_line({"seconds_per_map": 1.5, **seen_since([], 0.0)})
+
+
+@pytest.mark.usefixtures("data")
+def test_data_are_prepared_here_before_the_memory_of_another_process_is_watched(folder, monkeypatch):
+    settings = suite.Settings(str(folder / "data"), str(folder / "work"), source="simulated", **TINY)
+    with pytest.raises(ConfigError, match="unknown source 'nowhere'"):
+        suite.engine(replace(settings, source="nowhere"), print)
+    monkeypatch.setattr(suite, "GPU_DATES", TINY["dates"])
+    monkeypatch.setattr(suite, "TRY_OUT", {"source": "nowhere"})
+    with pytest.raises(ConfigError, match="unknown source 'nowhere'"):
+        suite.on_gpu(settings, print)
 
 
 def test_europe_draws_about_100_000_pairs_and_its_tasks_run():
