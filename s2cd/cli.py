@@ -83,7 +83,7 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--max-gap-days", type=click.FloatRange(0, min_open=True), help="Longest gap of a pair."),
             click.option("--mask-classes", metavar="3,8-10", help="Values of the mask that are no observation."),
             click.option("--mask-dilation", type=click.FloatRange(0, 600), default=60.0, help="Metres clouds grow by."),
-            click.option("--model", default="generic", help="Shipped model, or path of an exported one."),
+            click.option("--model", default="generic", help="Shipped model, or path of an exported or trained one."),
             click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
             click.option("--cluster", default="local", help="Kind, or a profile: cluster/slurm.yaml."),
             click.option("--chunk", default="auto", metavar="auto|64-16384", callback=_number, help="Pixels."),

@@ -55,7 +55,7 @@ class RunConfig(BaseModel):
     mask_classes  values of the mask that count as no observation: integers, or a text such as "3,8-10"; None for the
                   usual classes of SCL
     mask_dilation metres by which masked clouds and shadows grow
-    model         name of a shipped model, or path of an exported one
+    model         name of a shipped model, or path of an exported or trained one
     device        where the network runs
     cluster       cluster profile: kind or YAML file
     chunk         edge of a spatial chunk in pixels; "auto": as the workers' memory allows

@@ -81,7 +81,7 @@ def detect_changes(
     cube    as `s2cd.open_cube` returns it, or any part of it that starts at an even row and column; its chunks may be
             arrays of CuPy
     pairs   pairs of scenes that the cube holds
-    model   name of a shipped model, or path of an exported one
+    model   name of a shipped model, or path of an exported or trained one
     mask    which observations count; by default clouds, shadows and their rims do not
 
     Returns a DataArray (pair, y, x) float32 in [0, 1], NaN where either date has no valid observation, on the

@@ -18,6 +18,7 @@ from fault_server import FAULTS, FaultServer
 from hypothesis import given
 from hypothesis import strategies as st
 from rasterio.transform import Affine
+from tblib import pickling_support
 
 from s2cd import reader
 from s2cd.catalog import access, ranges
@@ -283,6 +284,7 @@ def test_a_signature_that_cannot_be_had_is_named_and_no_secret_is_told(
             read(href.format(name), slice(0, 9), slice(0, 9))
         assert error.value.href == href.format(name)
         assert "secret" not in repr(error.value)
+        pickling_support.install(error.value)  # as Dask does
         again = pickle.loads(pickle.dumps(error.value))
         assert (repr(again), again.href) == (repr(error.value), error.value.href)
 

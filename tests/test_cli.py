@@ -54,7 +54,7 @@ def test_every_command_has_help_with_defaults():
         (["{catalog}", "--bbox", "10,10,11,11"], "10"),
         (["{catalog}", "--model", "nosuch"], "nosuch"),
         (["{catalog}", "--cluster", "nosuch.yaml"], "nosuch"),
-        (["{catalog}", "--model", "{not_stac}"], "not_stac.json: found a file of type .json, expected .pt2 or .onnx"),
+        (["{catalog}", "--model", "{not_stac}"], "not_stac.json: found a file of type .json, expected .pt2, .onnx or"),
         (["{catalog}", "--chunk", "1"], "chunk: input should be 'auto' or greater than or equal to 64, found 1"),
         (["{catalog}", "--orbit", "foo"], "orbit: input should be 'same' or 'any' or a valid integer"),
         (["s3://bucket/catalog.json"], "found an address of kind s3://, expected a path, http(s):// or file://"),

@@ -10,9 +10,10 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2cd.simulate import cirrus, clouds, gain, haze, noise, shadow, shift, sun_angle
+from s2cd.simulate import brdf, cirrus, clouds, gain, haze, noise, shadow, shift, sun_angle
 from s2cd.simulate.__main__ import main
 from s2cd.simulate.acquisition import sun_position
+from s2cd.simulate.atmosphere import _kernels
 from s2cd.simulate.spectra import WAVELENGTHS
 from s2cd.simulate.texture import fractal, hash01
 
@@ -27,6 +28,7 @@ EVERY = {
     "clouds": lambda x: clouds(x, WAVELENGTHS, *np.full((2, *x.shape[1:]), 0.5, np.float32)),
     "shadow": lambda x: shadow(x, WAVELENGTHS, np.full(x.shape[1:], 0.5, np.float32)),
     "sun_angle": lambda x: sun_angle(x, *np.full((2, *x.shape[1:]), 0.1, np.float32), 40.0, 160.0),
+    "brdf": lambda x: brdf(x, WAVELENGTHS, np.full(x.shape[1:], 8.0, np.float32), 40.0, 120.0),
     "gain": lambda x: gain(x, np.linspace(0.9, 1.1, 7)),
     "shift": lambda x: shift(x, 0.3, -0.2),
     "noise": lambda x: noise(x, np.random.default_rng(1)),
@@ -61,6 +63,18 @@ def test_flat_ground_is_not_shaded_and_slopes_to_the_sun_are_brighter():
     assert (sun_angle(x, flat - 0.2, flat, 35, 180) > x).all()
     assert (sun_angle(x, flat + 0.2, flat, 35, 180) < x).all()
     assert (sun_angle(x, flat, flat - 0.2, 35, 90) > x).all()
+
+
+def test_ground_is_brighter_seen_from_the_side_of_the_sun():
+    x, zenith = image(), np.zeros((17, 19), np.float32)
+    np.testing.assert_array_equal(brdf(x, WAVELENGTHS, zenith, 35, 0), x)
+    back, forward = (brdf(x, WAVELENGTHS, zenith + 10, 35, azimuth) / x for azimuth in (0, 180))
+    assert ((back > 1) & (back < 1.15)).all()
+    assert ((forward > 0.85) & (forward < 1)).all()
+    volume, shade = _kernels(0.0, np.zeros(()), 0.0)  # with the sun overhead the kernels are nought by definition
+    assert (float(volume), float(shade)) == pytest.approx((0, 0), abs=1e-12)
+    one, other = _kernels(0.5, np.array(0.3), 1.0), _kernels(0.3, np.array(0.5), 1.0)
+    np.testing.assert_allclose(one, other)  # the light's way may be turned round
 
 
 @given(st.integers(-1, 1), st.integers(-1, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import rasterio
 from click.testing import CliRunner
 from rasterio.transform import Affine
 from safetensors.torch import load_file
-from scipy.special import logit
+from scipy.special import expit, logit
 
 from s2cd.errors import CatalogError, ConfigError, ModelError
 from s2cd.model import BANDS, load_model
@@ -173,9 +174,17 @@ def test_the_command_line_fits_and_scores(catalogue, tmp_path):
     assert result.exit_code == 0, result.output
     assert "| **pooled** |" in result.output
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
-    result = runner.invoke(main, ["score", *data])
-    assert result.exit_code == 2
-    assert "--model" in result.output
+    for arguments in ([], ["--disturbed"]):
+        result = runner.invoke(main, ["score", *data, *arguments])
+        assert result.exit_code == 2
+        assert "--model" in result.output
+    for what in (["--model", "generic"], ["--baseline", "cva"]):
+        result = runner.invoke(main, ["score", *data, *what, "--disturbed"])
+        assert result.exit_code == 0, result.output
+        assert re.search(r"^\| none \| 0\.00000 \| 0\.0000% \| 0\.000 \| \d\.\d{3} \|$", result.output, re.M), (
+            result.output
+        )
+        assert re.search(r"^\| brdf \| 0\.\d{5} \|", result.output, re.M)
 
 
 def test_the_network_compared_with_is_trained_by_the_same_command_and_not_shipped(catalogue, tmp_path):
@@ -222,7 +231,12 @@ def test_runs_of_one_start_are_averaged_and_others_form_a_committee(catalogue, t
     card = publish("mine", [*tuned, fresh], [], load_cities(catalogue), tmp_path / "shipped")
     assert card["architecture"].startswith("mean of 2")
     assert [run["start"] for run in card["training"]] == ["generic", "generic", None]
-    weights = load_file(tmp_path / "shipped" / "mine.safetensors")
+    assert card["scores"]["protocol"].startswith("in sample: scored and calibrated on the places that it was trained")
+    mine = tmp_path / "shipped" / "mine.safetensors"
+    calibrated = (expected - card["calibration"]["threshold_logit"]) / card["calibration"]["temperature"]
+    probability = load_model(str(mine), "cpu").predict(city.before.reflectance, city.after.reflectance)
+    np.testing.assert_allclose(probability, expit(calibrated), atol=0.01)
+    weights = load_file(mine)
     assert cost(network_of(weights))["parameters"] == card["cost"]["parameters"] == 2 * 117_428
     siam = train(catalogue, tmp_path / "siam", Plan(**small), labels=True, size=64, kind="fc-siam-diff")
     with pytest.raises(ConfigError, match="siam: found a fc-siam-diff, expected single networks 's2cd'"):

@@ -76,7 +76,10 @@ def open_dataset(provider: str, href: str) -> Iterator[rasterio.DatasetReader]:
                 del _files[id(dataset)]
     except Exception as error:
         HEADS.forget(href)
-        raise opener.file.failure or error from error
+        failure = opener.file.failure
+        if failure is None or failure is error:  # an error that is its own cause cannot be pickled
+            raise
+        raise failure from error
     if opener.file.failure is not None:
         raise opener.file.failure
 

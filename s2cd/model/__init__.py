@@ -2,6 +2,6 @@
 
 from s2cd.model.device import EncodedDate
 from s2cd.model.ref import ModelRef
-from s2cd.model.registry import BANDS, Model, list_models, load_model, model_card
+from s2cd.model.registry import BANDS, Model, list_models, load_model
 
-__all__ = ["BANDS", "EncodedDate", "Model", "ModelRef", "list_models", "load_model", "model_card"]
+__all__ = ["BANDS", "EncodedDate", "Model", "ModelRef", "list_models", "load_model"]

@@ -81,8 +81,9 @@ def load_exported(path: Path, device: torch.device) -> ExportedModel:
 
     Raises ModelError if one of them is missing or damaged, or the program does not do what the description says.
     """
-    if path.suffix not in (".pt2", ".onnx"):
-        raise ModelError(f"{path.name}: found a file of type {path.suffix or 'none'}, expected .pt2 or .onnx")
+    if path.suffix not in {".pt2", ".onnx"}:
+        kind = path.suffix or "none"
+        raise ModelError(f"{path.name}: found a file of type {kind}, expected .pt2, .onnx or .safetensors")
     card = read_json(path.with_suffix(".json"))
     bands, scale, stride, halo, logits = _described(card, path)
     try:

@@ -225,7 +225,7 @@ def list_models() -> list[str]:
 
 
 def load_model(name: str = "generic", device: str = "auto") -> Model:
-    """Return the model called `name`, or the exported one at the path `name`.
+    """Return the model called `name`, or the exported or trained one at the path `name`.
 
     It is loaded once per process and device, and again when its files have changed.
 
@@ -257,25 +257,29 @@ def plain_name(name: str | os.PathLike[str]) -> str:
     return os.fspath(name)
 
 
-def model_card(name: str) -> dict[str, Any]:
-    """Return the card of a shipped model. Raises ModelError if it is missing or damaged."""
-    return read_json(WEIGHTS / f"{name}.json")
-
-
 def _load(name: str, device: torch.device) -> Model:
     if name in list_models():
-        data = (WEIGHTS / f"{name}.safetensors").read_bytes()
-        kind = CudaEngine if device.type == "cuda" else Engine
-        engine = kind(_network(name, data).to(device), device, stride=STRIDE // 2, halo=HALO // 2)
-        return Model(name, hashlib.sha256(data).hexdigest(), engine, model_card(name))
-    if Path(name).is_file():
+        return _trained(name, WEIGHTS / f"{name}.safetensors", device)
+    path = Path(name)
+    if path.suffix == ".safetensors" and path.is_file():
+        return _trained(name, path, device)
+    if path.is_file():
         from s2cd.model.exported import load_exported
 
-        return load_exported(Path(name), device)
+        return load_exported(path, device)
     known = ", ".join(list_models())
     raise ModelError(
-        f"unknown model {name!r}, expected one of {known}, or the path of an exported model (.pt2 or .onnx)"
+        f"unknown model {name!r}, expected one of {known}, or the path of an exported model (.pt2 or .onnx) "
+        "or of one that was trained here (.safetensors)"
     )
+
+
+def _trained(name: str, path: Path, device: torch.device) -> Model:
+    """Return the network of this package's own kind whose weights and card `python -m s2cd.training card` wrote."""
+    data = path.read_bytes()
+    kind = CudaEngine if device.type == "cuda" else Engine
+    engine = kind(_network(name, data).to(device), device, stride=STRIDE // 2, halo=HALO // 2)
+    return Model(name, hashlib.sha256(data).hexdigest(), engine, read_json(path.with_suffix(".json")))
 
 
 def _network(name: str, data: bytes) -> ChangeNet | Committee:

@@ -1,11 +1,13 @@
 """What comes between the ground and the file: light, air, clouds, optics, noise.
 
 Every function takes surface reflectance (band, y, x) float32 and returns a new array of the same shape and
-dtype; NaN stays NaN (`shift` spreads it as far as its kernel reaches). They serve as nuisances in training as
-well: none of them is a change.
+dtype; NaN stays NaN (`shift` spreads it as far as its kernel reaches). None of them is a change: they are what
+`s2cd.training.robustness` disturbs images with.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,8 +67,47 @@ def sun_angle(
     return reflectance * factor.astype(np.float32)
 
 
+# Weights of the isotropic, volumetric and geometric kernel by wavelength in nm, a global mean of MODIS (Roy et al.,
+# Remote Sensing of Environment 176, 2016).
+_BRDF_AT = (482, 561, 655, 865, 1610, 2200)
+_BRDF = (
+    (0.0774, 0.1306, 0.1690, 0.3093, 0.3430, 0.2658),
+    (0.0372, 0.0580, 0.0574, 0.1535, 0.1154, 0.0639),
+    (0.0079, 0.0178, 0.0227, 0.0330, 0.0453, 0.0387),
+)
+
+
+def brdf(
+    reflectance: Array, wavelengths: npt.ArrayLike, view_zenith: Array, sun_zenith: float, relative_azimuth: float
+) -> Array:
+    """Look at ground seen from the zenith from `view_zenith` (y, x) instead; across Sentinel-2's swath up to 10.5.
+
+    Angles in degrees; at a relative azimuth of 0 the sun stands behind the viewer. The ratio of reflectances is that
+    of the kernels Ross-Thick and Li-Sparse-Reciprocal (Lucht et al., IEEE TGRS 38, 2000).
+    """
+    sun, azimuth = np.radians(sun_zenith), np.radians(relative_azimuth)
+    seen = _kernels(sun, np.radians(np.asarray(view_zenith, np.float64)), azimuth)
+    above = _kernels(sun, np.zeros(()), azimuth)
+    weights = [np.interp(np.asarray(wavelengths, np.float64), _BRDF_AT, row)[:, None, None] for row in _BRDF]
+    oblique, straight = (weights[0] + weights[1] * volume + weights[2] * shade for volume, shade in (seen, above))
+    return reflectance * (oblique / straight).astype(np.float32)
+
+
+def _kernels(sun: float, view: npt.NDArray[np.float64], azimuth: float) -> tuple[Any, Any]:
+    """Volumetric and geometric kernel; angles in radians."""
+    across = np.tan(sun) * np.tan(view)
+    phase = np.cos(sun) * np.cos(view) + np.sin(sun) * np.sin(view) * np.cos(azimuth)
+    angle = np.arccos(np.clip(phase, -1, 1))
+    volume = ((np.pi / 2 - angle) * phase + np.sin(angle)) / (np.cos(sun) + np.cos(view)) - np.pi / 4
+    secants = 1 / np.cos(sun) + 1 / np.cos(view)
+    distance = np.tan(sun) ** 2 + np.tan(view) ** 2 - 2 * across * np.cos(azimuth)
+    t = np.arccos(np.clip(2 * np.sqrt(distance + (across * np.sin(azimuth)) ** 2) / secants, -1, 1))
+    overlap = (t - np.sin(t) * np.cos(t)) * secants / np.pi
+    return volume, overlap - secants + 0.5 * (1 + phase) / (np.cos(sun) * np.cos(view))
+
+
 def gain(reflectance: Array, factors: npt.ArrayLike) -> Array:
-    """Multiply each band by its factor (calibration, bidirectional reflectance)."""
+    """Multiply each band by its factor (calibration)."""
     return reflectance * np.asarray(factors, np.float32)[:, None, None]
 
 

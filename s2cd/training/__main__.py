@@ -16,6 +16,7 @@ from s2cd.training.baselines import BASELINES
 from s2cd.training.cards import publish
 from s2cd.training.data import City, load_cities
 from s2cd.training.fitting import Plan
+from s2cd.training.robustness import of_baseline, of_model, table
 from s2cd.training.runs import NETWORKS, Run, cross_validate, fold_cities, train
 from s2cd.training.scoring import Report, baseline, predictor, score
 
@@ -88,15 +89,26 @@ def fit(
 )
 @click.option("--pictures", type=click.Path(path_type=Path), help="Folder for a picture of each city.")
 @click.option(
+    "--disturbed",
+    is_flag=True,
+    help="Instead: what --model or --baseline sees in every third place when one date is disturbed.",
+)
+@click.option(
     "--share", type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="A last row: the pooled scores where this share of the pixels has changed.",
 )  # fmt: skip
 def score_command(
     data: Path, model: str | None, method: str | None, runs: tuple[Path, ...], pictures: Path | None,
-    share: float | None,
+    disturbed: bool, share: float | None,
 ) -> None:  # fmt: skip
     """Print precision, recall, F1, AP and ECE per city and pooled."""
     cities = load_cities(data)
+    if disturbed:
+        if not model and not method:
+            raise click.UsageError("--disturbed takes --model or --baseline")
+        predict = of_model(load_model(model)) if model else of_baseline(str(method))
+        click.echo(f"\n{', '.join(c.name for c in cities[::3])}\n\n{table(predict, cities[::3])}")
+        return
     for title, report in _reports(cities, model, method, runs, pictures).items():
         click.echo(f"\n{title}\n\n{report.table(share)}")
 

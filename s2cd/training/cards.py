@@ -16,7 +16,7 @@ from s2cd.model import Model
 from s2cd.model.network import Committee, cost
 from s2cd.training.data import City
 from s2cd.training.fcsiam import FCSiamDiff
-from s2cd.training.robustness import f1_under, false_change
+from s2cd.training.robustness import f1_under, false_change, of_model
 from s2cd.training.runs import NETWORKS, Run, as_model, combined, cross_validate
 from s2cd.training.scoring import Report, predictor, score
 
@@ -42,8 +42,9 @@ SUMMARY = {
 def publish(name: str, runs: list[Run], folds: list[Run], cities: list[City], folder: Path) -> dict[str, Any]:
     """Write the network of `runs` (see `combined`) and its card to `folder` and return the card.
 
-    With `folds`, scores are those of cross-validation, and the calibration that it gives goes into the weights;
-    without, `runs` have seen no labels and are calibrated without them. Disturbances are tried on every third city.
+    With `folds`, scores are those of cross-validation, and the calibration that it gives goes into the weights.
+    Without, runs that have seen no labels are calibrated without them, and others on the places that they were trained
+    on, whose scores flatter. Disturbances are tried on every third city.
 
     Raises ModelError for runs of a network that is only there for comparison.
     """
@@ -58,6 +59,11 @@ def publish(name: str, runs: list[Run], folds: list[Run], cities: list[City], fo
             "scored on it (the network they start from saw its pixels, without labels); threshold and temperature "
             "from the cities of the other folds"
         )
+    elif any(run.labels for run in runs):
+        raw = score(predictor(as_model(net, name)), cities)
+        threshold, temperature = raw.pooled.calibration()
+        report = score(predictor(as_model(net, name, threshold, temperature)), cities)
+        protocol = "in sample: scored and calibrated on the places that it was trained on, so the scores flatter"
     else:
         threshold, temperature = unlabelled_calibration(as_model(net, name), cities)
         raw = report = score(predictor(as_model(net, name, threshold, temperature)), cities)
@@ -78,9 +84,11 @@ def publish(name: str, runs: list[Run], folds: list[Run], cities: list[City], fo
         "disturbed": [city.name for city in cities[::3]],
         "unchanged_pairs_disturbed": {
             kind: {"mean_probability": round(mean, 5), "share_above_half": round(share, 6), "largest": round(top, 4)}
-            for kind, (mean, share, top) in false_change(model, cities[::3]).items()
+            for kind, (mean, share, top) in false_change(of_model(model), cities[::3]).items()
         },
-        "f1_with_later_date_disturbed_in_sample": {k: round(v, 4) for k, v in f1_under(model, cities[::3]).items()},
+        "f1_with_later_date_disturbed_in_sample": {
+            k: round(v, 4) for k, v in f1_under(of_model(model), cities[::3]).items()
+        },
     }
     folder.mkdir(parents=True, exist_ok=True)
     weights = net.folded(temperature, -threshold / temperature).state_dict()

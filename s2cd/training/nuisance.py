@@ -1,8 +1,9 @@
 """What differs between two dates without being a change, on normalised crops.
 
-The physics (path radiance, transmittance, cirrus, shaded slopes, point spread, noise) is that of
-`s2cd.simulate.atmosphere`, which works on reflectance. What is homogeneous over a scene cancels in the
-normalisation up to the error of the statistics; `Nuisances.disturb` leaves that error, and what varies within a scene.
+`s2cd.simulate.atmosphere` has the physics (path radiance, transmittance, cirrus, shaded slopes, BRDF, point spread,
+noise), on the reflectance of whole scenes; `s2cd.training.robustness` measures networks with it. Crops are normalised
+before they are disturbed, since what is homogeneous over a scene cancels there but for the error of the statistics:
+`Nuisances.disturb` draws that error, and what varies within a scene.
 """
 
 from __future__ import annotations

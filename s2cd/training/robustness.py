@@ -13,8 +13,9 @@ import numpy.typing as npt
 from s2cd.catalog.bands import band_info
 from s2cd.model import BANDS, Model
 from s2cd.model.normalise import Array
-from s2cd.simulate import cirrus, gain, haze, noise, shift, sun_angle
+from s2cd.simulate import brdf, cirrus, gain, haze, noise, shift, sun_angle
 from s2cd.simulate.texture import fractal
+from s2cd.training.baselines import BASELINES
 from s2cd.training.data import City, Image
 from s2cd.training.metrics import Histogram
 
@@ -38,6 +39,12 @@ def _sun(image: Array, rng: Rng) -> Array:
     return np.asarray(image * low / np.maximum(sunny, 1e-4) * ratio, np.float32)
 
 
+def _brdf(image: Array, rng: Rng) -> Array:
+    """Look from the far end of the swath, the zenith angle falling across the image by more than it does in a tile."""
+    view = np.linspace(10.5, 4.0, image.shape[2], dtype=np.float32) * np.ones((image.shape[1], 1), np.float32)
+    return brdf(image, WAVELENGTHS, view, 35.0, rng.choice([30.0, 150.0]))
+
+
 def _gain(image: Array, rng: Rng) -> Array:
     return gain(image, rng.choice([0.8, 1.2]) * np.ones(len(image)))
 
@@ -52,11 +59,12 @@ NUISANCES: Mapping[str, Callable[[Array, Rng], Array]] = {
     "haze": lambda image, rng: haze(image, WAVELENGTHS, 0.4),
     "cirrus": _cirrus,
     "sun": _sun,
+    "brdf": _brdf,
     "gain": _gain,
     "shift": _shift,
     "noise": lambda image, rng: noise(image, rng, 0.002),
     "all": lambda image, rng: noise(
-        _shift(_gain(_sun(_cirrus(haze(image, WAVELENGTHS, 0.3), rng), rng), rng), rng), rng
+        _shift(_gain(_brdf(_sun(_cirrus(haze(image, WAVELENGTHS, 0.3), rng), rng), rng), rng), rng), rng
     ),
 }
 
@@ -69,30 +77,66 @@ def disturbed(image: Image, kind: str, seed: int) -> Array:
     return result
 
 
-def false_change(model: Model, cities: list[City]) -> dict[str, tuple[float, float, float]]:
+Predict = Callable[[City, Array, Array], Array]
+"""A map (y, x) of two dates (band, y, x) of reflectance of a city."""
+
+
+def of_model(model: Model) -> Predict:
+    """Return what maps with a model."""
+    return lambda _, before, after: model.predict(before, after)
+
+
+def of_baseline(name: str) -> Predict:
+    """Return what maps with a classical method, 0.5 where the most changed 2.5 % of the city's real pair begin."""
+
+    def magnitude(before: Image, after: Image) -> Array:
+        return np.asarray(BASELINES[name](*(np.nan_to_num(d.normalised.clip(-6, 6)) for d in (before, after))))
+
+    def predict(city: City, before: Array, after: Array) -> Array:
+        usual = np.quantile(magnitude(city.before, city.after), 0.975)
+        found = magnitude(*(Image.of(city.name, "", date) for date in (before, after)))
+        return np.asarray(found / (found + usual), np.float32)
+
+    return predict
+
+
+def false_change(predict: Predict, cities: list[City]) -> dict[str, tuple[float, float, float]]:
     """Return for each nuisance, over the first dates of `cities` against themselves disturbed: the mean probability,
     the share of pixels above 0.5, and the largest probability."""
     found = {}
     for kind in NUISANCES:
         maps = [
-            model.predict(c.before.reflectance, disturbed(c.before, kind, seed)).ravel()
-            for seed, c in enumerate(cities)
+            predict(c, c.before.reflectance, disturbed(c.before, kind, seed)).ravel() for seed, c in enumerate(cities)
         ]
         values: npt.NDArray[np.float32] = np.concatenate(maps)
         found[kind] = (float(values.mean()), float((values > 0.5).mean()), float(values.max()))
     return found
 
 
-def f1_under(model: Model, cities: list[City]) -> dict[str, float]:
+def f1_under(predict: Predict, cities: list[City]) -> dict[str, float]:
     """Return the pooled F1 at 0.5 on labelled pairs whose later date is disturbed, for each nuisance."""
     found = {}
     for kind in NUISANCES:
         counts = np.sum(
             [
-                Histogram.of(model.predict(c.before.reflectance, disturbed(c.after, kind, seed)), c.label).counts
+                Histogram.of(predict(c, c.before.reflectance, disturbed(c.after, kind, seed)), c.label).counts
                 for seed, c in enumerate(cities)
             ],
             axis=0,
         )
         found[kind] = Histogram(counts).scores().f1
     return found
+
+
+def table(predict: Predict, cities: list[City]) -> str:
+    """Return both as a Markdown table."""
+    unchanged, labelled = false_change(predict, cities), f1_under(predict, cities)
+    rows = [
+        f"| {kind} | {mean:.5f} | {share:.4%} | {top:.3f} | {labelled[kind]:.3f} |"
+        for kind, (mean, share, top) in unchanged.items()
+    ]
+    return "\n".join([HEADER, *rows])
+
+
+HEADER = """| disturbance of the later date | mean probability | above 0.5 | largest | F1, labelled pairs |
+|---|---|---|---|---|"""
