@@ -212,6 +212,19 @@ def test_show_prints_what_would_run():
     assert "dask worker <scheduler address> --nworkers 1" in show_profile("local")
     assert "dask cuda worker" in show_profile("cuda")
     assert "tcp://10.0.0.5:8786" in show_profile({"kind": "existing", "address": "tcp://10.0.0.5:8786"})
+    by_file = show_profile({"kind": "existing", "scheduler_file": "my scheduler.json"})
+    assert "dask worker --scheduler-file 'my scheduler.json' --nworkers 1" in by_file
+
+
+def test_what_show_exports_means_what_the_profile_says(tmp_path):
+    value = f"Authorization: Bearer x; touch {tmp_path}/done"
+    shown = show_profile({"kind": "local", "environment": {"GDAL_HTTP_HEADERS": value}})
+    exports = "\n".join(line for line in shown.splitlines() if line.startswith("export "))
+    result = subprocess.run(
+        ["bash", "-c", f'{exports}\necho "$GDAL_HTTP_HEADERS"'], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == value + "\n"
+    assert not (tmp_path / "done").exists()
 
 
 def test_show_prints_the_job_scripts(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -68,9 +69,15 @@ _where = _make_where()
 
 @pytest.fixture(scope="module")
 def client(slurm):
+    """Jobs with a blank in every path that goes into their script."""
+    python = Path("my python")
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    options = {"python": str(python.absolute()), "scratch_folder": "$PWD/my scratch", "log_folder": "my logs"}
+    options |= {"gpus": 1, "walltime": "10 minutes", "jobs": {"maximum": 2}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-for-the-test")
-        with cluster(WORKER | {"gpus": 1, "walltime": "10 minutes", "jobs": {"maximum": 2}}) as client:
+        with cluster(WORKER | options) as client:
             yield client
 
 
@@ -86,6 +93,8 @@ def test_a_worker_sees_its_own_gpu_and_the_environment_on_purpose(client):
 
     devices = dict(client.gather(client.map(look, range(12), pure=False)))
     assert len(devices) == 2
+    assert len(list(Path("my logs").glob("s2cd-worker-*.log"))) == 2
+    assert list(Path("my scratch").iterdir())
     assert sorted(devices.values()) == ["0", "1"]
     seen = client.submit(probe, key="probe").result()
     assert seen["environment"] == worker_environment(1)
@@ -100,7 +109,7 @@ def test_credentials_reach_the_workers_by_environment_only(client):
         )
         assert "MALLOC_ARENA_MAX" in script.stdout
         assert "a-secret" not in script.stdout
-    assert not [log for log in Path("s2cd-logs").iterdir() if "a-secret" in log.read_text()]
+    assert not [log for log in Path("my logs").iterdir() if "a-secret" in log.read_text()]
 
 
 def test_a_cancelled_job_is_replaced_and_its_work_done(client):

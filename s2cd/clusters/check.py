@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shlex
 import socket
 import sys
 from collections.abc import Mapping
@@ -48,14 +49,16 @@ def show_profile(profile: str | Path | Profile | dict[str, Any]) -> str:
         command += f" --device-memory-limit {settings.device_memory}"
     else:
         threads = local_resources(LocalProfile())[0]
-        address = settings.address or settings.scheduler_file or "$DASK_SCHEDULER_ADDRESS"
+        address = shlex.quote(settings.address) if settings.address else "$DASK_SCHEDULER_ADDRESS"
+        if settings.scheduler_file:
+            address = f"--scheduler-file {shlex.quote(settings.scheduler_file)}"
         command = f"# connects to {address}; start its workers like this:\n"
         command += _worker_command(1, threads, "auto", address)
         if settings.tls is not None:
-            tls = settings.tls
-            command += f" --tls-ca-file {tls.ca_file} --tls-cert {tls.cert} --tls-key {tls.key}"
+            files = {"ca-file": settings.tls.ca_file, "cert": settings.tls.cert, "key": settings.tls.key}
+            command += "".join(f" --tls-{option} {shlex.quote(str(file))}" for option, file in files.items())
     variables = worker_environment(threads) | settings.environment
-    exports = "\n".join(f"export {key}={value}" for key, value in variables.items())
+    exports = "\n".join(f"export {key}={shlex.quote(value)}" for key, value in variables.items())
     return f"{exports}\n{command}\n"
 
 

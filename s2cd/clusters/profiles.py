@@ -121,6 +121,7 @@ class PbsProfile(_BatchProfile):
     """Workers as PBS jobs, by dask-jobqueue."""
 
     kind: Literal["pbs"] = "pbs"
+    log_folder: Annotated[str, Field(pattern=r"^\S+$")] = "s2cd-logs"  # PBS takes no blanks in it
 
 
 class Tls(BaseModel):

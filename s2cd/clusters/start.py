@@ -237,14 +237,15 @@ def job_options(profile: SlurmProfile | PbsProfile) -> dict[str, Any]:
         "account": profile.account,
         "job_name": "s2cd-worker",
         "interface": profile.interface,
-        "local_directory": profile.scratch_folder,
+        # dask-jobqueue puts both into a line of the shell; variables such as $SLURM_TMPDIR are to be expanded there
+        "local_directory": f'"{profile.scratch_folder}"' if profile.scratch_folder else None,
         "job_script_prologue": [*profile.prologue, *exports],
         "worker_extra_args": [
             *("--lifetime", f"{int(profile.walltime * _LIFETIME)}s"),
             *("--lifetime-stagger", f"{int(profile.walltime * _STAGGER)}s"),
         ],
         "death_timeout": 60,
-        "python": profile.python or sys.executable,
+        "python": shlex.quote(profile.python or sys.executable),
     }
     if isinstance(profile, SlurmProfile):
         return options | _slurm_options(profile)
@@ -252,7 +253,7 @@ def job_options(profile: SlurmProfile | PbsProfile) -> dict[str, Any]:
 
 
 def _slurm_options(profile: SlurmProfile) -> dict[str, Any]:
-    directives = [f"-o {profile.log_folder}/%x-%j.log"]
+    directives = [f'-o "{profile.log_folder}/%x-%j.log"']
     if profile.gpus:
         kind = f"{profile.gpu_type}:" if profile.gpu_type else ""
         directives.append(f"--gres=gpu:{kind}{profile.gpus}")
