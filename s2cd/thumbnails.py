@@ -26,6 +26,6 @@ def thumbnail(scene: Scene, max_pixels: int = 512) -> np.ndarray | None:
     planes = read_overviews([band_source(scene, band) for band in RGB], grid, factor)
     for band, pixels in zip(RGB, planes, strict=True):
         asset = scene.assets[band]
-        reflectance = np.where(pixels == asset.nodata, 0, pixels * asset.scale + asset.offset)
-        channels.append(np.clip(reflectance / BRIGHTEST, 0, 1) ** (1 / GAMMA) * 255)
+        shown = np.clip((pixels * asset.scale + asset.offset) / BRIGHTEST, 0, 1) ** (1 / GAMMA) * 255
+        channels.append(np.where(pixels == asset.nodata, 0, np.maximum(shown, 1)))
     return np.stack(channels, axis=-1).astype(np.uint8)

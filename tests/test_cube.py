@@ -12,6 +12,7 @@ import rasterio
 from s2cd.catalog.scene import Grid
 from s2cd.cube import cube_grid, open_cube
 from s2cd.errors import ConfigError, GridError, NoScenesError, ReadError
+from s2cd.thumbnails import thumbnail
 
 
 @pytest.mark.parametrize("shape", [(17, 19), (200, 232), (101, 64)])
@@ -114,3 +115,16 @@ def test_a_cube_without_pixels_or_chunks_is_refused(make_series):
         cube_grid(open_cube(scenes)[:, :, 10:10])
     with pytest.raises(ConfigError, match="chunk: found 0, expected a number of pixels of at least 1"):
         open_cube(scenes, chunk=0)
+
+
+def test_a_thumbnail_shows_dark_water_as_observed(make_series):
+    (scene,) = make_series(shape=(64, 64), dates=1)
+    for band in ("red", "green", "blue"):
+        with rasterio.open(scene.assets[band].href, "r+") as dataset:
+            data = np.full(dataset.shape, 980, np.uint16)  # reflectance below 0 after the offset of -0.1
+            data[:32] = 0
+            dataset.write(data, 1)
+    assets = {name: replace(asset, offset=-0.1) for name, asset in scene.assets.items()}
+    picture = thumbnail(replace(scene, assets=assets))
+    assert (picture[32:] > 0).all()
+    assert (picture[:32] == 0).all()

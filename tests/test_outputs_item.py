@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,7 @@ def test_footprint_across_the_antimeridian_is_cut_in_two(epsg):
         assert -180 <= east < -170
         for ring in (part[0] for part in geometry["coordinates"]):
             assert np.ptp([x for x, _ in ring]) < 10
+            assert sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in pairwise(ring)) > 0  # anticlockwise
     else:
         pytest.fail(f"bbox from {west} to {east} does not cross")
 

@@ -57,6 +57,14 @@ def test_other_light_noise_and_clouds_do_not_matter() -> None:
     assert phase_shift(image, after) == pytest.approx(found, abs=0.02)
 
 
+def test_clouds_that_hide_half_of_the_pair_do_not_hold_the_shift_back() -> None:
+    rng = np.random.default_rng(3)
+    image, cover = scenery((400, 416)), ndimage.gaussian_filter(rng.normal(size=(400, 416)), 8)
+    moved, valid = move(image, 0.5, -0.5), cover < np.quantile(cover, 0.5)
+    found = phase_shift(np.where(valid, image, 9000), np.where(valid, moved, 9000), valid)
+    assert (found.dy, found.dx) == pytest.approx((0.5, -0.5), abs=0.04)
+
+
 def test_the_same_image_is_not_displaced() -> None:
     image = scenery((100, 100))
     assert phase_shift(image, image) == pytest.approx((0, 0, 1), abs=1e-3)

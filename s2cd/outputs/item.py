@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -126,6 +126,8 @@ def footprint(grid: Grid) -> tuple[dict[str, Any], list[float]]:
     outline = {"type": "Polygon", "coordinates": [[*ring, ring[0]]]}
     geometry = transform_geom(f"EPSG:{grid.epsg}", "EPSG:4326", outline, antimeridian_cutting=True, precision=7)
     parts = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
+    for part in parts:  # GDAL turns round what it cuts; RFC 7946 wants the outside anticlockwise
+        part[0] = part[0] if _area(part[0]) > 0 else part[0][::-1]
     boxes = [(np.min(part[0], axis=0), np.max(part[0], axis=0)) for part in parts]
     west, east = min(low[0] for low, _ in boxes), max(high[0] for _, high in boxes)
     if len(parts) > 1:
@@ -135,6 +137,11 @@ def footprint(grid: Grid) -> tuple[dict[str, Any], list[float]]:
     return {"type": geometry["type"], "coordinates": _listed(geometry["coordinates"])}, [
         float(v) for v in (west, south, east, north)
     ]
+
+
+def _area(ring: Sequence[Sequence[float]]) -> float:
+    """Area of a closed ring, below 0 if it runs clockwise."""
+    return 0.5 * sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in pairwise(ring))
 
 
 def _properties(pair: Pair, grid: Grid, info: MapInfo) -> dict[str, Any]:
