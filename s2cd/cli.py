@@ -94,7 +94,10 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--cog-profile", type=click.Choice(["default", "zstd", "lerc", "uint8"]), default="default"),
             click.option("--quicklook/--no-quicklook", default=True, help="A PNG beside each map."),
             click.option("--validity", is_flag=True, help="A layer that tells why a pixel has no value."),
-            click.option("--strict", is_flag=True, help="Warnings about offsets, baselines, shifts are errors."),
+            click.option(
+                "--strict", is_flag=True,
+                help="Any warning (offsets, baselines, orbits, shifts, items left out) ends a run; plan shows it.",
+            ),
             click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
         ]
     ):  # fmt: skip
@@ -321,7 +324,10 @@ def cluster_show(profile: str) -> None:
 @click.option("--out", metavar="DIR|URL", help="An output folder that workers must be able to write to.")
 @click.option("--source", metavar="PATH|URL", help="An asset that workers must be able to read.")
 def cluster_check(profile: str, out: str | None, source: str | None) -> None:
-    """Start one worker of PROFILE and report what it sees. Exit code 0 only if all is well."""
+    """Start one worker of PROFILE (cuda: one a GPU; existing: none) and report what one sees.
+
+    Exit code 0 only if all is well.
+    """
     from s2cd.clusters import check_profile
 
     checks = check_profile(profile, out=out, source=source)

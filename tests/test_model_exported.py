@@ -183,7 +183,7 @@ def test_an_onnx_network_that_does_not_fit_is_named(program, tmp_path, monkeypat
     with pytest.raises(ModelError, match=r"takes \['x'\] and returns \['y'\], expected two dates and one image"):
         load_model(str(path), device="cpu")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ModelError, match=r'needs onnxruntime, which is not installed: pip install "s2cd\[onnx\]"'):
+    with pytest.raises(ModelError, match=r"needs onnxruntime, which is not installed: pip install -e '\.\[onnx\]'"):
         load_model(str(path), device="cpu")
 
 

@@ -213,7 +213,8 @@ def _import_dask_cuda() -> Any:
         from dask_cuda import LocalCUDACluster
     except ImportError as error:
         raise ClusterError(
-            f"profile of kind cuda: dask-cuda cannot be imported ({error}); pip install 's2cd[cuda]'"
+            f"profile of kind cuda: dask-cuda cannot be imported ({error});"
+            " pip install -e '.[cuda]' in the checkout of s2cd"
         ) from None
     return LocalCUDACluster
 
@@ -279,7 +280,8 @@ def batch_cluster_class(profile: SlurmProfile | PbsProfile) -> Any:
         import dask_jobqueue
     except ImportError as error:
         raise ClusterError(
-            f"profile of kind {profile.kind}: dask-jobqueue cannot be imported ({error}); pip install 's2cd[hpc]'"
+            f"profile of kind {profile.kind}: dask-jobqueue cannot be imported ({error});"
+            " pip install -e '.[hpc]' in the checkout of s2cd"
         ) from None
     return dask_jobqueue.SLURMCluster if isinstance(profile, SlurmProfile) else dask_jobqueue.PBSCluster
 

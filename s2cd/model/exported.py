@@ -2,7 +2,7 @@
 
 `name.pt2` is what `torch.export.save` writes for a module that takes two dates, float32 (1, band, y, x) on the 10 m
 grid with y and x any multiples of `stride` (dynamic shapes), and returns float32 (1, 1, y, x). `name.onnx` is the same
-as an ONNX network in one file, run by onnxruntime (`pip install "s2cd[onnx]"`). `name.json` says
+as an ONNX network in one file, run by onnxruntime (the extra `onnx`). `name.json` says
 
     {"bands": ["blue", "red"], "scale": 1.0, "stride": 16, "halo": 64, "output": "logits"}
 
@@ -111,7 +111,9 @@ def _onnx(path: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor
     try:
         import onnxruntime
     except ImportError:
-        raise ModelError(f'{path.name} needs onnxruntime, which is not installed: pip install "s2cd[onnx]"') from None
+        raise ModelError(
+            f"{path.name} needs onnxruntime, which is not installed: pip install -e '.[onnx]' in the checkout of s2cd"
+        ) from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     wanted = ["CUDAExecutionProvider"] * (device.type == "cuda") + ["CPUExecutionProvider"]
