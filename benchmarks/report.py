@@ -294,17 +294,19 @@ COLOURS = {"survey": "#bbbbbb", "decode": "#4477aa", "mask": "#66ccee", "network
 
 
 def draw(parts: Parts, path: Path) -> None:
-    """Draw time by stage, the timeline of one run, the peers, and memory against dates and tiles."""
+    """Draw time by stage, the timeline of one run, the peers, and time and memory against dates, tiles and workers."""
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 6.2), layout="constrained")
+    figure, axes = plt.subplots(3, 2, figsize=(11, 9.3), layout="constrained")
     _draw_timeline(axes[0, 0], parts)
     _draw_stages(axes[0, 1], parts)
     _draw_peers(axes[1, 0], parts)
-    _draw_memory(axes[1, 1], parts)
+    _draw_scaling(axes[1, 1], parts)
+    _draw_growth(axes[2, 0], parts, "seconds a map", lambda row: row["wall_s"] / row["maps"])
+    _draw_growth(axes[2, 1], parts, "peak memory of the whole cluster, GB", lambda row: row["peak_gb"])
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -331,20 +333,30 @@ def _draw_stages(axes: Any, parts: Parts) -> None:
 
 
 def _draw_peers(axes: Any, parts: Parts) -> None:
-    axes.set_title("seconds a map")
     figures = parts.get("compare", {}).get("seconds_per_map", {})
+    _draw_bars(axes, "seconds a map, with the peers", figures)
+
+
+def _draw_scaling(axes: Any, parts: Parts) -> None:
+    figures = {name: s for name, s in parts.get("scaling", {}).items() if name != "size"}
+    _draw_bars(axes, "seconds of a run by workers", figures)
+
+
+def _draw_bars(axes: Any, title: str, figures: dict[str, float]) -> None:
+    axes.set_title(title)
     bars = axes.barh(list(figures)[::-1], list(figures.values())[::-1], color="#4477aa")
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.margins(x=0.12)
 
 
-def _draw_memory(axes: Any, parts: Parts) -> None:
-    axes.set_title("peak memory of the whole cluster, GB")
-    for axis, marker in (("dates", "o-"), ("tiles", "s--")):
-        rows = parts.get(axis, {}).get("rows", [])
-        if rows:
-            axes.plot([r[axis] for r in rows], [r["peak_gb"] for r in rows], marker, label=f"against {axis}")
-            axes.legend(fontsize=8)
-    if not axes.lines:
+def _draw_growth(axes: Any, parts: Parts, title: str, value: Callable[[dict[str, float]], float]) -> None:
+    measured = {axis: parts[axis] for axis in ("dates", "tiles") if parts.get(axis, {}).get("rows")}
+    for (axis, part), marker in zip(measured.items(), ("o-", "s--"), strict=False):
+        rows = part["rows"]
+        axes.plot([row[axis] for row in rows], [value(row) for row in rows], marker, label=f"against {axis}")
+        axes.legend(fontsize=8, loc="lower right")
+        title = f"{title.partition(' (')[0]} ({part['size']} px)"
+    axes.set_title(title)
+    if not measured:
         axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
-    axes.set(xlabel="number", ylim=(0, 1.1 * max(1.0, axes.dataLim.y1) if axes.lines else None))
+    axes.set(xlabel="number", ylim=(0, 1.1 * axes.dataLim.y1) if measured else None)
