@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Literal
 
 from distributed import Client
 
 from s2cd import outputs
+from s2cd.catalog.duplicates import SAME_PASS
 from s2cd.catalog.filters import parse_interval
 from s2cd.catalog.scene import Scene
 from s2cd.config import RunConfig
@@ -28,6 +30,7 @@ from s2cd.plan import require_same_recipe, search_scenes, view_name
 from s2cd.runner import Progress, Report, run, view_path
 
 STATE = "watch.json"
+STAMP = "%Y-%m-%dT%H:%M:%SZ"
 LATE = timedelta(days=30)  # an acquisition that is published later than this after newer ones is not seen
 LOG = logging.getLogger(__name__)
 
@@ -72,8 +75,9 @@ def _look(config: RunConfig, client: Client | None, progress: Progress | None) -
     seen = _load(config.out)
     finished = outputs.finished(config.out)
     require_same_recipe(config, load_model(config.model, device="cpu"), finished)
+    mapped = _mapped(finished, config)
     try:
-        found = search_scenes(_since(config, seen, finished))
+        found = search_scenes(_since(config, seen, mapped))
     except NoScenesError:
         return Report(config.out)
     kept, _ = select_scenes(found, max_cloud=config.max_cloud)
@@ -82,7 +86,7 @@ def _look(config: RunConfig, client: Client | None, progress: Progress | None) -
     todo = {
         name: window
         for name, series in views.items()
-        if (window := _window(series, seen.get(name, {}), _times(finished, series, config)))
+        if (window := _window(series, seen.get(name, {}), mapped.get(name, set())))
     }
     report = Report(config.out)
     if any(len(window) > 1 for window in todo.values()):
@@ -116,28 +120,33 @@ def _window(series: list[Scene], seen: dict[str, str], mapped: set[str]) -> list
     return [scene for scene in series if first <= scene.time <= last]
 
 
-def _since(config: RunConfig, seen: Seen, finished: set[str]) -> RunConfig:
-    """Search only as far back as a new scene's partner or a late scene can lie."""
+def _since(config: RunConfig, seen: Seen, mapped: Mapping[str, set[str]]) -> RunConfig:
+    """Search as far back as a late scene can lie, and on to the mapped date before it in each field of view.
+
+    The pairs of a new scene end at mapped dates (see `_window`), so nothing earlier takes part.
+    """
     if not any(seen.values()):
         return config
-    mapped = {(tile_of(name), times_of(name)[1]) for name in finished}
     newest = max(stamp for scenes in seen.values() for stamp in scenes.values())
+    late = f"{datetime.fromisoformat(newest) - LATE:{STAMP}}"
     partners = [
-        max((stamp for stamp in scenes.values() if (view.split()[0], stamp) in mapped), default=min(scenes.values()))
+        max((stamp for stamp in mapped.get(view, ()) if stamp <= late), default=min(scenes.values()))
         for view, scenes in seen.items()
         if scenes
     ]
-    since = min(datetime.fromisoformat(min(partners)), datetime.fromisoformat(newest) - LATE)
+    since = datetime.fromisoformat(min(late, *partners)) - SAME_PASS  # halves of a datatake may be sensed before it
     start, end = parse_interval(config.datetime)
     since = max(since, start) if start else since
     return config.model_copy(update={"datetime": f"{since.isoformat()}/{end.isoformat() if end else '..'}"})
 
 
-def _times(finished: set[str], series: list[Scene], config: RunConfig) -> set[str]:
-    """Sensing times of this field of view's finished maps."""
-    scene = series[0]
-    orbit = "_R" if config.orbit == "any" else f"_R{scene.orbit or 0:03d}_"
-    return {t for name in finished if tile_of(name) == scene.tile and orbit in name for t in times_of(name)}
+def _mapped(finished: Iterable[str], config: RunConfig) -> dict[str, set[str]]:
+    """Return the sensing times of the finished maps, both of each, by field of view."""
+    mapped: dict[str, set[str]] = defaultdict(set)
+    for name in finished:
+        orbit = "any orbit" if config.orbit == "any" else name.rsplit("_", 3)[1]
+        mapped[f"{tile_of(name)} {orbit}"].update(times_of(name))
+    return mapped
 
 
 def _load(out: str) -> Seen:
@@ -148,7 +157,7 @@ def _load(out: str) -> Seen:
 
 def _stamp(scene: Scene) -> str:
     """Sensing time as the names of maps give it: RFC 3339, to the second."""
-    return f"{scene.time:%Y-%m-%dT%H:%M:%SZ}"
+    return f"{scene.time:{STAMP}}"
 
 
 def _pairs_on_record(out: str, view: str) -> list[str]:

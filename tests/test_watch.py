@@ -85,6 +85,18 @@ def test_a_late_acquisition_is_paired_with_its_neighbours_in_time(make_series, c
     assert look(config, scenes, client) == {"written": [pair(1, 2), pair(2, 3)]}
 
 
+def test_a_late_acquisition_gets_both_pairs_however_old_the_date_before_it(make_series, config, client):
+    """The date before lies further back than a late acquisition itself may."""
+    scenes = make_series(shape=(101, 133), dates=3)
+    scenes = [
+        replace(s, time=s.time + days) for s, days in zip(scenes, (timedelta(0), *[timedelta(40)] * 2), strict=True)
+    ]
+    look(config, [scenes[0], scenes[2]], client)
+    assert len(look(config, scenes, client)["written"]) == 2
+    run(config, client)
+    assert run_status(config.out) == [{"field_of_view": "31UDS R051", "pairs": 2, "finished": 2}]
+
+
 def test_a_date_whose_map_failed_is_tried_again(make_series, config, client):
     scenes = make_series(shape=(101, 133), dates=3)
     href = scenes[2].assets["red"].href
