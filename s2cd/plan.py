@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from s2cd import catalog, outputs
@@ -43,8 +44,25 @@ class Plan:
         return [scene for view in self.fields for scene in view.scenes]
 
     def map_of(self, pair: Pair) -> str | None:
-        """Return the name of the pair's finished map, None if there is none."""
-        return next((name for name in names_alike(pair.name) if name in self.finished), None)
+        """Return the name of the pair's finished map, None if there is none that shows every piece of its dates.
+
+        Raises OutputError if the item of the map of a split date cannot be understood.
+        """
+        return next((n for n in names_alike(pair.name) if n in self.finished and self._is_whole(n, pair)), None)
+
+    def maps_of_pieces(self, pair: Pair) -> set[str]:
+        """Return all finished maps of the pair, also those named after another piece of a split date."""
+        before, after = ((scene, *scene.parts) for scene in (pair.before, pair.after))
+        names = (Pair(*pieces).name for pieces in product(before, after))
+        return {alike for name in names for alike in names_alike(name) if alike in self.finished}
+
+    def _is_whole(self, name: str, pair: Pair) -> bool:
+        """Whether a map was made of as many pieces as its pair has now: half a date may be published before the rest.
+
+        Their number tells, since reprocessing changes ids and keeps maps.
+        """
+        pieces = 2 + len(pair.before.parts) + len(pair.after.parts)
+        return pieces == 2 or outputs.count_inputs(self.config.out, name) >= pieces
 
 
 def make_plan(config: RunConfig, scenes: Iterable[Scene] | None = None) -> Plan:

@@ -235,6 +235,8 @@ class _Submission:
         maps = [self.plan.map_of(pair) for pair in pairs]
         todo = [pair for pair, name in zip(pairs, maps, strict=True) if name is None]
         self.report.maps += [MapRecord(name, "kept") for name in maps if name is not None]
+        for pair, name in zip(pairs, maps, strict=True):
+            self._remove_outdated(pair, name)
         self.total += len(todo)
         context = self.context
         grid = common_grid(view.scenes[:1], context.model.bands)
@@ -320,9 +322,23 @@ class _Submission:
         self.places[pair.name] = figures.pop("place")
         record = MapRecord(pair.name, "written", **figures)
         self.report.maps.append(record)
+        self._remove_outdated(pair, pair.name)
         if record.shift and math.hypot(*record.shift) > LARGEST_SHIFT:
             message = f"{pair.name}: the images are displaced by {math.hypot(*record.shift):.2f} pixels, expected 0"
             warnings.warn(message, ShiftWarning, stacklevel=2)
+
+    def _remove_outdated(self, pair: Pair, name: str | None) -> None:
+        """Once a pair has its map, remove what was made of it under other names when one of its dates lacked a piece.
+
+        A date bears the time of its largest piece, which may have been published last.
+        """
+        if name is None or not (pair.before.parts or pair.after.parts):
+            return
+        out = self.context.config.out
+        others = self.plan.maps_of_pieces(pair) - {name}
+        if others and outputs.is_done(out, name):
+            for other in others:
+                outputs.remove_map(out, other)
 
     def _failed(self, pair: Pair, error: str) -> None:
         self.report.maps.append(MapRecord(pair.name, "failed", error=error))

@@ -10,7 +10,8 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Literal
 
@@ -35,7 +36,7 @@ LATE = timedelta(days=30)  # an acquisition that is published later than this af
 LOG = logging.getLogger(__name__)
 
 Seen = dict[str, dict[str, str]]
-"""By field of view: id and sensing time (RFC 3339) of every scene that was dealt with."""
+"""By field of view: ids of the pieces and sensing time (RFC 3339) of every scene that was dealt with."""
 
 
 def watch(
@@ -75,7 +76,8 @@ def _look(config: RunConfig, client: Client | None, progress: Progress | None) -
     seen = _load(config.out)
     finished = outputs.finished(config.out)
     require_same_recipe(config, load_model(config.model, device="cpu"), finished)
-    mapped = _mapped(finished, config)
+    maps = _by_view(finished, config)
+    mapped = {name: {t for pair in pairs for t in times_of(pair)} for name, pairs in maps.items()}
     try:
         found = search_scenes(_since(config, seen, mapped))
     except NoScenesError:
@@ -90,14 +92,12 @@ def _look(config: RunConfig, client: Client | None, progress: Progress | None) -
     }
     report = Report(config.out)
     if any(len(window) > 1 for window in todo.values()):
-        before = {name: _pairs_on_record(config.out, name) for name in todo}
         scenes = [scene for window in todo.values() for scene in window]
-        report = run(config, client, scenes=scenes, progress=progress)
-        for name, pairs in before.items():
-            _record_pairs(config.out, name, pairs)
+        with _record_kept(config.out, {name: maps.get(name, []) for name in todo}):
+            report = run(config, client, scenes=scenes, progress=progress)
     failed = {(tile_of(r.name), t) for r in report.maps if r.status == "failed" for t in times_of(r.name)}
     for name, series in views.items():
-        done = {s.id: _stamp(s) for s in series if (s.tile, _stamp(s)) not in failed}
+        done = {_key(s): _stamp(s) for s in series if (s.tile, _stamp(s)) not in failed}
         seen[name] = seen.get(name, {}) | done
     if todo:
         open_store(config.out).put(STATE, json.dumps({"seen": seen}, indent=1).encode())
@@ -110,7 +110,7 @@ def _window(series: list[Scene], seen: dict[str, str], mapped: set[str]) -> list
     Pairs join consecutive valid dates. A date that has a map is known to be valid, so no pair of a new scene
     reaches beyond the nearest such dates before and after it.
     """
-    new = [scene for scene in series if scene.id not in seen]
+    new = [scene for scene in series if _key(scene) not in seen]
     if not new:
         return []
     before = [s.time for s in series if s.time < new[0].time and _stamp(s) in mapped]
@@ -140,13 +140,13 @@ def _since(config: RunConfig, seen: Seen, mapped: Mapping[str, set[str]]) -> Run
     return config.model_copy(update={"datetime": f"{since.isoformat()}/{end.isoformat() if end else '..'}"})
 
 
-def _mapped(finished: Iterable[str], config: RunConfig) -> dict[str, set[str]]:
-    """Return the sensing times of the finished maps, both of each, by field of view."""
-    mapped: dict[str, set[str]] = defaultdict(set)
+def _by_view(finished: Iterable[str], config: RunConfig) -> dict[str, list[str]]:
+    """Return the names of the finished maps by field of view."""
+    maps: dict[str, list[str]] = defaultdict(list)
     for name in finished:
         orbit = "any orbit" if config.orbit == "any" else name.rsplit("_", 3)[1]
-        mapped[f"{tile_of(name)} {orbit}"].update(times_of(name))
-    return mapped
+        maps[f"{tile_of(name)} {orbit}"].append(name)
+    return maps
 
 
 def _load(out: str) -> Seen:
@@ -155,17 +155,32 @@ def _load(out: str) -> Seen:
     return json.loads(store.get(STATE))["seen"] if store.exists(STATE) else {}
 
 
+def _key(scene: Scene) -> str:
+    """The ids of a scene's pieces: the second half of a split datatake that is published later makes it new."""
+    return " ".join(sorted(piece.id for piece in (scene, *scene.parts)))
+
+
 def _stamp(scene: Scene) -> str:
     """Sensing time as the names of maps give it: RFC 3339, to the second."""
     return f"{scene.time:{STAMP}}"
 
 
+@contextmanager
+def _record_kept(out: str, maps: Mapping[str, Collection[str]]) -> Iterator[None]:
+    """Put the pairs of earlier looks back, however the block ends: a run of some dates keeps only the pairs of these.
+
+    maps  the finished maps of each field of view, which are on record again even if a look was killed
+    """
+    earlier = {view: {*names, *_pairs_on_record(out, view)} for view, names in maps.items()}
+    try:
+        yield
+    finally:
+        replaced = {name for names in maps.values() for name in names} - outputs.finished(out)
+        for view, pairs in earlier.items():
+            record = sorted({*(pairs - replaced), *_pairs_on_record(out, view)}, key=times_of)
+            open_store(out).put(view_path(view), json.dumps({"name": view, "pairs": record}).encode())
+
+
 def _pairs_on_record(out: str, view: str) -> list[str]:
     store = open_store(out)
     return json.loads(store.get(view_path(view)))["pairs"] if store.exists(view_path(view)) else []
-
-
-def _record_pairs(out: str, view: str, earlier: list[str]) -> None:
-    """Put the pairs of earlier looks back: a run of some dates keeps only the pairs of these."""
-    pairs = sorted({*earlier, *_pairs_on_record(out, view)}, key=times_of)
-    open_store(out).put(view_path(view), json.dumps({"name": view, "pairs": pairs}).encode())

@@ -355,6 +355,24 @@ def test_a_reprocessed_date_is_compared_in_the_baseline_of_the_other(client, tmp
     assert "the other date has no 05.00" in first["properties"]["s2cd:notes"][0]
 
 
+def test_a_map_of_half_a_date_is_not_the_map_of_the_whole_date(config, client, tmp_path):
+    scenes = sorted(
+        s2cd.search(str(simulate(tmp_path / "in", size=128, dates=3, orbits=(51,), clouds=False, split=True))),
+        key=lambda s: (s.time, s.id),
+    )
+    half = [scenes[0], *scenes[2:]]  # the largest piece, whose time the date bears, is missing
+    with warnings.catch_warnings(action="ignore", category=S2cdWarning):
+        old = {record.name for record in run(config, client, scenes=half).maps}
+        plan = make_plan(config, scenes)
+        assert describe_plan(plan).rows[0]["finished"] == 0
+        report = run(config, client, scenes=scenes)
+    assert (len(old), report.count("written")) == (2, 2)
+    assert {p.stem for p in (tmp_path / "out").rglob("S2CD_*.tif")} == {r.name for r in report.maps}
+    assert not old & {r.name for r in report.maps}
+    assert len(list((tmp_path / "out").rglob("S2CD_*.*"))) == 6
+    assert validate(config.out) == []
+
+
 def test_plan_says_what_is_compared_before_anything_is_read(make_series, config, tmp_path):
     scenes = make_series(dates=4)
     freeze([*scenes[:3], replace(scenes[3], cloud_cover=90.0)], tmp_path / "s.parquet")

@@ -18,6 +18,7 @@ from test_api import load
 import s2cd
 from s2cd.catalog import freeze, scene_to_item
 from s2cd.errors import CatalogError, ConfigError, OutputError
+from s2cd.outputs import validate
 from s2cd.runner import run, run_status
 from s2cd.simulate import simulate
 from s2cd.watch import watch
@@ -97,6 +98,50 @@ def test_a_late_acquisition_gets_both_pairs_however_old_the_date_before_it(make_
     assert run_status(config.out) == [{"field_of_view": "31UDS R051", "pairs": 2, "finished": 2}]
 
 
+@pytest.fixture(scope="module")
+def split_series(tmp_path_factory):
+    """Four dates, the second in two halves; the first half is the larger one, whose time the date bears."""
+    folder = tmp_path_factory.mktemp("split")
+    catalog = simulate(folder, size=128, dates=4, orbits=(51,), clouds=False, split=True)
+    before, first, second, *after = sorted(s2cd.search(str(catalog)), key=lambda s: (s.time, s.id))
+    assert second.time - first.time < timedelta(minutes=1)
+    return [before], first, second, after
+
+
+def inputs(config):
+    """How many products each map was made of, in order of time."""
+    items = [json.loads(path.read_text()) for path in sorted(Path(config.out).rglob("S2CD_*.json"))]
+    return [sum(link["rel"] == "derived_from" for link in item["links"]) for item in items]
+
+
+@pytest.mark.parametrize("main_first", [True, False])
+def test_a_half_that_is_published_later_makes_the_maps_anew(split_series, config, client, tmp_path, main_first):
+    before, *halves, after = split_series
+    others = [*before, *after[:1]]
+    assert len(look(config, [*others, halves[not main_first]], client)["written"]) == 2
+    assert inputs(config) == [2, 2]
+    assert len(look(config, [*others, *halves], client)["written"]) == 2
+    assert inputs(config) == [3, 3]
+    assert validate(config.out) == []
+    assert run_status(config.out) == [{"field_of_view": "31UDS R051", "pairs": 2, "finished": 2}]
+    whole = config.model_copy(update={"out": str(tmp_path / "whole")})
+    run(whole, client)
+    watched = {p.name: p.read_bytes() for p in (tmp_path / "out").rglob("*.tif")}
+    assert watched == {p.name: p.read_bytes() for p in (tmp_path / "whole").rglob("*.tif")}
+    assert look(config, [*others, *halves], client) == {}
+    assert run(config, client).count("kept") == 2
+
+
+def test_a_search_that_is_cut_at_a_split_date_finds_both_halves(split_series, config, client):
+    """The smaller half was sensed before the time that the date bears, and that the search goes back to."""
+    before, first, second, (late, last) = split_series
+    first = replace(first, time=second.time + timedelta(seconds=14))
+    late, last = (replace(s, time=first.time + timedelta(days=d)) for s, d in ((late, 60), (last, 80)))
+    assert len(look(config, [*before, first, second, last], client)["written"]) == 2
+    assert len(look(config, [*before, first, second, late, last], client)["written"]) == 2
+    assert inputs(config) == [3, 3, 3, 2]
+
+
 def test_a_date_whose_map_failed_is_tried_again(make_series, config, client):
     scenes = make_series(shape=(101, 133), dates=3)
     href = scenes[2].assets["red"].href
@@ -106,6 +151,23 @@ def test_a_date_whose_map_failed_is_tried_again(make_series, config, client):
     os.rename(href + ".hidden", href)
     assert look(config, scenes, client)["written"] == [pair(1, 2)]
     assert look(config, scenes, client) == {}
+
+
+def test_an_interrupted_look_keeps_the_record_of_earlier_ones(make_series, config, client):
+    def interrupt(phase, _done, _total):
+        if phase == "maps":
+            raise KeyboardInterrupt
+
+    scenes = make_series(shape=(101, 133), dates=5)
+    look(config, scenes[:4], client)
+    freeze(scenes, config.catalog)
+    with pytest.raises(KeyboardInterrupt):
+        next(watch(config, once=True, client=client, progress=interrupt))
+    assert run_status(config.out)[0]["pairs"] == 4
+    # a look that is killed has recorded its own pairs only
+    (Path(config.out) / "views/31UDS_R051.json").write_text(json.dumps({"name": "31UDS R051", "pairs": []}))
+    look(config, scenes, client)
+    assert run_status(config.out) == [{"field_of_view": "31UDS R051", "pairs": 4, "finished": 4}]
 
 
 def test_maps_that_were_finished_before_the_state_was_saved_are_kept(make_series, config, client):

@@ -15,8 +15,8 @@ import numpy as np
 from s2cd.catalog.frozen import freeze
 from s2cd.catalog.scene import Scene
 from s2cd.outputs.item import STAC_VERSION
-from s2cd.outputs.layout import COLLECTION_ID, ROOT, TILE_CATALOG, is_map_name, path_of, tile_of, times_of
-from s2cd.outputs.store import Store, local_folder, open_store, place_of
+from s2cd.outputs.layout import COLLECTION_ID, ROOT, TILE_CATALOG, VALIDITY, is_map_name, path_of, tile_of, times_of
+from s2cd.outputs.store import Store, local_folder, open_store, place_of, understood
 
 CONFIG_FILE = "run.yaml"
 SCENES_FILE = "scenes.parquet"
@@ -35,6 +35,21 @@ def finished(out: str) -> set[str]:
     if folder is not None and not folder.exists():
         return set()  # asking must not make the folder
     return _finished(open_store(out))
+
+
+def count_inputs(out: str, name: str) -> int:
+    """Return of how many items a finished map was made: two, or more if a date was split. Raises OutputError."""
+    path = path_of(name, ".json")
+    with understood(out, path, "the item of a map"):
+        links = json.loads(open_store(out).get(path))["links"]
+        return sum(link["rel"] == "derived_from" for link in links)
+
+
+def remove_map(out: str, name: str) -> None:
+    """Remove a map with all its files, its item first. Raises OutputError if that fails."""
+    store = open_store(out)
+    for extension in (".json", ".tif", ".png", VALIDITY):
+        store.delete(path_of(name, extension))
 
 
 def write_catalog(out: str) -> set[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from s2cd.errors import OutputError
 from s2cd.outputs.cog import PROFILES
 from s2cd.outputs.layout import path_of
-from s2cd.outputs.store import open_store
+from s2cd.outputs.store import open_store, understood
 
 Recipe = dict[str, Any]
 
@@ -53,12 +53,10 @@ def require_recipe(out: str, names: Collection[str], expected: Recipe) -> None:
 
 def _stated(out: str, path: str) -> Recipe:
     """Return what the item of a map says of how it was made; None where it says nothing."""
-    try:
+    with understood(out, path, "the item of a map"):
         item = json.loads(open_store(out).get(path))
         properties, assets = item["properties"], item["assets"]
         stored = assets["change"]["raster:bands"][0]["data_type"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise OutputError(f"{out}: {path}: {type(error).__name__} {error}, expected the item of a map") from None
     profile = properties.get("s2cd:cog_profile")
     return {
         **_by_option(properties.get("s2cd:model"), properties.get("s2cd:model_hash"), properties.get("s2cd:mask", {})),

@@ -138,6 +138,15 @@ def place_of(out: str) -> str:
 
 
 @contextmanager
+def understood(out: str, name: str, expected: str) -> Iterator[None]:
+    """Raise OutputError that names the folder and the object if what the block takes from its JSON is not there."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise OutputError(f"{out}: {name}: {type(error).__name__} {error}, expected {expected}") from None
+
+
+@contextmanager
 def _output_errors(what: str, failure: str) -> Iterator[None]:
     try:
         yield
