@@ -37,7 +37,8 @@ from s2cd.maps import LARGEST_SHIFT, write_pair
 from s2cd.masks import Mask
 from s2cd.model import Model, ModelRef, load_model
 from s2cd.model.ref import absolute_name
-from s2cd.outputs.store import open_store, require_there
+from s2cd.outputs.layout import is_map_name
+from s2cd.outputs.store import open_store, require_there, understood
 from s2cd.pairs import LeftOut, Pair
 from s2cd.plan import FieldOfView, Plan, make_plan, mask_of, pairs_of, require_model_bands, require_same_recipe
 from s2cd.radiometry import check_offsets
@@ -159,7 +160,7 @@ def _located(config: RunConfig) -> RunConfig:
 def run_status(out: str) -> list[dict[str, Any]]:
     """Return a row for each field of view of the run that writes to `out`: its pairs, and how many are finished.
 
-    Raises OutputError if there is no run.
+    Raises OutputError if there is no run, or its record is damaged.
     """
     require_there(out)
     store = open_store(out)
@@ -169,9 +170,9 @@ def run_status(out: str) -> list[dict[str, Any]]:
     finished = outputs.finished(out)
     rows = []
     for name in sorted(views):
-        view = json.loads(store.get(name))
-        done = sum(pair in finished for pair in view["pairs"])
-        rows.append({"field_of_view": view["name"], "pairs": len(view["pairs"]), "finished": done})
+        view, pairs = read_view(out, name)
+        done = sum(pair in finished for pair in pairs)
+        rows.append({"field_of_view": view, "pairs": len(pairs), "finished": done})
     return rows
 
 
@@ -452,6 +453,16 @@ def _reads(pair: Pair, href: str) -> bool:
 
 def _message(error: BaseException | None) -> str:
     return str(error) if isinstance(error, S2cdError) else f"{type(error).__name__}: {error}"
+
+
+def read_view(out: str, path: str) -> tuple[str, list[str]]:
+    """Return a field of view's name and its pairs, as the output folder keeps them. Raises OutputError."""
+    with understood(out, path, "the pairs of a field of view"):
+        view = json.loads(open_store(out).get(path))
+        name, pairs = view["name"], list(view["pairs"])
+        if strange := [pair for pair in pairs if not is_map_name(pair)]:
+            raise ValueError(f"{strange[0]!r} names no map")
+        return name, pairs
 
 
 def view_path(name: str) -> str:

@@ -18,19 +18,21 @@ from typing import Literal
 from distributed import Client
 
 from s2cd import outputs
+from s2cd.addresses import public_href
 from s2cd.catalog.duplicates import SAME_PASS
 from s2cd.catalog.filters import parse_interval
 from s2cd.catalog.scene import Scene
 from s2cd.config import RunConfig
-from s2cd.errors import CatalogError, ConfigError, NoScenesError
+from s2cd.errors import CatalogError, ConfigError, NoScenesError, OutputError
 from s2cd.model import load_model
 from s2cd.outputs.layout import tile_of, times_of
-from s2cd.outputs.store import open_store
+from s2cd.outputs.store import open_store, understood
 from s2cd.pairs import fields_of_view, select_scenes
 from s2cd.plan import require_same_recipe, search_scenes, view_name
-from s2cd.runner import Progress, Report, run, view_path
+from s2cd.runner import Progress, Report, read_view, run, view_path
 
 STATE = "watch.json"
+SEARCH = ("catalog", "bbox", "datetime", "tiles", "collection", "orbit", "max_cloud", "min_valid", "max_gap_days")
 STAMP = "%Y-%m-%dT%H:%M:%SZ"
 LATE = timedelta(days=30)  # an acquisition that is published later than this after newer ones is not seen
 LOG = logging.getLogger(__name__)
@@ -73,7 +75,8 @@ def watch(
 
 def _look(config: RunConfig, client: Client | None, progress: Progress | None) -> Report:
     """Search, run what is new, and remember it."""
-    seen = _load(config.out)
+    looks = _load(config.out)
+    seen = looks.setdefault(_options(config), {})
     finished = outputs.finished(config.out)
     require_same_recipe(config, load_model(config.model, device="cpu"), finished)
     maps = _by_view(finished, config)
@@ -100,7 +103,7 @@ def _look(config: RunConfig, client: Client | None, progress: Progress | None) -
         done = {_key(s): _stamp(s) for s in series if (s.tile, _stamp(s)) not in failed}
         seen[name] = seen.get(name, {}) | done
     if todo:
-        open_store(config.out).put(STATE, json.dumps({"seen": seen}, indent=1).encode())
+        open_store(config.out).put(STATE, json.dumps({"looks": looks}, indent=1).encode())
     return report
 
 
@@ -149,10 +152,29 @@ def _by_view(finished: Iterable[str], config: RunConfig) -> dict[str, list[str]]
     return maps
 
 
-def _load(out: str) -> Seen:
+def _options(config: RunConfig) -> str:
+    """What decides which dates are compared: what was seen with other options says nothing of these."""
+    options = config.model_dump(mode="json") | {"catalog": public_href(config.catalog)}
+    return ", ".join(f"{name} {options[name]}" for name in SEARCH)
+
+
+def _load(out: str) -> dict[str, Seen]:
+    """Return what earlier looks have seen, by their options; nothing where a person or a full disk damaged it."""
     outputs.check_writable(out)
     store = open_store(out)
-    return json.loads(store.get(STATE))["seen"] if store.exists(STATE) else {}
+    if not store.exists(STATE):
+        return {}
+    text = store.get(STATE)
+    try:
+        with understood(out, STATE, "what a watch has seen"):
+            looks = json.loads(text).get("looks", {})  # earlier versions did not state their options
+            for scenes in (scenes for seen in looks.values() for scenes in seen.values()):
+                for stamp in scenes.values():
+                    datetime.strptime(stamp, STAMP)
+            return looks
+    except OutputError as error:
+        LOG.warning("%s; starting from the maps", error)
+        return {}
 
 
 def _key(scene: Scene) -> str:
@@ -182,5 +204,4 @@ def _record_kept(out: str, maps: Mapping[str, Collection[str]]) -> Iterator[None
 
 
 def _pairs_on_record(out: str, view: str) -> list[str]:
-    store = open_store(out)
-    return json.loads(store.get(view_path(view)))["pairs"] if store.exists(view_path(view)) else []
+    return read_view(out, view_path(view))[1] if open_store(out).exists(view_path(view)) else []

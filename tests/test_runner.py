@@ -24,7 +24,8 @@ from fault_server import FaultServer
 import s2cd
 from s2cd.catalog import access, freeze
 from s2cd.errors import ConfigError, NoScenesError, OutputError, S2cdError, S2cdWarning, ShiftWarning
-from s2cd.outputs import validate
+from s2cd.outputs import validate, write_catalog
+from s2cd.outputs.page import write_page
 from s2cd.plan import describe_plan, make_plan
 from s2cd.runner import places, run, run_status, units_at_a_time
 from s2cd.simulate import simulate
@@ -449,6 +450,26 @@ def test_a_relative_folder_is_the_clients_wherever_workers_run(make_series, conf
     assert not list((tmp_path / "elsewhere").rglob("*"))
     assert validate(str(tmp_path / "maps")) == validate(str(tmp_path / "steps")) == []
     assert s2cd.RunConfig.load("maps/run.yaml").out == str(tmp_path / "maps")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"properties": {}, "bbox": 1}', "\xff"])
+def test_a_damaged_item_is_named_by_what_reads_it(make_series, config, client, tmp_path, text):
+    run(config, client, scenes=make_series(dates=2))
+    (path,) = (tmp_path / "out").rglob("S2CD_*.json")
+    path.write_text(text, "latin-1")
+    for read in (write_page, write_catalog):
+        with pytest.raises(OutputError, match=rf"^{tmp_path}/out: 31UDS/{path.name}: .*, expected the item of a map$"):
+            read(config.out)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"name": "31UDS R051"}', '{"name": "31UDS R051", "pairs": ["x"]}', "\xff"])
+def test_a_damaged_record_of_pairs_is_named(make_series, config, client, tmp_path, text):
+    run(config, client, scenes=make_series(dates=2))
+    (tmp_path / "out/views/31UDS_R051.json").write_text(text, "latin-1")
+    with pytest.raises(
+        OutputError, match=rf"^{tmp_path}/out: views/31UDS_R051.json: .*, expected the pairs of a field"
+    ):
+        run_status(config.out)
 
 
 def test_one_date_only(make_series, config, client):

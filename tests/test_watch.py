@@ -196,6 +196,39 @@ def test_a_watch_with_other_options_than_the_folder_ends_at_its_first_look(make_
         look(config.model_copy(update={"mask_dilation": 0.0}), scenes, client)
 
 
+def test_another_area_in_the_same_folder_gets_its_history(make_series, config, client):
+    scenes = make_series(shape=(101, 133), dates=3)
+    others = [replace(s, id=f"{s.id}-b", tile="31UES", time=s.time - timedelta(days=100)) for s in scenes]
+    here, there = (config.model_copy(update={"tiles": (tile,)}) for tile in ("31UDS", "31UES"))
+    assert len(look(here, scenes + others, client)["written"]) == 2
+    assert len(look(there, scenes + others, client)["written"]) == 2
+    # each goes on where it stopped
+    assert [look(area, scenes + others, client) for area in (here, there)] == [{}, {}]
+
+
+@pytest.mark.parametrize("narrow", [{"datetime": "2023-06-01/.."}, {"max_gap_days": 9.0}], ids=lambda o: next(iter(o)))
+def test_wider_options_in_the_same_folder_get_what_they_lack(make_series, config, client, narrow):
+    scenes = make_series(shape=(101, 133), dates=4)
+    scenes[2:] = [replace(s, time=s.time + timedelta(days=60)) for s in scenes[2:]]
+    finished = len(look(config.model_copy(update=narrow), scenes, client)["written"])
+    wide = look(config, scenes, client)
+    assert (len(wide["kept"]), len(wide["written"])) == (finished, 3 - finished)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"looks": {"cat', '{"looks": null}', '{"looks": {"x": {"31UDS R051": {"x": "yesterday"}}}}', "\xff"],
+)
+def test_a_damaged_state_is_told_and_the_watch_goes_on_from_the_maps(make_series, config, client, caplog, text):
+    scenes = make_series(shape=(101, 133), dates=2)
+    look(config, scenes, client)
+    (Path(config.out) / "watch.json").write_text(text, "latin-1")
+    assert look(config, scenes, client) == {"kept": [pair(0, 1)]}
+    (message,) = caplog.messages
+    assert message.startswith(f"{config.out}: watch.json: ")
+    assert look(config, scenes, client) == {}
+
+
 def test_cloudy_dates_start_nothing(make_series, config):
     scenes = make_series(shape=(101, 133), dates=2)
     cloudy = [scenes[0], replace(scenes[1], cloud_cover=99.0)]

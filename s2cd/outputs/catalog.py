@@ -55,7 +55,8 @@ def remove_map(out: str, name: str) -> None:
 def write_catalog(out: str) -> set[str]:
     """Make the folder a valid static STAC catalogue of the maps that are finished; return their names.
 
-    One collection, a catalogue a tile, links relative. Only the client calls it: it rewrites whole files.
+    One collection, a catalogue a tile, links relative. Only the client calls it: it rewrites whole files. Raises
+    OutputError, also for the item of a map that is none.
     """
     store = open_store(out)
     done = _finished(store)
@@ -65,7 +66,7 @@ def write_catalog(out: str) -> set[str]:
     boxes = []
     for tile, names in sorted(by_tile.items()):
         _put_json(store, f"{tile}/{TILE_CATALOG}", _tile_catalog(tile, names))
-        boxes.append(json.loads(store.get(path_of(names[0], ".json")))["bbox"])
+        boxes.append(_box(out, names[0]))
     times = [t for names in by_tile.values() for name in names for t in times_of(name)]
     _put_json(store, ROOT, _collection(sorted(by_tile), boxes, times))
     return done
@@ -120,6 +121,14 @@ def _finished(store: Store) -> set[str]:
         if f".{extension}" in found and is_map_name(name) and path == path_of(name, dot + extension):
             found[f".{extension}"].add(name)
     return found[".json"] & found[".tif"]
+
+
+def _box(out: str, name: str) -> list[float]:
+    """West, south, east, north of a map."""
+    path = path_of(name, ".json")
+    with understood(out, path, "the item of a map"):
+        west, south, east, north = (float(v) for v in json.loads(open_store(out).get(path))["bbox"])
+    return [west, south, east, north]
 
 
 def _put_json(store: Store, path: str, document: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from s2cd.errors import OutputError
 from s2cd.outputs.catalog import finished
 from s2cd.outputs.layout import path_of
-from s2cd.outputs.store import open_store, require_there
+from s2cd.outputs.store import Store, open_store, require_there, understood
 
 PAGE = "index.html"
 _HEAD = """<!doctype html>
@@ -26,22 +26,29 @@ figure { margin: 0 0 2.5rem } img { width: 100%; border: 1px solid #ccc } figcap
 def write_page(out: str) -> str:
     """Write `index.html` into an output folder and return its path or URL.
 
-    Raises OutputError if the folder holds no finished map or cannot be used.
+    Raises OutputError if the folder holds no finished map, one whose item is damaged, or cannot be used.
     """
     require_there(out)
     names = finished(out)
     if not names:
         raise OutputError(f"{out} holds no finished map: nothing to view")
     store = open_store(out)
-    items = [json.loads(store.get(path_of(name, ".json"))) for name in names]
-    items.sort(key=lambda item: (-(item["properties"]["s2cd:changed_fraction"] or 0), item["id"]))
-    body = "\n".join(_figure(item) for item in items)
-    store.put(PAGE, f"{_HEAD}<h1>{len(items)} change maps</h1>\n{body}\n</html>\n".encode())
+    figures = sorted(_ranked(store, name) for name in names)
+    body = "\n".join(figure for _, _, figure in figures)
+    store.put(PAGE, f"{_HEAD}<h1>{len(figures)} change maps</h1>\n{body}\n</html>\n".encode())
     return f"{out.rstrip('/')}/{PAGE}"
 
 
-def _figure(item: dict[str, Any]) -> str:
-    properties, name = item["properties"], item["id"]
+def _ranked(store: Store, name: str) -> tuple[float, str, str]:
+    """Return minus the changed share and the name, to sort by, and the figure of a map."""
+    path = path_of(name, ".json")
+    with understood(store.out, path, "the item of a map"):
+        item = json.loads(store.get(path))
+        return -float(item["properties"]["s2cd:changed_fraction"] or 0), name, _figure(name, item)
+
+
+def _figure(name: str, item: dict[str, Any]) -> str:
+    properties = item["properties"]
     folder = path_of(name, "").rpartition("/")[0]
     start, end = (properties[f"{side}_datetime"][:10] for side in ("start", "end"))
     changed, valid = properties["s2cd:changed_fraction"], properties["s2cd:valid_fraction"]
