@@ -63,6 +63,10 @@ class OutputError(S2cdError):
     """An output that cannot be written."""
 
 
+class BusyError(OutputError):
+    """An output folder that another watch works in."""
+
+
 class ClusterError(S2cdError):
     """A cluster profile that cannot be used, or a cluster that does not start."""
 

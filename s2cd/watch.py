@@ -23,7 +23,7 @@ from s2cd.catalog.duplicates import SAME_PASS
 from s2cd.catalog.filters import parse_interval
 from s2cd.catalog.scene import Scene
 from s2cd.config import RunConfig
-from s2cd.errors import CatalogError, ConfigError, NoScenesError, OutputError
+from s2cd.errors import BusyError, CatalogError, ConfigError, NoScenesError, OutputError
 from s2cd.model import load_model
 from s2cd.outputs.layout import tile_of, times_of
 from s2cd.outputs.store import open_store, understood
@@ -54,7 +54,8 @@ def watch(
     client  a Dask client to work on; without one, `config.cluster` is started for each look that finds something
 
     A look that finds nothing new yields an empty report. A catalogue that does not answer, or answers nonsense, ends
-    the watch at the first look, and is tried again at later ones. Raises S2cdError otherwise as `s2cd.run` does.
+    the watch at the first look, and is tried again at later ones. A look at a folder that another watch works in waits
+    for its next turn; with `once` it raises BusyError. Raises S2cdError otherwise as `s2cd.run` does.
     """
     if interval <= 0:
         raise ConfigError(f"interval: found {interval:g} s, expected more than 0")
@@ -63,17 +64,27 @@ def watch(
         started = time.monotonic()
         try:
             yield _look(config, client, progress)
+            first = False
+        except BusyError as error:
+            if once:
+                raise
+            LOG.warning("%s; trying again in %.0f s", error, interval)
         except CatalogError as error:
             if first or once:
                 raise
             LOG.warning("%s; trying again in %.0f s", error, interval)
         if once:
             return
-        first = False
         time.sleep(max(0.0, started + interval - time.monotonic()))
 
 
 def _look(config: RunConfig, client: Client | None, progress: Progress | None) -> Report:
+    outputs.check_writable(config.out)
+    with outputs.only_one(config.out):
+        return _map_what_is_new(config, client, progress)
+
+
+def _map_what_is_new(config: RunConfig, client: Client | None, progress: Progress | None) -> Report:
     """Search, run what is new, and remember it."""
     looks = _load(config.out)
     seen = looks.setdefault(_options(config), {})
@@ -160,7 +171,6 @@ def _options(config: RunConfig) -> str:
 
 def _load(out: str) -> dict[str, Seen]:
     """Return what earlier looks have seen, by their options; nothing where a person or a full disk damaged it."""
-    outputs.check_writable(out)
     store = open_store(out)
     if not store.exists(STATE):
         return {}

@@ -15,8 +15,9 @@ import pytest
 import requests
 from outputs_support import INFO, make_grid, make_pair, random_codes
 
-from s2cd.errors import OutputError
-from s2cd.outputs import check_writable, finished, is_done, validate, write_catalog, write_map
+from s2cd.errors import BusyError, OutputError
+from s2cd.outputs import check_writable, finished, is_done, lock, only_one, validate, write_catalog, write_map
+from s2cd.outputs.lock import LOCK
 from s2cd.outputs.store import STALE_SECONDS, Store
 
 GRID = make_grid((300, 301))
@@ -164,7 +165,7 @@ def test_a_killed_writer_leaves_only_whole_files(tmp_path, delay):
 def test_what_a_killed_writer_left_is_swept_away_later(tmp_path):
     pair = make_pair(GRID)
     write_map(random_codes(GRID.shape), pair, GRID, INFO, str(tmp_path))
-    old = ["collection.json#1", "31UDS/catalog.json#12", "views/31UDS_R051.json#1"]
+    old = ["collection.json#1", "watch.lock#2", "31UDS/catalog.json#12", "views/31UDS_R051.json#1"]
     old += [f"31UDS/{pair.name}{extension}#2" for extension in (".tif", ".json", ".png", "_validity.tif")]
     others = ["issue #12", "notes#1", "31UDS/plot.tif#1", f"{pair.name}.tif#1", f"33UVP/{pair.name}.tif#1"]
     others += ["project/issue #12", "project/maps/collection.json#1", f"project/31UDS/{pair.name}.tif#1"]
@@ -220,6 +221,34 @@ def test_a_bucket_holds_the_same_folder(bucket, tmp_path):
         assert validate(out) == []
     stored = bucket.client.list_objects_v2(Bucket="maps")["Contents"]
     assert sorted(o["Key"].removeprefix("europe/2023/") for o in stored) == files_below(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["bucket", "folder"])
+def test_only_one_watch_works_in_a_folder(bucket, tmp_path, place):
+    out = bucket.url if place == "bucket" else str(tmp_path)
+    for _ in range(2):
+        with only_one(out):
+            there = rf"^{out}: a watch works here \(\S+, process {os.getpid()}, since "
+            with pytest.raises(BusyError, match=there), only_one(out):
+                pass
+            assert Store(out).exists(LOCK)
+        assert not Store(out).exists(LOCK)
+
+
+def test_a_lock_is_renewed_while_its_owner_works_and_taken_over_after_it_was_killed(tmp_path, monkeypatch):
+    path = tmp_path / LOCK
+    path.write_text("host, process 1")
+    os.utime(path, (time.time() - STALE_SECONDS - 5,) * 2)
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 0.02)
+    with only_one(str(tmp_path)):
+        first = path.stat().st_mtime_ns
+        deadline = time.monotonic() + 10
+        while path.stat().st_mtime_ns == first and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert path.stat().st_mtime_ns > first
+        path.write_text("another, that took it over while this machine slept")
+        time.sleep(0.1)
+    assert path.read_text().startswith("another")
 
 
 def test_a_bucket_that_does_not_exist_is_named(bucket):

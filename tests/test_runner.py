@@ -431,8 +431,7 @@ def test_a_map_that_is_not_where_the_client_looks_is_reported_as_failed(make_ser
     report = run(config, client, scenes=make_series(dates=3), progress=lose)
     assert (report.ok, report.count("written"), report.count("failed")) == (False, 1, 1)
     (error,) = (record.error for record in report.maps if record.error)
-    place = f"{tmp_path}/out on {socket.gethostname()}"
-    assert f"written to {place}, not found in {place}" in error
+    assert f"written to {tmp_path}/out on {socket.gethostname()}, but it is there no more" in error
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
     assert sorted(record["status"] for record in saved["maps"]) == ["failed", "written"]
 

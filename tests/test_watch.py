@@ -17,8 +17,8 @@ from test_api import load
 
 import s2cd
 from s2cd.catalog import freeze, scene_to_item
-from s2cd.errors import CatalogError, ConfigError, OutputError
-from s2cd.outputs import validate
+from s2cd.errors import BusyError, CatalogError, ConfigError, OutputError
+from s2cd.outputs import only_one, validate
 from s2cd.runner import run, run_status
 from s2cd.simulate import simulate
 from s2cd.watch import watch
@@ -168,6 +168,31 @@ def test_an_interrupted_look_keeps_the_record_of_earlier_ones(make_series, confi
     (Path(config.out) / "views/31UDS_R051.json").write_text(json.dumps({"name": "31UDS R051", "pairs": []}))
     look(config, scenes, client)
     assert run_status(config.out) == [{"field_of_view": "31UDS R051", "pairs": 4, "finished": 4}]
+
+
+def test_a_second_look_at_the_same_time_ends_and_leaves_the_first_alone(make_series, config, client):
+    scenes = make_series(shape=(101, 133), dates=2)
+    told = []
+
+    def look_too(phase, _done, _total):
+        if phase == "maps":
+            with pytest.raises(BusyError) as caught:
+                next(watch(config, once=True, client=client))
+            told.append(str(caught.value))
+
+    freeze(scenes, config.catalog)
+    assert next(watch(config, once=True, client=client, progress=look_too)).count("written") == 1
+    assert told[0].startswith(f"{config.out}: a watch works here")
+    assert look(config, scenes, client) == {}
+
+
+def test_a_watch_waits_for_its_turn_while_another_works_in_the_folder(make_series, config, client, caplog):
+    freeze(make_series(shape=(101, 133), dates=2), config.catalog)
+    other = only_one(config.out)
+    other.__enter__()
+    threading.Timer(0.5, other.__exit__, (None, None, None)).start()
+    assert next(watch(config, interval=0.2, client=client)).count("written") == 1
+    assert "a watch works here" in caplog.messages[0]
 
 
 def test_maps_that_were_finished_before_the_state_was_saved_are_kept(make_series, config, client):

@@ -14,6 +14,7 @@ from s2cd.outputs.catalog import (
 from s2cd.outputs.checks import validate
 from s2cd.outputs.item import MapInfo
 from s2cd.outputs.layout import path_of
+from s2cd.outputs.lock import only_one
 from s2cd.outputs.recipe import recipe, require_recipe
 from s2cd.outputs.store import absolute, check_writable, place_of
 from s2cd.outputs.writer import write_map
@@ -27,6 +28,7 @@ __all__ = [
     "finished",
     "is_done",
     "lost_maps",
+    "only_one",
     "path_of",
     "place_of",
     "recipe",

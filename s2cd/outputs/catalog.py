@@ -91,8 +91,14 @@ def lost_maps(out: str, listed: Collection[str], places: Mapping[str, str]) -> d
     listed  names of the maps that the folder's listing shows
     places  where each map was written, by name, as `place_of` tells it there
     """
+    here = place_of(out)
     return {
-        name: f"written to {place}, not found in {place_of(out)}: expected a folder that both share"
+        name: f"written to {place}, "
+        + (
+            "but it is there no more: expected that nothing else writes to this folder meanwhile"
+            if place == here
+            else f"not found in {here}: expected a folder that both share"
+        )
         for name, place in places.items()
         # a network folder may list late what another machine wrote, but knows it when asked
         if name not in listed and not is_done(out, name)

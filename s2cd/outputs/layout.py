@@ -18,7 +18,7 @@ _NAME = re.compile(r"S2CD_(?P<tile>[\w.\-]*\w)_R[\d\-]+_(?P<start>\d{8}T\d{6})_(
 _TIME = "%Y%m%dT%H%M%S"
 _FILE = re.compile(rf"(?P<name>{_NAME.pattern})(?P<extension>{re.escape(VALIDITY)}|\.tif|\.json|\.png)")
 _DOCUMENT = re.compile(
-    r"collection\.json|run\.yaml|scenes\.parquet|report\.json|watch\.json|index\.html|\.s2cd-[0-9a-f]{32}"
+    r"collection\.json|run\.yaml|scenes\.parquet|report\.json|watch\.json|watch\.lock|index\.html|\.s2cd-[0-9a-f]{32}"
     r"|[\w.\-]*\w/catalog\.json|views/[\w.\-]+_(R\d{3}|any_orbit)\.json"
 )
 

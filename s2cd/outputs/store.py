@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, from_url
 
 from s2cd.errors import OutputError
@@ -47,6 +47,24 @@ class Store:
         """Return an object's bytes. Raises OutputError if it is missing or cannot be read."""
         with _output_errors(f"{self.out}: {name}", "cannot be read"):
             return obstore.get(self._store, name).bytes().to_bytes()
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write an object unless it is there; return whether it was written, to one of several that try at once."""
+        with _output_errors(f"{self.out}: {name}", "cannot be written"):
+            try:
+                obstore.put(self._store, name, data, mode="create")
+            except AlreadyExistsError:
+                return False
+        return True
+
+    def get_aged(self, name: str) -> tuple[bytes, float] | None:
+        """Return an object's bytes and how many seconds ago they were written, None if it is not there."""
+        with _output_errors(f"{self.out}: {name}", "cannot be read"):
+            try:
+                found = obstore.get(self._store, name)
+                return found.bytes().to_bytes(), time.time() - found.meta["last_modified"].timestamp()
+            except FileNotFoundError:
+                return None
 
     def exists(self, name: str) -> bool:
         """Whether the object is there."""
