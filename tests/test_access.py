@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -164,9 +165,16 @@ def test_remote_jpeg_2000_whatever_threads_gdal_has(
     assert np.array_equal(read(f"{server.url}/red.jp2", *window), data[window])
 
 
+def stopped(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stop the clock by which heads grow old: `now` of the result sets it, however slow this machine is."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(ranges, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
 def test_a_small_file_that_is_replaced_is_noticed(server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its head is the whole file, so that nothing else would ever be asked for."""
-    monkeypatch.setattr(ranges, "FRESH", 0.5)
+    clock = stopped(monkeypatch)
     path, href = server.root / "small.tif", f"{server.url}/small.tif"
     for value, asked in ((5, ["bytes=0-65535"]), (6, ["bytes=0-0", "bytes=0-65535"]), (6, ["bytes=0-0"])):
         write(path, np.full(SHAPE, value, np.uint16), 256)
@@ -175,16 +183,16 @@ def test_a_small_file_that_is_replaced_is_noticed(server: FaultServer, monkeypat
         for _ in range(3):
             assert (read(href, slice(0, 40), slice(0, 40)) == value).all()
         assert [span for _, span in server.requests] == asked
-        time.sleep(0.6)
+        clock.now += ranges.FRESH + 1
 
 
 def test_a_file_that_is_read_all_the_time_is_not_asked_for_its_edition(
     server: FaultServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranges, "FRESH", 2.0)
+    clock = stopped(monkeypatch)
     for top in (0, 300, 600):
         read(f"{server.url}/0.tif", slice(top, top + 40), slice(0, 40))
-        time.sleep(1.2)
+        clock.now += 0.7 * ranges.FRESH
     assert [span for _, span in server.requests].count("bytes=0-65535") == 1
     assert len(server.requests) == 4
 
