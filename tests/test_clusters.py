@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -178,6 +179,19 @@ def test_a_worker_that_looks_full_returns_its_free_memory(client):
     while client.submit(resident, pure=False).result() > full - (1 << 30):
         assert time.monotonic() < deadline
         time.sleep(0.5)
+
+
+def test_what_a_worker_logs_at_the_end_of_a_cluster_is_one_line(client):
+    def missed():
+        try:
+            raise OSError("Stream is closed")
+        except OSError:
+            logger = logging.getLogger("distributed.worker")
+            text = "Failed to communicate with scheduler during heartbeat."
+            record = logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), sys.exc_info())
+            return logger.filter(record) and logging.Formatter().format(record)
+
+    assert client.submit(missed).result() == "Failed to communicate with scheduler during heartbeat."
 
 
 def test_a_script_needs_no_guard_around_what_starts_workers(tmp_path):

@@ -95,7 +95,9 @@ class SetupWorker(WorkerPlugin):
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:
-    """Let Dask log our own errors without a traceback: they name an asset or an output, and reach the client."""
+    """Let Dask log without a traceback our own errors, which reach the client, and heartbeats that a cluster missed."""
+    if str(record.msg).startswith("Failed to communicate with scheduler during heartbeat"):
+        record.exc_info = None
     arguments = record.args if isinstance(record.args, tuple) else ()
     told = next((a for a in arguments if isinstance(a, str) and a.partition("(")[0] in _OUR_ERRORS), None)
     if record.levelno == logging.ERROR and told:
