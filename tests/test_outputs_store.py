@@ -57,6 +57,8 @@ def test_objects_are_written_read_listed_and_deleted(tmp_path):
 
 def test_a_file_url_is_a_folder(tmp_path):
     check_writable(f"file://{tmp_path}/new%20folder")
+    with pytest.raises(OutputError, match="file://maps: found no path, expected one such as file:///maps"):
+        check_writable("file://maps")  # a host without a path
     assert files_below(tmp_path) == []
     assert (tmp_path / "new folder").is_dir()
 

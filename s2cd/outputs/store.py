@@ -11,13 +11,13 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, from_url
 
+from s2cd.addresses import local_path
 from s2cd.errors import OutputError
 from s2cd.outputs.layout import is_ours
 
@@ -138,10 +138,11 @@ def _remove_stale(path: Path) -> None:
 
 
 def local_folder(out: str) -> Path | None:
-    """Return the folder that `out` names, None for a URL of a remote store."""
-    if out.startswith("file://"):
-        return Path(unquote(urlsplit(out).path))
-    return None if "://" in out else Path(out).absolute()
+    """Return the folder that `out` names, None for a URL of a remote store. Raises OutputError for file://name."""
+    path = local_path(out)
+    if not path:
+        raise OutputError(f"{out}: found no path, expected one such as file:///maps")
+    return None if "://" in path else Path(path).absolute()
 
 
 def absolute(out: str) -> str:
