@@ -48,6 +48,8 @@ class Plan:
 
         Raises OutputError if the item of the map of a split date cannot be understood.
         """
+        if not self.finished:  # as in every run that is new: a tenth of a millisecond a pair
+            return None
         return next((n for n in names_alike(pair.name) if n in self.finished and self._is_whole(n, pair)), None)
 
     def maps_of_pieces(self, pair: Pair) -> set[str]:

@@ -312,6 +312,7 @@ def test_a_frozen_search_that_was_damaged(shared_data: Path, tmp_path: Path) -> 
     whole = (tmp_path / "whole.parquet").read_bytes()
     middle = len(whole) // 3
     damaged = {"short": whole[:middle], "empty": b"", "zeros": whole[:200] + b"\0" * middle + whole[200 + middle :]}
+    damaged |= {"index": whole[:-200] + b"\0" * 100 + whole[-100:], "nothing": whole[:4] * 2}
     for name, content in damaged.items():
         (tmp_path / f"{name}.parquet").write_bytes(content)
         with pytest.raises(CatalogError, match=rf"{name}\.parquet: cannot be read as stac-geoparquet"):

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from uuid import uuid4
 
 import rustac
-from arro3.core import Table
+from arro3.core import RecordBatchReader, Table
 from arro3.io import read_parquet
 from rustac.store import LocalStore
 
@@ -114,8 +114,7 @@ def _read(source: str) -> Iterator[dict[str, Any]]:
     """Yield the file's items, a thousand in memory at a time: rustac alone would hold all, at 75 kB each."""
     try:
         with BytesIO(fetch(source)) if is_url(source) else Path(source).open("rb") as file:
-            _require_parquet(file)
-            for batch in read_parquet(file):
+            for batch in _batches(file):
                 yield from map(_without_nulls, rustac.from_arrow(Table.from_batches([batch]))["features"])
     except S2cdError:
         raise
@@ -123,14 +122,20 @@ def _read(source: str) -> Iterator[dict[str, Any]]:
         raise CatalogError(f"{source}: cannot be read as stac-geoparquet: {error}") from error
 
 
-def _require_parquet(file: BinaryIO) -> None:
-    """Raise ValueError unless the file begins and ends as Parquet does: arro3 would panic."""
+def _batches(file: BinaryIO) -> RecordBatchReader:
+    """Read a Parquet file piece by piece. Raises ValueError if it is none, or its index is damaged."""
     first = file.read(len(MAGIC))
     file.seek(max(0, file.seek(0, SEEK_END) - len(MAGIC)))
     found = (first, file.read())
     if found != (MAGIC, MAGIC):
         raise ValueError(f"found {found[0]!r} at its beginning and {found[1]!r} at its end, expected {MAGIC!r} at both")
     file.seek(0)
+    try:
+        return read_parquet(file)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust: a BaseException that cannot be imported
+            raise
+        raise ValueError(f"its index is damaged: {error}") from None
 
 
 def _all_items(scenes: Iterable[Scene]) -> Iterator[dict[str, Any]]:
