@@ -15,6 +15,7 @@ STAGES = (
     ("s2cd.reader", "read_window", "decode"),
     ("s2cd.inference", "read_window", "decode"),
     ("s2cd.inference", "_read_date", "decode"),
+    ("s2cd.device_reader", "DeviceReader.read", "decode"),
     ("s2cd.inference", "observed", "mask"),
     ("s2cd.model.registry", "Model.encode", "network"),
     ("s2cd.model.registry", "Model.decode", "network"),

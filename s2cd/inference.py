@@ -24,11 +24,13 @@ from rasterio.transform import Affine
 
 from s2cd.catalog.access import is_local
 from s2cd.catalog.scene import Grid, Scene
+from s2cd.clusters.lost import replace_worker
 from s2cd.cube import common_grid, cube_grid, parts_of
+from s2cd.device_reader import read_dates
 from s2cd.errors import ConfigError, GridError
 from s2cd.masks import Mask
 from s2cd.model import EncodedDate, Model, ModelRef
-from s2cd.model.device import to_host
+from s2cd.model.device import failed, to_host
 from s2cd.model.normalise import Planes
 from s2cd.pairs import Pair
 from s2cd.reader import Tiling, read_bands
@@ -205,7 +207,7 @@ def _infer_block(
     views: list[_View] = []
 
     def images() -> Iterator[Image]:
-        read = _read_dates(series.dates, window, tiling, model.fine)
+        read = _read_dates(series.dates, window, tiling, model)
         for date, statistics, (pixels, classes) in zip(series.dates, series.statistics, read, strict=True):
             image = _image(model, date, statistics, mask, pixels, classes)
             if (row, col) == tiling.middle:
@@ -213,8 +215,13 @@ def _infer_block(
             yield image
 
     codes = np.empty((len(series.pairs), *(c.stop - c.start for c in core)), np.uint16)
-    for position, before, after in encode_series(model, images(), series.pairs):
-        codes[position] = model.decode_codes(before, after, series.backgrounds[position], inner, reasons=reasons)
+    try:
+        for position, before, after in encode_series(model, images(), series.pairs):
+            codes[position] = model.decode_codes(before, after, series.backgrounds[position], inner, reasons=reasons)
+    except RuntimeError as error:
+        if failed(model.device):
+            replace_worker(error)
+        raise
     return Block(codes, _shifts(views, series.pairs) if views else None)
 
 
@@ -225,14 +232,27 @@ _View = tuple[np.ndarray, np.ndarray]
 def _view(pixels: Planes, valid: np.ndarray, bands: Sequence[str]) -> _View:
     """Keep the middle of a chunk, in the band that displacement is measured in, until the next date comes."""
     middle = tuple(middle_span(size) for size in valid.shape)
-    return pixels[bands.index(shift_band(bands))][middle].copy(), valid[middle].copy()
+    return to_host(pixels[bands.index(shift_band(bands))][middle]).copy(), to_host(valid[middle]).copy()
 
 
 def _shifts(views: Sequence[_View], pairs: Sequence[tuple[int, int]]) -> tuple[Shift, ...]:
     return tuple(phase_shift(views[a][0], views[b][0], views[a][1] & views[b][1]) for a, b in pairs)
 
 
-def _read_dates(dates: Sequence[SceneInput], window: tuple[slice, slice], tiling: Tiling, fine: int) -> Iterator[_Read]:
+def _read_dates(
+    dates: Sequence[SceneInput], window: tuple[slice, slice], tiling: Tiling, model: Model
+) -> Iterator[_Read]:
+    """Yield what a chunk needs of each date: onto a GPU where that is possible, else into the host's memory."""
+    for number, there in enumerate(read_dates(dates, window, tiling, model.fine, model.device)):
+        if there is None:
+            yield from _read_on_host(dates[number:], window, tiling, model.fine)
+            return
+        yield there
+
+
+def _read_on_host(
+    dates: Sequence[SceneInput], window: tuple[slice, slice], tiling: Tiling, fine: int
+) -> Iterator[_Read]:
     """Yield what a chunk needs of each date; from an archive the next date while the network works on this one."""
     read = partial(_read_date, window=window, tiling=tiling, fine=fine)
     return map(read, dates) if all(map(_is_local, dates)) else _ahead(read, dates)

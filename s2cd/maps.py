@@ -31,7 +31,6 @@ from s2cd.registration import Shift, middle_span, phase_shift, shift_band
 from s2cd.thumbnails import thumbnail
 
 LEAST_QUALITY = 0.3
-COMPRESSING = 4  # threads at most: the last maps of a run find cores idle, and the others share theirs
 LARGEST_SHIFT = 0.5  # pixels: Sentinel-2's multi-temporal registration is specified to be better
 
 
@@ -139,7 +138,7 @@ def _write_map(
         config.out,
         quicklook_rgb=rgb,
         profile=config.cog_profile,
-        threads=min(COMPRESSING, _threads()),
+        threads=_threads(),  # GDAL has one pool for all maps: as large as the largest that is asked for
         validity=validity,
     )
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -172,7 +172,7 @@ def read_overview(source: Source, grid: Grid, factor: int) -> np.ndarray:
 
     def read_one(href: str) -> np.ndarray:
         def read(dataset: rasterio.DatasetReader) -> np.ndarray:
-            _coarsening(dataset, grid, href)
+            coarsening(dataset, grid, href)
             return dataset.read(1, out_shape=shape)
 
         return _with_dataset(href, source.provider, read)
@@ -216,7 +216,7 @@ def _start_one(
     native: bool,
 ) -> _Finish:
     def start(dataset: rasterio.DatasetReader) -> _Finish:
-        factor = _coarsening(dataset, grid, href)
+        factor = coarsening(dataset, grid, href)
         rows, cols = (
             slice(s.start // factor, min(math.ceil(s.stop / factor), size))
             for s, size in zip(window, dataset.shape, strict=True)
@@ -231,7 +231,7 @@ def _start_one(
     def complete() -> np.ndarray:
         try:
             return finish()
-        except _NeighbourFailed:  # whatever the reason was, this chunk now meets it itself, or does not
+        except NeighbourFailed:  # whatever the reason was, this chunk now meets it itself, or does not
             return _with_dataset(href, provider, lambda dataset: start(dataset)())
 
     return complete
@@ -241,12 +241,14 @@ def _start_blocks(
     href: str, dataset: rasterio.DatasetReader, rows: slice, cols: slice, tiling: Tiling | None, factor: int
 ) -> _Finish:
     if tiling is not None:
-        return BLOCKS.start((tiling.work, href), dataset, rows, cols, _counter(tiling, factor))
+        return BLOCKS.start((tiling.work, href), dataset, rows, cols, counter(tiling, factor))
     data = _decode(dataset, rows, cols)
     return lambda: data
 
 
-def _counter(tiling: Tiling, factor: int) -> Callable[[int, slice], int]:
+def counter(tiling: Tiling, factor: int) -> Callable[[int, slice], int]:
+    """Return what counts the chunks that read a span of an axis of a raster `factor` times as coarse as the grid."""
+
     def readers(axis: int, span: slice) -> int:
         return tiling.readers(axis, span.start * factor, min(span.stop * factor, tiling.shape[axis]))
 
@@ -276,7 +278,7 @@ def _with_dataset(href: str, provider: str, read: Callable[[rasterio.DatasetRead
     return access.with_retries(attempt, href)
 
 
-def _coarsening(dataset: rasterio.DatasetReader, grid: Grid, href: str) -> int:
+def coarsening(dataset: rasterio.DatasetReader, grid: Grid, href: str) -> int:
     """How many pixels of the grid one pixel of the dataset spans, after asserting that the two fit."""
     found, expected = dataset.transform, grid.transform
     factor = max(1, round(found.a / expected[0]))
@@ -323,20 +325,27 @@ COUNTS = Counts()
 
 
 @dataclass
-class _Entry:
+class Entry:
     """A block that more than one chunk reads: its pixels once decoded, how many chunks still want it, its last use."""
 
-    pixels: Future[np.ndarray]
+    pixels: Future[Any]
     wanted: int
     used: float = field(default_factory=time.monotonic)
 
+    def result(self) -> Any:
+        """Wait for the pixels. Raises NeighbourFailed if who was to decode them could not."""
+        failure = self.pixels.exception()
+        if failure is not None:
+            raise NeighbourFailed(str(failure)) from failure
+        return self.pixels.result()
 
-_Block = tuple[int, int]
-_File = tuple[str, str]
+
+Block = tuple[int, int]
+File = tuple[str, str]
 """The unit of work that reads a file, and its address."""
 
 
-class _NeighbourFailed(Exception):
+class NeighbourFailed(Exception):
     """Another chunk was to decode a block that this one waits for, and could not."""
 
 
@@ -350,13 +359,13 @@ class BlockCache:
 
     def __init__(self, max_bytes: int = 3 << 30):
         self.max_bytes = max_bytes
-        self._entries: OrderedDict[tuple[_File, int, int], _Entry] = OrderedDict()
+        self._entries: OrderedDict[tuple[File, int, int], Entry] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
     def start(
         self,
-        file: _File,
+        file: File,
         dataset: rasterio.DatasetReader,
         rows: slice,
         cols: slice,
@@ -366,68 +375,53 @@ class BlockCache:
 
         Decodes the blocks that nobody else has; what this returns waits for those that others decode.
         """
-        layout = _Layout(dataset.shape, dataset.block_shapes[0])
+        layout = Layout(dataset.shape, dataset.block_shapes[0])
         blocks = list(layout.covering(rows, cols))
-        wanted = {b: readers(0, layout.span(0, b[0])) * readers(1, layout.span(1, b[1])) for b in blocks}
+        wanted = layout.wanted(blocks, readers)
         out = np.empty((rows.stop - rows.start, cols.stop - cols.start), dataset.dtypes[0])
-        mine, held = self._claim(file, blocks, wanted)
+        mine, held = self.claim(file, blocks, wanted)
         try:
-            for first, last in _rectangles(set(mine)):
+            for first, last in rectangles(set(mine)):
                 span = layout.union(first, last)
                 data = _decode(dataset, *span)
-                _paste(out, rows, cols, data, span)
-                self._publish(file, layout, mine, data, span)
+                paste(out, rows, cols, data, span)
+                for block in layout.covering(*span):
+                    if (entry := mine[block]) is not None:
+                        self.publish(entry, _cut(data, span, layout.spans(block)).copy())
         except BaseException as error:
-            self._abandon(file, mine, error)
+            self.abandon(file, mine, error)
             raise
 
         def finish() -> np.ndarray:
             for block, entry in held.items():
-                span = layout.span(0, block[0]), layout.span(1, block[1])
-                failure = entry.pixels.exception()
-                if failure is not None:
-                    raise _NeighbourFailed(str(failure)) from failure
-                _paste(out, rows, cols, entry.pixels.result(), span)
-            self._release(file, {**mine, **held})
+                paste(out, rows, cols, entry.result(), layout.spans(block))
+            self.release(file, {**mine, **held})
             return out
 
         return finish
 
-    def _claim(
-        self, file: _File, blocks: list[_Block], wanted: dict[_Block, int]
-    ) -> tuple[dict[_Block, _Entry | None], dict[_Block, _Entry]]:
+    def claim(
+        self, file: File, blocks: list[Block], wanted: dict[Block, int]
+    ) -> tuple[dict[Block, Entry | None], dict[Block, Entry]]:
         """Split blocks into those this call decodes (with an entry if others want them) and those it gets."""
-        mine: dict[_Block, _Entry | None] = {}
-        held: dict[_Block, _Entry] = {}
+        mine: dict[Block, Entry | None] = {}
+        held: dict[Block, Entry] = {}
         with self._lock:
             for block in blocks:
                 entry = self._entries.get((file, *block))
                 if entry is not None:
                     held[block], entry.used = entry, time.monotonic()
                 elif wanted[block] > 1:
-                    mine[block] = self._entries[(file, *block)] = _Entry(Future(), wanted[block])
+                    mine[block] = self._entries[(file, *block)] = Entry(Future(), wanted[block])
                 else:
                     mine[block] = None
         return mine, held
 
-    def _publish(
-        self,
-        file: _File,
-        layout: _Layout,
-        mine: dict[_Block, _Entry | None],
-        data: np.ndarray,
-        span: tuple[slice, slice],
-    ) -> None:
-        for block in layout.covering(*span):
-            entry = mine[block]
-            if entry is None:
-                continue
-            rows, cols = layout.span(0, block[0]), layout.span(1, block[1])
-            top, left = rows.start - span[0].start, cols.start - span[1].start
-            pixels = data[top : top + rows.stop - rows.start, left : left + cols.stop - cols.start].copy()
-            with self._lock:
-                self._bytes += pixels.nbytes
-            entry.pixels.set_result(pixels)
+    def publish(self, entry: Entry, pixels: Any) -> None:
+        """Give others the pixels of a block that this call was to decode; they are kept for them."""
+        with self._lock:
+            self._bytes += pixels.nbytes
+        entry.pixels.set_result(pixels)
         self._evict()
 
     def drop(self, idle: float) -> None:
@@ -445,17 +439,19 @@ class BlockCache:
                     return
                 self._forget(key)
 
-    def _forget(self, key: tuple[_File, int, int]) -> None:
+    def _forget(self, key: tuple[File, int, int]) -> None:
         self._bytes -= self._entries.pop(key).pixels.result().nbytes
 
-    def _abandon(self, file: _File, mine: dict[_Block, _Entry | None], error: BaseException) -> None:
+    def abandon(self, file: File, mine: Mapping[Block, Entry | None], error: BaseException) -> None:
+        """Tell who waits for the blocks of `mine` that they are not coming."""
         with self._lock:
             for block, entry in mine.items():
                 if entry is not None and not entry.pixels.done():
                     self._entries.pop((file, *block), None)
                     entry.pixels.set_exception(error)
 
-    def _release(self, file: _File, had: Mapping[_Block, _Entry | None]) -> None:
+    def release(self, file: File, had: Mapping[Block, Entry | None]) -> None:
+        """Count those that a chunk has had, and drop those that it was the last to want."""
         with self._lock:
             for block, entry in had.items():
                 if entry is None:
@@ -466,27 +462,38 @@ class BlockCache:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
+class Layout:
     """The blocks of a raster of `shape`, each of `block` pixels."""
 
     shape: tuple[int, int]
     block: tuple[int, int]
 
     def span(self, axis: int, index: int) -> slice:
+        """Return the pixels of the blocks `index` along an axis."""
         start = index * self.block[axis]
         return slice(start, min(start + self.block[axis], self.shape[axis]))
 
-    def covering(self, rows: slice, cols: slice) -> Iterator[_Block]:
+    def spans(self, block: Block) -> tuple[slice, slice]:
+        """Return the pixels of a block."""
+        return self.span(0, block[0]), self.span(1, block[1])
+
+    def wanted(self, blocks: Sequence[Block], readers: Callable[[int, slice], int]) -> dict[Block, int]:
+        """Return how many chunks read each block; `readers` counts those along an axis."""
+        return {b: readers(0, self.span(0, b[0])) * readers(1, self.span(1, b[1])) for b in blocks}
+
+    def covering(self, rows: slice, cols: slice) -> Iterator[Block]:
+        """Yield the blocks that have something of the pixels [rows, cols)."""
         for i in range(rows.start // self.block[0], math.ceil(rows.stop / self.block[0])):
             for j in range(cols.start // self.block[1], math.ceil(cols.stop / self.block[1])):
                 yield i, j
 
-    def union(self, first: _Block, last: _Block) -> tuple[slice, slice]:
+    def union(self, first: Block, last: Block) -> tuple[slice, slice]:
+        """Return the pixels of the blocks from `first` to `last`."""
         rows, cols = (slice(self.span(axis, first[axis]).start, self.span(axis, last[axis]).stop) for axis in (0, 1))
         return rows, cols
 
 
-def _rectangles(blocks: set[_Block]) -> Iterator[tuple[_Block, _Block]]:
+def rectangles(blocks: set[Block]) -> Iterator[tuple[Block, Block]]:
     """Cover a set of blocks with few disjoint rectangles, each given by its first and last block."""
     left = set(blocks)
     while left:
@@ -501,7 +508,12 @@ def _rectangles(blocks: set[_Block]) -> Iterator[tuple[_Block, _Block]]:
         yield (i, j), (i + height - 1, j + width - 1)
 
 
-def _paste(out: np.ndarray, rows: slice, cols: slice, data: np.ndarray, span: tuple[slice, slice]) -> None:
+def within(first: Block, last: Block) -> Iterator[Block]:
+    """Yield the blocks of a rectangle, row by row."""
+    return ((i, j) for i in range(first[0], last[0] + 1) for j in range(first[1], last[1] + 1))
+
+
+def paste(out: Any, rows: slice, cols: slice, data: Any, span: tuple[slice, slice]) -> None:
     """Copy what `data`, lying at `span`, has of the window (rows, cols) into `out`."""
     top, bottom = max(rows.start, span[0].start), min(rows.stop, span[0].stop)
     left, right = max(cols.start, span[1].start), min(cols.stop, span[1].stop)
@@ -510,4 +522,18 @@ def _paste(out: np.ndarray, rows: slice, cols: slice, data: np.ndarray, span: tu
     ]
 
 
+def _cut(data: np.ndarray, span: tuple[slice, slice], part: tuple[slice, slice]) -> np.ndarray:
+    """Return the `part` of pixels that lie at `span`."""
+    rows, cols = (slice(p.start - s.start, p.stop - s.start) for p, s in zip(part, span, strict=True))
+    return data[rows, cols]
+
+
 BLOCKS = BlockCache()
+CACHES = [BLOCKS]
+"""All that this process has: a GPU has one of its own."""
+
+
+def drop_blocks(idle: float) -> None:
+    """Forget the decoded blocks that nobody has asked for in so many seconds."""
+    for cache in CACHES:
+        cache.drop(idle)

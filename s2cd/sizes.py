@@ -28,7 +28,6 @@ FEATURE_COPIES = (
 )
 PIXEL_BYTES = 45  # of a task beside the features: pixels of two dates, the network's input, probabilities, codes
 DEVICE_DATES = 3  # whose features a task holds on a GPU; what the network holds meanwhile is there once for all tasks
-GRAPHS = 9  # shapes of chunks in a tile: the graphs of each hold what a task does, once for all threads of a worker
 SENT_BYTES = 24  # of two dates on their way to a GPU, on either side
 
 
@@ -153,5 +152,4 @@ def _bytes_per_pixel(model: Model, workers: Workers) -> tuple[float, float]:
     """Bytes that a task needs for each pixel on the host, and on the GPU if there is one."""
     if workers.device is None:
         return FEATURE_COPIES * model.feature_bytes + PIXEL_BYTES, 0
-    task = DEVICE_DATES * model.feature_bytes + SENT_BYTES
-    return PIXEL_BYTES + SENT_BYTES, task * (1 + GRAPHS * workers.count / workers.threads)
+    return PIXEL_BYTES + SENT_BYTES, DEVICE_DATES * model.feature_bytes + SENT_BYTES

@@ -48,6 +48,7 @@ def write_series(
     block: int = 64,
     change: bool = True,
     seed: int = 0,
+    **stored: object,
 ) -> list[Scene]:
     """Fields of random brightness, a little noise a date, and a block that turns bright on every second date."""
     rng = np.random.default_rng(seed)
@@ -60,7 +61,7 @@ def write_series(
             image[:, 32:96, 32:96] += 2500
         names = (*bands, SCL) if scl else bands
         pixels = dict(zip(bands, image, strict=True))
-        scenes.append(_write_scene(folder / f"{index:03d}", index, names, pixels, shape, block))
+        scenes.append(_write_scene(folder / f"{index:03d}", index, names, pixels, shape, block, stored))
     return scenes
 
 
@@ -71,6 +72,7 @@ def _write_scene(
     pixels: dict[str, np.ndarray],
     shape: tuple[int, int],
     block: int,
+    stored: dict[str, object],
 ) -> Scene:
     folder.mkdir(parents=True)
     assets = {}
@@ -84,7 +86,7 @@ def _write_scene(
         )
         transform = Affine(10.0 * factor, 0, 499980.0, 0, -10.0 * factor, 5700000.0)
         href = folder / f"{name}.tif"
-        write_tiff(href, data, transform, block)
+        write_tiff(href, data, transform, block, **stored)
         grid = Grid(32631, tuple(transform)[:6], data.shape)
         scale, reason = (1.0, "class layer") if name == SCL else (1e-4, "test")
         assets[name] = Asset(name, str(href), grid, scale, 0.0, reason)
@@ -105,9 +107,11 @@ def _write_scene(
     )
 
 
-def write_tiff(path: Path, data: np.ndarray, transform: Affine, block: int, epsg: int = 32631) -> None:
+def write_tiff(
+    path: Path, data: np.ndarray, transform: Affine, block: int, epsg: int = 32631, **stored: object
+) -> None:
     """Write a tiled GeoTIFF of one band."""
-    options = {"tiled": True, "blockxsize": block, "blockysize": block}
+    options = {"tiled": True, "blockxsize": block, "blockysize": block, **stored}
     with rasterio.open(
         path, "w", driver="GTiff", height=data.shape[0], width=data.shape[1], count=1, dtype=data.dtype,
         crs=f"EPSG:{epsg}", transform=transform, nodata=0, compress="deflate", **options,

@@ -17,6 +17,7 @@ from s2cd.clusters import PROFILES, check_profile, cluster, load_profile, show_p
 from s2cd.clusters.check import probe
 from s2cd.clusters.environment import environment
 from s2cd.clusters.machine import available_cores, available_memory
+from s2cd.clusters.profiles import LocalProfile
 from s2cd.errors import ClusterError
 
 ONE_WORKER = {"kind": "local", "threads": 1, "memory": "1 GiB", "dashboard": 0}
@@ -39,6 +40,10 @@ def test_a_profile_file_says_the_defaults_of_its_bare_name(name):
 def test_a_profile_file_states_every_option(name):
     stated = yaml.safe_load((ROOT / "cluster" / f"{name}.yaml").read_text())
     assert set(stated) == set(type(PROFILES[name]).model_fields)
+
+
+def test_the_profile_for_one_gpu_is_understood():
+    assert load_profile(ROOT / "cluster" / "one-gpu.yaml") == LocalProfile(processes=2)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_dask_range_admits_what_dask_cuda_pins():
 
 def test_the_cuda_extra_is_for_the_cuda_that_torch_is_built_for():
     extra = {r.name: r for r in map(Requirement, PROJECT["optional-dependencies"]["cuda"])}
-    assert extra.keys() == {"cupy-cuda13x", "dask-cuda", "torch"}
+    assert extra.keys() == {"cupy-cuda13x", "dask-cuda", "nvidia-libnvcomp-cu13", "torch"}
     assert extra["dask-cuda"].extras == {"cu13"}
     assert not extra["torch"].specifier.contains("2.10.0")  # on PyPI the last one for CUDA 12
     (pinned,) = (x for x in (ROOT / "constraints.txt").read_text().splitlines() if x.startswith("torch=="))

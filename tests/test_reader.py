@@ -19,7 +19,7 @@ from rasterio.transform import Affine
 
 from s2cd import reader
 from s2cd.errors import ConfigError, GridError, ReadError
-from s2cd.reader import BlockCache, Tiling, _rectangles, band_source, read_bands, read_overview, read_window
+from s2cd.reader import BlockCache, Tiling, band_source, read_bands, read_overview, read_window, rectangles
 
 
 def whole(scene, band):
@@ -128,9 +128,9 @@ def test_a_block_that_a_neighbour_could_not_decode_is_decoded_here(make_series, 
     grid, source, expected = scene.assets["red"].grid, band_source(scene, "red"), whole(scene, "red")
     tiling = Tiling(grid.shape, 128, 16)
     window, href = tiling.read(1, 1), source.hrefs[0]
-    theirs, _ = reader.BLOCKS._claim((tiling.work, href), [(1, 1)], {(1, 1): 4})  # a neighbour's, and not decoded yet
+    theirs, _ = reader.BLOCKS.claim((tiling.work, href), [(1, 1)], {(1, 1): 4})  # a neighbour's, and not decoded yet
     finish = reader._start(source, grid, window, tiling)
-    reader.BLOCKS._abandon((tiling.work, href), theirs, OSError("the neighbour's connection broke"))
+    reader.BLOCKS.abandon((tiling.work, href), theirs, OSError("the neighbour's connection broke"))
     np.testing.assert_array_equal(finish(), expected[window])
 
 
@@ -230,9 +230,9 @@ def test_readers_counts_the_chunks_that_overlap_a_block(size, chunk, halo, block
 
 
 @given(st.sets(st.tuples(st.integers(0, 6), st.integers(0, 6))))
-def test_rectangles_cover_each_block_once(blocks):
+def testrectangles_cover_each_block_once(blocks):
     covered = [
-        (i, j) for (i0, j0), (i1, j1) in _rectangles(blocks) for i in range(i0, i1 + 1) for j in range(j0, j1 + 1)
+        (i, j) for (i0, j0), (i1, j1) in rectangles(blocks) for i in range(i0, i1 + 1) for j in range(j0, j1 + 1)
     ]
     assert sorted(covered) == sorted(blocks)
 

@@ -98,12 +98,6 @@ def test_workers_that_share_a_gpu_have_a_part_of_its_memory_each(monkeypatch):
         assert Workers.of_client(c, "auto") == Workers(2, 8, 2 * GB, device=20 * GB)
 
 
-def test_the_fewer_threads_share_graphs_the_more_of_a_gpu_they_take_from_each():
-    many, one = (sizes(Workers(1, threads, 64 * GB, device=2 * GB)) for threads in (32, 1))
-    assert one.chunk < 0.6 * many.chunk
-    assert (one.device_need, many.device_need) == pytest.approx((GB, GB), rel=0.3)
-
-
 def test_profiles_tell_what_they_will_offer(tmp_path):
     local = Workers.of_profile(load_profile({"kind": "local", "processes": 2, "threads": 3, "memory": "6 GB"}), "cpu")
     assert local == Workers(2, 6, 2 * GB)

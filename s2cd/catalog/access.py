@@ -114,7 +114,7 @@ class OpenFiles:
     @contextmanager
     def dataset(self, path: str) -> Iterator[rasterio.DatasetReader]:
         """Lend a dataset to one thread; it is closed after an error."""
-        edition = _edition(path)
+        edition = file_edition(path)
         dataset = self._take(edition) or _open(path)
         try:
             yield dataset
@@ -162,7 +162,7 @@ def _open(path: str) -> rasterio.DatasetReader:
         return rasterio.open(path)
 
 
-def _edition(path: str) -> tuple[object, ...]:
+def file_edition(path: str) -> tuple[object, ...]:
     """Tell a file from one of the same name; the path alone where GDAL knows it and the system does not."""
     try:
         status = os.stat(path)

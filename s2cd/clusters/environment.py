@@ -18,7 +18,7 @@ from tornado.ioloop import PeriodicCallback
 from s2cd import errors
 from s2cd.catalog.access import OPEN_FILES
 from s2cd.errors import S2cdError
-from s2cd.reader import BLOCKS
+from s2cd.reader import drop_blocks
 
 # Features of one chunk are buffers of 100 MB and more. glibc returns such a buffer to the kernel at every free, and
 # each reuse costs a page fault per 4 KiB: half of the network's time. Large thresholds keep it. One arena, because
@@ -132,7 +132,7 @@ return_free_memory = _Trimmer()
 
 def _relieve(worker: Worker) -> None:
     OPEN_FILES.close(idle=_UNREAD)
-    BLOCKS.drop(idle=_UNWANTED)
+    drop_blocks(idle=_UNWANTED)
     limit = worker.memory_manager.memory_limit
     if limit and worker.monitor.get_process_memory() > _RELIEF_FRACTION * limit:
         return_free_memory()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,6 @@ from torch import Tensor
 from s2cd.errors import ModelError
 from s2cd.model.network import Features
 from s2cd.model.normalise import network_input
-from s2cd.model.replay import Graphs, Piece, flatten, layout, unflatten
 from s2cd.model.tensors import FINISHES, to_input
 
 if TYPE_CHECKING:
@@ -72,14 +71,10 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class EncodedDate:
-    """Features of one date, and where it is valid, bool (y, x) at 10 m, on the device of the model.
-
-    With `pieces` the features are one flat tensor, and these tell what it is made of.
-    """
+    """Features of one date, and where it is valid, bool (y, x) at 10 m, on the device of the model."""
 
     features: Features
     valid: Tensor
-    pieces: tuple[Piece, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -87,19 +82,15 @@ class EncodedDate:
         return self.valid.shape[0], self.valid.shape[1]
 
 
-Run = Callable[[Features, Callable[[Features], Features]], Features]
-"""How a part of the network is called: on the whole block, or in pieces where there is no memory for that."""
 Part = tuple[slice, slice]
 WHOLE: Part = (slice(None), slice(None))
-Function = Callable[[Sequence[Tensor], Run], Features]
-Flat = tuple[Tensor, tuple[Piece, ...]]
-Call = Callable[[Hashable, Function, Sequence[Tensor]], Flat]
-"""How a function of some name is called on a GPU: as a graph, or in parts."""
-Result = TypeVar("Result")
 
 
 class Engine:
-    """Calls `encode` and `decode` of a network on NumPy blocks.
+    """Calls `encode` and `decode` of a network on blocks.
+
+    To a GPU digital numbers go as they are, and codes come back: what lies between (scaling, masks, rounding) is done
+    there. What lies there already (CuPy's arrays, say) is taken as it is.
 
     `stride` and `halo` are in pixels of the network's input; `bfloat16` is used where the device is fast at it.
     """
@@ -115,7 +106,13 @@ class Engine:
         self, planes: Sequence[Any], gains: npt.NDArray[np.float32], valid: Any, fine: int, stride: int
     ) -> EncodedDate:
         """Return a date encoded; what is given is as `s2cd.model.normalise.network_input` takes it."""
-        return self.encode_input(network_input(planes, gains, valid, fine, stride), valid)
+        if self.device.type != "cuda":
+            return self.encode_input(network_input(planes, gains, valid, fine, stride), valid)
+        sent, wait = self._send([*planes, gains, valid])
+        with self._running():
+            wait()
+            x = to_input(sent[:-2], sent[-2], sent[-1], fine, stride)
+            return EncodedDate(self._split((x,), lambda t: self._network.encode(t[0])), sent[-1])
 
     def encode_input(self, x: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) -> EncodedDate:
         """Return a date encoded, of an input (h, w, channels) on the network's grid."""
@@ -131,16 +128,13 @@ class Engine:
         The dates differ by `background` everywhere.
         """
         with self._running():
-            result = self._probability(a.features, b.features, background, self._split)
+            count, usual = len(a.features), torch.full((), background, device=self.device)
+
+            def probability(t: Features) -> Features:
+                return (torch.sigmoid_(self._network.decode(t[:count], t[count:], usual).float()),)
+
+            result = self._split((*a.features, *b.features), probability)[0][0, 0]
             return FINISHES[finish](*(x[part] for x in (result[: a.shape[0], : a.shape[1]], a.valid, b.valid)))
-
-    def _probability(self, a: Features, b: Features, background: Tensor | float, run: Run) -> Tensor:
-        count = len(a)
-
-        def probability(t: Features) -> Features:
-            return (torch.sigmoid_(self._network.decode(t[:count], t[count:], background).float()),)
-
-        return run((*a, *b), probability)[0][0, 0]
 
     def fetch(self, result: Tensor) -> npt.NDArray[Any]:
         """Return a result in host memory, once it is there."""
@@ -158,10 +152,7 @@ class Engine:
         return here.numpy()
 
     def _send(self, arrays: Sequence[Any]) -> tuple[list[Tensor], Callable[[], None]]:
-        """Return arrays on the device, and what makes the network wait until they are there.
-
-        What lies on a GPU already (CuPy's arrays, say) is taken without a copy.
-        """
+        """Return arrays on the device, and what makes the network wait until they are there."""
         if self.device.type != "cuda":
             return [torch.from_numpy(array) for array in arrays], _nothing
         away = [array for array in arrays if not on_gpu(array)]
@@ -202,82 +193,6 @@ class Engine:
         return split_rows(inputs, lambda part: self._split(part, call), self._stride, self._halo)
 
 
-class CudaEngine(Engine):
-    """Runs networks of this project on a GPU, as CUDA graphs.
-
-    Digital numbers go there as they are and codes come back: what lies between (scaling, masks, rounding) is done
-    there. Where a graph does not fit into the device's memory, the network is run in parts without one.
-
-    Raises ModelError where torch was given another allocator: without its pools graphs overwrite each other's memory.
-    """
-
-    def __init__(self, network: Network, device: torch.device, *, stride: int, halo: int):
-        if torch.cuda.get_allocator_backend() == "pluggable":
-            raise ModelError("torch was given an allocator under which CUDA graphs compute wrongly, expected its own")
-        super().__init__(network, device, stride=stride, halo=halo)
-        self._graphs = Graphs()
-
-    def encode(
-        self, planes: Sequence[Any], gains: npt.NDArray[np.float32], valid: Any, fine: int, stride: int
-    ) -> EncodedDate:
-        """Do what `Engine.encode` does, all on the device; arrays that lie there already are taken as they are."""
-
-        def features(t: Sequence[Tensor], run: Run) -> Features:
-            x = to_input(t[:-2], t[-2], t[-1], fine, stride)
-            return run((x,), lambda part: self._network.encode(part[0]))
-
-        def encoded(call: Call) -> EncodedDate:
-            sent, wait = self._send([*planes, gains, valid])
-            with self._running():
-                wait()
-                flat, pieces = call(("encode", fine, stride), features, sent)
-                return EncodedDate((flat,), sent[-1], pieces)
-
-        return self._with_memory(encoded)
-
-    def decode(self, a: EncodedDate, b: EncodedDate, background: float, finish: str, part: Part = WHOLE) -> Tensor:
-        """Do what `Engine.decode` does."""
-        height, width = a.shape
-
-        def result(t: Sequence[Tensor], run: Run) -> Features:
-            before, after = (tuple(unflatten(flat, date.pieces)) for flat, date in zip(t, (a, b), strict=False))
-            probability = self._probability(before, after, t[2], run)
-            return (FINISHES[finish](probability[:height, :width], t[3], t[4]),)
-
-        def decoded(call: Call) -> Tensor:
-            with self._running():
-                usual = torch.full((), background, device=self.device)
-                inputs = (*a.features, *b.features, usual, a.valid, b.valid)
-                flat, pieces = call(("decode", finish), result, inputs)
-                return unflatten(flat, pieces)[0][part].contiguous()
-
-        return self._with_memory(decoded)
-
-    def _with_memory(self, work: Callable[[Call], Result]) -> Result:
-        """Do `work` with graphs; where the device's memory is full, give up those there are and do it without."""
-        try:
-            return work(self._replayed)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-        with self._running():  # to the end: another thread would take what is free now for graphs of its own
-            self._graphs.clear()
-            torch.cuda.empty_cache()
-            return work(self._in_parts)
-
-    def _replayed(self, name: Hashable, function: Function, inputs: Sequence[Tensor]) -> Flat:
-        flat, pieces = self._graphs(name, lambda t: function(t, _whole), inputs)
-        return flat.clone(), pieces
-
-    def _in_parts(self, name: Hashable, function: Function, inputs: Sequence[Tensor]) -> Flat:
-        results = function(inputs, self._split)
-        return flatten(results), layout(results)
-
-
-def _whole(inputs: Features, call: Callable[[Features], Features]) -> Features:
-    return call(inputs)
-
-
 def split_rows(inputs: Features, call: Callable[[Features], Features], stride: int, halo: int) -> Features:
     """Return what `call` gives for the whole `inputs`, from two calls on the upper and the lower half.
 
@@ -308,6 +223,16 @@ _SHORTAGES = ("out of memory", "unable to find an engine", "ALLOC_FAILED")  # of
 def out_of_memory(error: RuntimeError) -> bool:
     """Tell whether an error of torch says that a GPU's memory is full; its libraries say so in their own words."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _SHORTAGES)
+
+
+def failed(device: torch.device) -> bool:
+    """Tell whether a GPU does nothing more for this process, as after an illegal access."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def on_gpu(array: Any) -> bool:

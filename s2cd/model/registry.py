@@ -19,7 +19,7 @@ from torch import Tensor
 
 from s2cd.errors import ModelError
 from s2cd.model import normalise
-from s2cd.model.device import WHOLE, CudaEngine, EncodedDate, Engine, Part, choose_device, on_gpu, to_host
+from s2cd.model.device import WHOLE, EncodedDate, Engine, Part, choose_device, on_gpu, to_host
 from s2cd.model.network import FINE_BANDS, HALO, REACH, STRIDE, ChangeNet, Committee, Features, network_of
 
 BANDS = ("blue", "green", "red", "nir", "nir08", "swir16", "swir22")
@@ -277,8 +277,7 @@ def _load(name: str, device: torch.device) -> Model:
 def _trained(name: str, path: Path, device: torch.device) -> Model:
     """Return the network of this package's own kind whose weights and card `python -m s2cd.training card` wrote."""
     data = path.read_bytes()
-    kind = CudaEngine if device.type == "cuda" else Engine
-    engine = kind(_network(name, data).to(device), device, stride=STRIDE // 2, halo=HALO // 2)
+    engine = Engine(_network(name, data).to(device), device, stride=STRIDE // 2, halo=HALO // 2)
     return Model(name, hashlib.sha256(data).hexdigest(), engine, read_json(path.with_suffix(".json")))
 
 

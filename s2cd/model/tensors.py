@@ -17,27 +17,32 @@ def to_input(planes: Sequence[Tensor], gains: Tensor, valid: Tensor, fine: int, 
     """Return what `s2cd.model.normalise.network_input` does, to the bit, as (1, channels, h, w), channels last."""
     height, width = (-(-n // 2) for n in valid.shape)
     rows, cols = (-(-n // stride) * stride // 2 for n in valid.shape)
-    coarse = [p if p.shape == (height, width) else p[::2, ::2] for p in planes[fine:]]
-    seen = _even(valid[None].float())
+    seen = _even(valid[None].float())[0]
     hidden = seen == 0
+    level = _even(_scaled(planes[:fine], gains[:fine], valid.shape)).masked_fill_(hidden, 0)
+    coarse = [p if p.shape == (height, width) else p[::2, ::2] for p in planes[fine:]]
+    low = _scaled(coarse, gains[fine:], (height, width)).masked_fill_(hidden[::2, ::2], 0)
     out = torch.zeros((rows, cols, 4 * fine + len(coarse) + 1), device=valid.device)
-    shares = seen.view(height, 2, width, 2)
-    for band, plane in enumerate([*planes[:fine], *coarse]):
-        pixels = plane.to(torch.float32, copy=True)  # they are the caller's, and what follows is done in place
-        level = pixels.mul_(gains[band, 0]).add_(gains[band, 1]).clamp_(-LIMIT, LIMIT)
-        if band < fine:
-            blocks = _even(level[None]).masked_fill_(hidden, 0).view(height, 2, width, 2).permute(0, 2, 1, 3)
-            out[:height, :width, 4 * band : 4 * band + 4] = blocks.reshape(height, width, 4)
-        else:
-            out[:height, :width, 3 * fine + band] = level.masked_fill_(hidden[::2, ::2], 0)
-    out[:height, :width, -1] = shares.mean(dim=(1, 3))
+    inner = out[:height, :width]
+    blocks = level.view(fine, height, 2, width, 2).permute(1, 3, 0, 2, 4)
+    inner[..., : 4 * fine].unflatten(2, (fine, 2, 2)).copy_(blocks)
+    inner[..., 4 * fine : -1] = low.permute(1, 2, 0)
+    inner[..., -1] = seen.view(height, 2, width, 2).mean(dim=(1, 3))
     return out.permute(2, 0, 1)[None]
 
 
-def _even(plane: Tensor) -> Tensor:
-    """Return (1, y, x) as (y, x) with even sides: an odd edge is repeated."""
-    rows, cols = plane.shape[1:]
-    return functional.pad(plane, (0, cols % 2, 0, rows % 2), mode="replicate")[0] if rows % 2 or cols % 2 else plane[0]
+def _scaled(planes: Sequence[Tensor], gains: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return float32 (band, y, x), clamped: all bands in few calls, each of which takes a GPU's thread a while."""
+    level = torch.empty((len(planes), *shape), device=gains.device)
+    for out, plane in zip(level, planes, strict=True):
+        out.copy_(plane)
+    return level.mul_(gains[:, 0, None, None]).add_(gains[:, 1, None, None]).clamp_(-LIMIT, LIMIT)
+
+
+def _even(planes: Tensor) -> Tensor:
+    """Return planes (n, y, x) with even sides: an odd edge is repeated."""
+    rows, cols = planes.shape[1:]
+    return functional.pad(planes, (0, cols % 2, 0, rows % 2), mode="replicate") if rows % 2 or cols % 2 else planes
 
 
 def masked(probability: Tensor, before: Tensor, after: Tensor) -> Tensor:

@@ -1,0 +1,28 @@
+"""A worker process that gives up is replaced, and its successor knows."""
+
+from __future__ import annotations
+
+import os
+
+import s2cd
+from s2cd.clusters.lost import replace_worker, replaced
+
+
+def give_up_once():
+    first = not replaced()
+    if first:
+        replace_worker(RuntimeError("CUDA error: an illegal memory access\nwas encountered"))
+    return os.getpid(), first
+
+
+def test_a_worker_that_gives_up_is_replaced_and_its_successor_knows():
+    with s2cd.cluster({"kind": "local", "processes": 1, "threads": 1, "dashboard": 0}) as client:
+        before = client.submit(os.getpid).result(timeout=60)
+        after, first = client.submit(give_up_once, pure=False).result(timeout=60)
+    assert after != before
+    assert not first
+
+
+def test_what_is_no_worker_goes_on():
+    replace_worker(RuntimeError("CUDA error"))
+    assert not replaced()
