@@ -25,8 +25,8 @@ from torch import Tensor
 from s2cd.addresses import local_path
 from s2cd.catalog import access
 from s2cd.catalog.scene import Grid
-from s2cd.clusters.lost import replaced
-from s2cd.inflate import ALIGNED, CHECKSUM, HEADER, STAGED, InflateError, Packed, adler32, inflater, nvcomp
+from s2cd.clusters.lost import give_up, given_up
+from s2cd.inflate import ALIGNED, CHECKSUM, HEADER, STAGED, DamageError, InflateError, Packed, adler32, inflater, nvcomp
 from s2cd.reader import (
     CACHES,
     COUNTS,
@@ -190,6 +190,8 @@ class DeviceReader:
             _LOG.warning("a chunk is read on the host: %s", error)
             for part in itertools.chain(*parts):
                 part.abandon(self.blocks, error)
+            if isinstance(error, DamageError):
+                give_up(error)
             return None
 
     def _decode(self, parts: Sequence[_Part], inflate: Inflate) -> None:
@@ -211,7 +213,7 @@ def _placed(parts: Sequence[_Part], flat: Tensor, checksums: Sequence[int]) -> l
         file, count = members[0].file, sum(len(part.mine) for part in members)
         pieces = flat[first : first + count * file.block_bytes].view(count, file.block_bytes)
         if adler32(pieces).tolist() != checksums[done : done + count]:
-            raise InflateError(f"blocks of {file.path} or others read with it do not match their checksums")
+            raise DamageError(f"blocks of {file.path} or others read with it do not match their checksums")
         first, done = first + pieces.numel(), done + count
         pixels = _restored(pieces, file).split([len(part.mine) for part in members])
         for part, blocks in zip(members, pixels, strict=True):
@@ -345,7 +347,7 @@ def read_dates(
 
     That is the first of all on CPUs, without CuPy and nvCOMP, for other kinds of files, and after an error.
     """
-    arrays = _cupy() if device.type == "cuda" and nvcomp() is not None and not replaced() else None
+    arrays = _cupy() if device.type == "cuda" and nvcomp() is not None and not given_up() else None
     if arrays is None:
         yield None
         return

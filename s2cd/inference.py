@@ -24,7 +24,7 @@ from rasterio.transform import Affine
 
 from s2cd.catalog.access import is_local
 from s2cd.catalog.scene import Grid, Scene
-from s2cd.clusters.lost import replace_worker
+from s2cd.clusters.lost import give_up
 from s2cd.cube import common_grid, cube_grid, parts_of
 from s2cd.device_reader import read_dates
 from s2cd.errors import ConfigError, GridError
@@ -220,7 +220,7 @@ def _infer_block(
             codes[position] = model.decode_codes(before, after, series.backgrounds[position], inner, reasons=reasons)
     except RuntimeError as error:
         if failed(model.device):
-            replace_worker(error)
+            give_up(error)
         raise
     return Block(codes, _shifts(views, series.pairs) if views else None)
 

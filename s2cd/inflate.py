@@ -31,6 +31,10 @@ class InflateError(RuntimeError):
     """A stream could not be decompressed on the GPU."""
 
 
+class DamageError(InflateError):
+    """A stream was decompressed there and turned out damaged: what else lies there may be so too."""
+
+
 class Packed(NamedTuple):
     """A stream in zlib's format: its `length`, what reads it into memory, and how many bytes it holds."""
 
@@ -63,7 +67,8 @@ class Inflater:
         `use` gets uint8 (bytes,) on the device, one stream after the other. What it does is queued on this inflater's
         own stream, and so is what it allocates.
 
-        Raises InflateError where a stream is damaged, as far as that is noticed before its checksum is.
+        Raises InflateError for what is no stream, DamageError where one is damaged as far as that is noticed before
+        checksums are compared.
         """
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             packed, starts, checksums = self._send(streams)
@@ -74,7 +79,7 @@ class Inflater:
             actual, status = results.cpu()
             wrong = (actual != torch.tensor(sizes)) | (status.view(torch.int32)[: len(sizes)] != 0)
             if wrong.any():
-                raise InflateError(f"{int(wrong.sum())} of {len(sizes)} blocks are damaged")
+                raise DamageError(f"{int(wrong.sum())} of {len(sizes)} blocks are damaged")
             result = use(out, checksums)
             self._wait()
             return result

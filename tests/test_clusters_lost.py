@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 
 import s2cd
-from s2cd.clusters.lost import replace_worker, replaced
+from s2cd.clusters import lost
+from s2cd.clusters.lost import give_up, given_up
 
 
 def give_up_once():
-    first = not replaced()
+    first = not given_up()
     if first:
-        replace_worker(RuntimeError("CUDA error: an illegal memory access\nwas encountered"))
+        give_up(RuntimeError("CUDA error: an illegal memory access\nwas encountered"))
     return os.getpid(), first
 
 
@@ -23,6 +24,8 @@ def test_a_worker_that_gives_up_is_replaced_and_its_successor_knows():
     assert not first
 
 
-def test_what_is_no_worker_goes_on():
-    replace_worker(RuntimeError("CUDA error"))
-    assert not replaced()
+def test_what_is_no_worker_goes_on_and_remembers(monkeypatch):
+    monkeypatch.setattr(lost, "_given_up", [])
+    assert not given_up()
+    give_up(RuntimeError("CUDA error"))
+    assert given_up()

@@ -1,7 +1,9 @@
-"""A worker whose GPU has failed it is replaced: after an illegal access no process gets a GPU to work again.
+"""A worker whose GPU can no longer be trusted is replaced, and its successor reads on the host.
 
-Its successors read on the host. Blocks of a damaged file are the likeliest reason: nvCOMP trusts what it is given, and
-the host names the file.
+That is after an illegal access, when no process gets a GPU to work again, and after blocks that turned out damaged: nvCOMP
+"can only operate on valid input data", say its makers (https://docs.nvidia.com/cuda/nvcomp/release_notes.html), so that it
+may have overwritten pixels of other chunks. What the process holds goes with it, and Dask makes it anew. Where there is no
+worker to replace, this process reads on the host from then on.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from pathlib import Path
 from distributed import Worker, get_worker
 
 _LOG = logging.getLogger(__name__)
+_given_up: list[BaseException] = []
 
 
-def replace_worker(why: BaseException) -> None:
-    """End the process of this task's worker, so that its nanny starts another; do nothing where there is none."""
+def give_up(why: BaseException) -> None:
+    """End the process of this task's worker, so that its nanny starts another; without one, inflate nothing more."""
+    _given_up.append(why)
     worker = _watched_worker()
     if worker is None:
         return
@@ -27,9 +31,13 @@ def replace_worker(why: BaseException) -> None:
     os._exit(1)
 
 
+def given_up() -> bool:
+    """Tell whether this process, or the one whose place it took, has given up."""
+    return bool(_given_up) or _successor()
+
+
 @cache
-def replaced() -> bool:
-    """Tell whether this process took the place of one whose GPU had failed it."""
+def _successor() -> bool:
     worker = _watched_worker()
     return worker is not None and _mark(worker).exists()
 
