@@ -1,9 +1,9 @@
 """A worker whose GPU can no longer be trusted is replaced, and its successor reads on the host.
 
-That is after an illegal access, when no process gets a GPU to work again, and after blocks that turned out damaged: nvCOMP
-"can only operate on valid input data", say its makers (https://docs.nvidia.com/cuda/nvcomp/release_notes.html), so that it
-may have overwritten pixels of other chunks. What the process holds goes with it, and Dask makes it anew. Where there is no
-worker to replace, this process reads on the host from then on.
+That is after an illegal access, when no process gets a GPU to work again, and after blocks that turned out damaged:
+nvCOMP "can only operate on valid input data", say its makers (https://docs.nvidia.com/cuda/nvcomp/release_notes.html),
+so that it may have overwritten pixels of other chunks. What the process holds goes with it, and Dask makes it anew.
+Where there is no worker to replace, this process reads on the host from then on.
 """
 
 from __future__ import annotations
