@@ -26,7 +26,20 @@ from s2cd.addresses import local_path
 from s2cd.catalog import access
 from s2cd.catalog.scene import Grid
 from s2cd.clusters.lost import give_up, given_up
-from s2cd.inflate import ALIGNED, CHECKSUM, HEADER, STAGED, DamageError, InflateError, Packed, adler32, inflater, nvcomp
+from s2cd.inflate import (
+    ALIGNED,
+    CHECKSUM,
+    HEADER,
+    STAGED,
+    DamageError,
+    InflateError,
+    OverrunError,
+    Packed,
+    adler32,
+    inflater,
+    nvcomp,
+)
+from s2cd.model.device import current, failed
 from s2cd.reader import (
     CACHES,
     COUNTS,
@@ -45,7 +58,7 @@ from s2cd.reader import (
 from s2cd.survey import SceneInput
 
 SHARE = 1 / 256  # of a GPU's memory for the pixels that a thread reads at once
-KEPT = 1 / 8  # of it at most for blocks that other chunks need too
+KEPT = 1 / 16  # of it at most for blocks that other chunks need too
 Pixels = tuple[list[Any], Any]
 """CuPy's arrays (y, x): one for each band, as `s2cd.reader.read_bands` gives them, and values of the mask band."""
 Inflate = Callable[[Sequence[Packed], Callable[[Tensor, list[int]], Any]], Any]
@@ -115,10 +128,18 @@ _looking = threading.Lock()
 @lru_cache(4096)
 def _block_file(path: str, _edition: tuple[object, ...]) -> BlockFile | None:
     with access.OPEN_FILES.dataset(path) as dataset:
-        kind = dataset.tags(ns="IMAGE_STRUCTURE")
+        kind = dataset.tags(ns="IMAGE_STRUCTURE") | dataset.tags(1, ns="IMAGE_STRUCTURE")
         predictor = kind.get("PREDICTOR", "1")
         plain = dataset.driver == "GTiff" and dataset.count == 1 and kind.get("COMPRESSION") == "DEFLATE"
-        if not plain or "NBITS" in kind or dataset.dtypes[0] not in {"uint8", "uint16"} or predictor not in {"1", "2"}:
+        (rows, cols), height = dataset.block_shapes[0], dataset.height
+        short = cols == dataset.width and height % rows  # the last of several strips
+        if (
+            not plain
+            or short
+            or "NBITS" in kind
+            or dataset.dtypes[0] not in {"uint8", "uint16"}
+            or predictor not in {"1", "2"}
+        ):
             return None
         layout = Layout(dataset.shape, dataset.block_shapes[0])
         blocks = list(layout.covering(slice(0, dataset.height), slice(0, dataset.width)))
@@ -150,8 +171,8 @@ class DeviceReader:
     at_once    bytes of pixels that are read at once
     """
 
-    def __init__(self, inflating: Any, blocks: BlockCache, at_once: float):
-        self._inflating, self.blocks, self._at_once = inflating, blocks, at_once
+    def __init__(self, device: torch.device, inflating: Any, blocks: BlockCache, at_once: float):
+        self._device, self._inflating, self.blocks, self._at_once = device, inflating, blocks, at_once
 
     def groups(
         self, dates: Sequence[SceneInput], window: tuple[slice, slice], fine: int
@@ -186,12 +207,14 @@ class DeviceReader:
                 self._decode(every, inflate)
             # Only now, when no inflater is held: who decodes them may be waiting for one.
             return [[part.finish(self.blocks) for part in found] for found in parts]
-        except Exception as error:
-            _LOG.warning("a chunk is read on the host: %s", error)
+        except BaseException as error:
+            if isinstance(error, OverrunError) or failed(self._device):
+                give_up(error)
             for part in itertools.chain(*parts):
                 part.abandon(self.blocks, error)
-            if isinstance(error, DamageError):
-                give_up(error)
+            if not isinstance(error, Exception):
+                raise
+            _LOG.warning("a chunk is read on the host: %s", error)
             return None
 
     def _decode(self, parts: Sequence[_Part], inflate: Inflate) -> None:
@@ -299,20 +322,20 @@ class _Part:
             pixels = grid.transpose(1, 2).reshape(rows * layout.block[0], cols * layout.block[1])
             COUNTS.add(math.prod(s.stop - s.start for s in span) * self.file.dtype.itemsize)
             self._paste(pixels, span)
-        wanted = [(number, self.mine[block]) for number, block in enumerate(order) if self.mine[block] is not None]
-        if wanted:
-            copies = blocks[[number for number, _ in wanted]]
-            yield from ((entry, pixels) for (_, entry), pixels in zip(wanted, copies, strict=True) if entry)
+        for number, block in enumerate(order):
+            if (entry := self.mine[block]) is not None:
+                yield entry, blocks[number].clone()
 
     def finish(self, blocks: BlockCache) -> Tensor:
         """Wait for the blocks of others and return the window."""
+        if self._out is not None:
+            _used_here(self._out)
         for block, entry in self._held.items():
             pixels = entry.result()
             _used_here(pixels)
             self._paste(pixels, self.file.layout.spans(block))
         self._release(blocks)
         assert self._out is not None
-        _used_here(self._out)
         rows, cols = self._rows.stop - self._rows.start, self._cols.stop - self._cols.start
         self._out[rows:] = self._out[rows - 1]  # a coarse grid may end before the fine one
         self._out[:, cols:] = self._out[:, cols - 1 : cols]
@@ -323,7 +346,7 @@ class _Part:
             self._out = pixels.new_empty(self._shape)
         paste(self._out, self._rows, self._cols, pixels, span)
 
-    def abandon(self, blocks: BlockCache, error: Exception) -> None:
+    def abandon(self, blocks: BlockCache, error: BaseException) -> None:
         """Tell others that this chunk decodes nothing more."""
         blocks.abandon(self._key, self.mine, error)
         self._release(blocks)
@@ -357,7 +380,7 @@ def read_dates(
         if found is None:
             yield None
             return
-        with arrays.cuda.Device(device.index or 0):
+        with current(device):
             there = [_arrays(planes, arrays) for planes in found]
         del found
         while there:
@@ -389,5 +412,5 @@ def _reader(device: torch.device) -> DeviceReader:
             memory = torch.cuda.get_device_properties(device).total_memory
             blocks = BlockCache(int(memory * KEPT))
             CACHES.append(blocks)
-            _readers[device] = DeviceReader(partial(inflater, device), blocks, memory * SHARE)
+            _readers[device] = DeviceReader(device, partial(inflater, device), blocks, memory * SHARE)
         return _readers[device]

@@ -30,7 +30,7 @@ from s2cd.device_reader import read_dates
 from s2cd.errors import ConfigError, GridError
 from s2cd.masks import Mask
 from s2cd.model import EncodedDate, Model, ModelRef
-from s2cd.model.device import failed, to_host
+from s2cd.model.device import current, failed, to_host, with_memory
 from s2cd.model.normalise import Planes
 from s2cd.pairs import Pair
 from s2cd.reader import Tiling, read_bands
@@ -216,8 +216,10 @@ def _infer_block(
 
     codes = np.empty((len(series.pairs), *(c.stop - c.start for c in core)), np.uint16)
     try:
-        for position, before, after in encode_series(model, images(), series.pairs):
-            codes[position] = model.decode_codes(before, after, series.backgrounds[position], inner, reasons=reasons)
+        with current(model.device):
+            for position, before, after in encode_series(model, images(), series.pairs):
+                background = series.backgrounds[position]
+                codes[position] = model.decode_codes(before, after, background, inner, reasons=reasons)
     except RuntimeError as error:
         if failed(model.device):
             give_up(error)
@@ -290,7 +292,7 @@ def _image(
     pixels: Planes,
     classes: np.ndarray | None,
 ) -> Image:
-    valid = observed(pixels, classes, date, mask)
+    valid = with_memory(lambda: observed(pixels, classes, date, mask))
     affine = model.affine(statistics, np.array(date.scale, np.float32), np.array(date.offset, np.float32))
     return pixels, affine, valid
 

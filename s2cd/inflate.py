@@ -21,7 +21,14 @@ from torch import Tensor
 
 ALIGNED = 16
 STAGED = 16 << 20  # bytes of pinned memory that an inflater has: to get more takes longer than to fill it
-AT_ONCE = 16  # inflaters of a GPU: together they keep some thousand streams under way
+AT_ONCE, EACH = (
+    16,
+    4 << 30,
+)  # inflaters of a GPU, and the bytes it must have for each: together they keep some thousand streams under way
+GUARD, MARK = (
+    1 << 20,
+    0xA5,
+)  # bytes behind what is decompressed, and what they hold: writing goes on from stream to stream
 HEADER, CHECKSUM = 2, 4  # bytes of zlib's format (RFC 1950) around a stream
 LIBRARY = "libnvcomp.so.6"
 Result = TypeVar("Result")
@@ -32,7 +39,11 @@ class InflateError(RuntimeError):
 
 
 class DamageError(InflateError):
-    """A stream was decompressed there and turned out damaged: what else lies there may be so too."""
+    """A stream was decompressed there and turned out damaged."""
+
+
+class OverrunError(InflateError):
+    """Decompressing a damaged stream wrote beyond its place: what else lies on the GPU may be overwritten."""
 
 
 class Packed(NamedTuple):
@@ -67,20 +78,23 @@ class Inflater:
         `use` gets uint8 (bytes,) on the device, one stream after the other. What it does is queued on this inflater's
         own stream, and so is what it allocates.
 
-        Raises InflateError for what is no stream, DamageError where one is damaged as far as that is noticed before
-        checksums are compared.
+        Raises InflateError for what is no stream, DamageError where one is damaged (`use` may, too), OverrunError where
+        that did harm.
         """
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             packed, starts, checksums = self._send(streams)
             sizes = [stream.size for stream in streams]
-            out = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
+            out = torch.empty(sum(sizes) + GUARD, dtype=torch.uint8, device=self._device)
+            guard = out[-GUARD:].fill_(MARK)
             results = self._inflate(packed, starts, [s.length - HEADER - CHECKSUM for s in streams], out, sizes)
             self._wait()
-            actual, status = results.cpu()
-            wrong = (actual != torch.tensor(sizes)) | (status.view(torch.int32)[: len(sizes)] != 0)
-            if wrong.any():
-                raise DamageError(f"{int(wrong.sum())} of {len(sizes)} blocks are damaged")
-            result = use(out, checksums)
+            try:
+                _require_sound(results.cpu(), sizes)
+                result = use(out[:-GUARD], checksums)
+            except DamageError as error:
+                if not (guard == MARK).all():
+                    raise OverrunError(f"{error}, and what lies behind them is overwritten") from error
+                raise
             self._wait()
             return result
 
@@ -132,6 +146,13 @@ class Inflater:
             raise InflateError(f"nvCOMP failed with status {status}, expected 0")
 
 
+def _require_sound(results: Tensor, sizes: Sequence[int]) -> None:
+    actual, status = results
+    wrong = (actual != torch.tensor(sizes)) | (status.view(torch.int32)[: len(sizes)] != 0)
+    if wrong.any():
+        raise DamageError(f"{int(wrong.sum())} of {len(sizes)} blocks are damaged")
+
+
 def send(
     streams: Sequence[Packed], starts: Sequence[int], staged: Tensor, packed: Tensor, wait: Callable[[], None]
 ) -> list[int]:
@@ -173,7 +194,8 @@ def inflater(device: torch.device) -> Iterator[Inflater]:
 @cache
 def _places(device: torch.device) -> queue.LifoQueue[Inflater | None]:
     places: queue.LifoQueue[Inflater | None] = queue.LifoQueue()
-    for _ in range(AT_ONCE):
+    memory = torch.cuda.get_device_properties(device).total_memory
+    for _ in range(min(max(1, memory // EACH), AT_ONCE)):
         places.put(None)
     return places
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from s2cd.codes import encode_codes, split_reasons
 from s2cd.errors import ModelError
 from s2cd.model import BANDS, device, list_models, load_model, normalise, registry
-from s2cd.model.device import Engine, fast_bfloat16, out_of_memory
+from s2cd.model.device import Engine, fast_bfloat16, out_of_memory, with_memory
 from s2cd.model.network import HALO, INPUTS, REACH, STRIDE, ChangeNet, cost, network_of
 from s2cd.model.tensors import to_input
 
@@ -336,6 +336,27 @@ def test_blocks_too_large_for_a_card_are_run_in_parts():
     for shape in ((80, 48), (600, 48), (80, 48)):
         images = [ground(shape, seed) for seed in (0, 1)]
         np.testing.assert_allclose(compare(small, images), compare(usual, images), atol=0.01)
+
+
+def test_an_allocator_that_may_give_memory_away_too_early_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "pluggable")
+    with pytest.raises(ModelError, match="expected its own"):
+        Engine(torch.nn.Identity(), torch.device("cuda"), stride=8, halo=8)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("tried to allocate 2 GiB"), MemoryError("CuPy's")])
+def test_where_memory_is_short_it_is_tried_once_more(error):
+    calls = iter([error, 1])
+
+    def call():
+        found = next(calls)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    assert with_memory(call) == 1
+    with pytest.raises(RuntimeError, match="shapes"):
+        with_memory(lambda: torch.zeros(2, 3) @ torch.zeros(2, 3))
 
 
 @pytest.fixture

@@ -1,16 +1,17 @@
-"""A worker whose GPU can no longer be trusted is replaced, and its successor reads on the host.
+"""A worker whose GPU can no longer be trusted is replaced, and from then on its cluster reads on the host.
 
-That is after an illegal access, when no process gets a GPU to work again, and after blocks that turned out damaged:
-nvCOMP "can only operate on valid input data", say its makers (https://docs.nvidia.com/cuda/nvcomp/release_notes.html),
-so that it may have overwritten pixels of other chunks. What the process holds goes with it, and Dask makes it anew.
-Where there is no worker to replace, this process reads on the host from then on.
+That is after an illegal access, when no process gets a GPU to work again, and where decompressing a damaged block wrote
+beyond its place: nvCOMP "can only operate on valid input data", say its makers
+(https://docs.nvidia.com/cuda/nvcomp/release_notes.html), so that pixels of other chunks may be overwritten. What the
+process holds goes with it, and Dask makes it anew. Where there is no worker to replace, this process reads on the host
+from then on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from functools import cache
 from pathlib import Path
 
 from distributed import Worker, get_worker
@@ -32,14 +33,11 @@ def give_up(why: BaseException) -> None:
 
 
 def given_up() -> bool:
-    """Tell whether this process, or the one whose place it took, has given up."""
-    return bool(_given_up) or _successor()
-
-
-@cache
-def _successor() -> bool:
-    worker = _watched_worker()
-    return worker is not None and _mark(worker).exists()
+    """Tell whether this process has given up, or one of the same cluster that could write to the same folder."""
+    if not _given_up and (worker := _watched_worker()) is not None and (mark := _mark(worker)).exists():
+        _given_up.append(RuntimeError("another process gave up"))
+        _LOG.warning("%s reads on the host from now on: %s exists", worker.address, mark)
+    return bool(_given_up)
 
 
 def _watched_worker() -> Worker | None:
@@ -51,5 +49,6 @@ def _watched_worker() -> Worker | None:
 
 
 def _mark(worker: Worker) -> Path:
-    """A file that workers of the same parent share: what they may leave to each other."""
-    return Path(worker.local_directory).parent / f"s2cd-no-inflating-{os.getppid()}"
+    """A file that the workers of a cluster share, if they share a scratch folder."""
+    cluster = hashlib.sha256(str(worker.scheduler.address).encode()).hexdigest()[:16]
+    return Path(worker.local_directory).parent / f"s2cd-no-inflating-{cluster}"

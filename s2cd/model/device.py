@@ -11,7 +11,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -82,6 +82,7 @@ class EncodedDate:
         return self.valid.shape[0], self.valid.shape[1]
 
 
+Result = TypeVar("Result")
 Part = tuple[slice, slice]
 WHOLE: Part = (slice(None), slice(None))
 
@@ -93,9 +94,14 @@ class Engine:
     there. What lies there already (CuPy's arrays, say) is taken as it is.
 
     `stride` and `halo` are in pixels of the network's input; `bfloat16` is used where the device is fast at it.
+
+    Raises ModelError where torch was given another allocator of a GPU's memory: it may not heed that several streams
+    use a tensor, and give memory away too early.
     """
 
     def __init__(self, network: Network, device: torch.device, *, stride: int, halo: int, bfloat16: bool = True):
+        if device.type == "cuda" and torch.cuda.get_allocator_backend() == "pluggable":
+            raise ModelError("torch was given an allocator that may mix up what streams use, expected its own")
         if isinstance(network, torch.nn.Module):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
         self._network, self.device = network, device
@@ -108,11 +114,15 @@ class Engine:
         """Return a date encoded; what is given is as `s2cd.model.normalise.network_input` takes it."""
         if self.device.type != "cuda":
             return self.encode_input(network_input(planes, gains, valid, fine, stride), valid)
-        sent, wait = self._send([*planes, gains, valid])
-        with self._running():
-            wait()
-            x = to_input(sent[:-2], sent[-2], sent[-1], fine, stride)
-            return EncodedDate(self._split((x,), lambda t: self._network.encode(t[0])), sent[-1])
+
+        def encoded() -> EncodedDate:
+            sent, wait = self._send([*planes, gains, valid])
+            with self._running():
+                wait()
+                x = to_input(sent[:-2], sent[-2], sent[-1], fine, stride)
+                return EncodedDate(self._split((x,), lambda t: self._network.encode(t[0])), sent[-1])
+
+        return with_memory(encoded)
 
     def encode_input(self, x: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) -> EncodedDate:
         """Return a date encoded, of an input (h, w, channels) on the network's grid."""
@@ -217,12 +227,28 @@ def split_rows(inputs: Features, call: Callable[[Features], Features], stride: i
         return tuple(torch.cat(halves, dim=2) for halves in zip(upper, lower, strict=True))
 
 
+def with_memory(call: Callable[[], Result]) -> Result:
+    """Return what `call` gives; where a GPU's memory is full, free what torch keeps for later, and call once more."""
+    try:
+        return call()
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or out_of_memory(error)):  # the first is CuPy's, which cannot free that
+            raise
+    torch.cuda.empty_cache()
+    return call()
+
+
 _SHORTAGES = ("out of memory", "unable to find an engine", "ALLOC_FAILED")  # of CUDA, cuDNN and cuBLAS
 
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Tell whether an error of torch says that a GPU's memory is full; its libraries say so in their own words."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _SHORTAGES)
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which `device` is the one that CUDA, and so CuPy, works on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def failed(device: torch.device) -> bool:
