@@ -131,24 +131,17 @@ def _block_file(path: str, _edition: tuple[object, ...]) -> BlockFile | None:
         kind = dataset.tags(ns="IMAGE_STRUCTURE") | dataset.tags(1, ns="IMAGE_STRUCTURE")
         predictor = kind.get("PREDICTOR", "1")
         plain = dataset.driver == "GTiff" and dataset.count == 1 and kind.get("COMPRESSION") == "DEFLATE"
-        (rows, cols), height = dataset.block_shapes[0], dataset.height
-        short = cols == dataset.width and height % rows  # the last of several strips
-        if (
-            not plain
-            or short
-            or "NBITS" in kind
-            or dataset.dtypes[0] not in {"uint8", "uint16"}
-            or predictor not in {"1", "2"}
-        ):
+        layout, dtype = Layout(dataset.shape, dataset.block_shapes[0]), np.dtype(dataset.dtypes[0])
+        short = layout.block[1] == dataset.width and dataset.height % layout.block[0]  # the last of several strips
+        known = dtype in (np.uint8, np.uint16) and predictor in {"1", "2"} and "NBITS" not in kind
+        if not plain or short or not known:
             return None
-        layout = Layout(dataset.shape, dataset.block_shapes[0])
         blocks = list(layout.covering(slice(0, dataset.height), slice(0, dataset.width)))
         edges = tuple(math.ceil(n / b) for n, b in zip(dataset.shape, layout.block, strict=True))
         starts, lengths = (
             np.array([_tag(dataset, what, *at) for at in blocks], np.int64).reshape(edges)
             for what in ("OFFSET", "SIZE")
         )
-        dtype = np.dtype(dataset.dtypes[0])
         file = BlockFile(
             path, dataset.shape, dataset.transform, dataset.crs, layout, dtype, predictor == "2", starts, lengths
         )
@@ -309,12 +302,9 @@ class _Part:
 
     def take(self, blocks: Tensor) -> Iterator[tuple[Entry, Tensor]]:
         """Take decoded blocks (n, y, x), and yield copies for others who want some of them."""
-        layout, order = self.file.layout, [block for pair in self._rectangles for block in within(*pair)]
-        first = 0
-        for (
-            start,
-            stop,
-        ) in self._rectangles:  # few calls, each of many blocks: what threads do in Python they do in turn
+        layout, first = self.file.layout, 0
+        # Few calls, each of many blocks: Python runs one thread at a time.
+        for start, stop in self._rectangles:
             rows, cols = (b - a + 1 for a, b in zip(start, stop, strict=True))
             grid = blocks[first : first + rows * cols].view(rows, cols, *layout.block)
             first += rows * cols
@@ -322,7 +312,7 @@ class _Part:
             pixels = grid.transpose(1, 2).reshape(rows * layout.block[0], cols * layout.block[1])
             COUNTS.add(math.prod(s.stop - s.start for s in span) * self.file.dtype.itemsize)
             self._paste(pixels, span)
-        for number, block in enumerate(order):
+        for number, block in enumerate(block for pair in self._rectangles for block in within(*pair)):
             if (entry := self.mine[block]) is not None:
                 yield entry, blocks[number].clone()
 
