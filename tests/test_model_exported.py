@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import s2cd
+from s2cd.codes import CODE_SCALE
 from s2cd.errors import ModelError
 from s2cd.model import ModelRef, load_model
 from s2cd.runner import run
@@ -31,15 +32,50 @@ class Distance(nn.Module):
         return 1 - torch.exp(-10 * nn.functional.avg_pool2d(difference, 3, 1, 1))
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows, cols = torch.export.Dim("rows", min=2, max=2048), torch.export.Dim("cols", min=2, max=2048)
+class SmoothIndex(nn.Module):
+    """Difference of a smoothed vegetation index, which is 0/0 around each pixel without observation."""
+
+    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        first, second = (
+            nn.functional.avg_pool2d((x[:, 1:] - x[:, :1]) / (x[:, 1:] + x[:, :1]), 5, 1, 2) for x in (before, after)
+        )
+        return (first - second).abs() / 2
+
+
+class Brightening(nn.Module):
+    """A ratio that is no number where the bands' sum is negative."""
+
+    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return 1 - torch.exp(-(after.sum(1, keepdim=True).sqrt() - before.sum(1, keepdim=True).sqrt()).abs())
+
+
+class Centred(nn.Module):
+    """Logits that are centred over the whole block."""
+
+    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        difference = (before - after).abs().mean(dim=1, keepdim=True)
+        return difference - difference.mean()
+
+
+class Detected(nn.Module):
+    """Numbers of classes."""
+
+    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return ((before - after).abs().mean(dim=1, keepdim=True) > 0.1).long()
+
+
+def exported(network: nn.Module, path: Path, largest: int = 2048) -> Path:
+    """Export a network for blocks of 8 to 4 * `largest` pixels."""
+    rows, cols = torch.export.Dim("rows", min=2, max=largest), torch.export.Dim("cols", min=2, max=largest)
     shape = {2: 4 * rows, 3: 4 * cols}
     example = (torch.zeros(1, 2, 16, 24), torch.ones(1, 2, 16, 24))
-    exported = torch.export.export(Distance(), example, dynamic_shapes=(shape, shape))
-    path = tmp_path_factory.mktemp("export") / "distance.pt2"
-    torch.export.save(exported, path)
+    torch.export.save(torch.export.export(network, example, dynamic_shapes=(shape, shape)), path)
     return path
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(Distance(), tmp_path_factory.mktemp("export") / "distance.pt2")
 
 
 def described(program: Path, folder: Path, **fields: object) -> str:
@@ -92,14 +128,70 @@ def test_a_relative_path_is_the_clients_wherever_workers_run(program, tmp_path, 
         ({"bands": ["red", "ultraviolet"]}, "unknown band 'ultraviolet'"),
         ({"bands": ["red", "nir", "blue"]}, "fails on two dates"),
         ({"output": "maybe"}, "output is 'maybe'"),
-        ({"scale": "much"}, "could not convert"),
-        ({"halo": float("inf")}, "cannot convert float infinity"),
+        ({"output": ["x"]}, r"output is \['x'\]"),
+        ({"scale": "much"}, "scale is 'much', expected int or float"),
+        ({"scale": True}, "scale is True"),
+        ({"scale": float("nan")}, "scale nan"),
+        ({"scale": 1e-300}, "scale 1e-300"),
+        ({"scale": 10**400}, "too large"),
+        ({"halo": float("inf")}, "halo is inf, expected int"),
+        ({"halo": 400000}, "halo 400000"),
+        ({"halo": -4}, "halo -4"),
+        ({"stride": 4.7}, "stride is 4.7"),
+        ({"stride": 100000, "halo": 0}, "stride 100000"),
+        ({"stride": 0}, "stride 0"),
+        ({"bands": "red"}, "bands is 'red', expected list"),
+        ({"bands": ["B04", "red"]}, "each once"),
         ({"bands": [3]}, "unknown band 3"),
     ],
 )
 def test_a_wrong_description_is_named(program, tmp_path, fields, message):
     with pytest.raises(ModelError, match=message) as caught:
         load_model(described(program, tmp_path, **fields), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("network", "fields", "message"),
+    [
+        (SmoothIndex(), {"scale": 1.0}, r"mine\.pt2 gives NaN at 24 of 511 pixels of two dates of random reflectance"),
+        (Distance(), {"halo": 0}, r"mine\.pt2: results differ by up to 0\.\d+ between .* a halo of 0 pixels"),
+        (Centred(), {"scale": 1.0, "output": "logits"}, "what looks at the whole block, such as a mean, makes maps"),
+        (Detected(), {"scale": 1.0, "output": "logits"}, r"returns torch\.int64 .*, expected torch\.float32"),
+    ],
+)
+def test_a_network_that_would_give_wrong_maps_is_not_loaded(tmp_path, network, fields, message):
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(described(exported(network, tmp_path / "it.pt2"), tmp_path, **fields), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_nan_where_both_dates_show_a_pixel_is_an_error(tmp_path):
+    model = load_model(described(exported(Brightening(), tmp_path / "it.pt2"), tmp_path, scale=1.0), device="cpu")
+    before, after = np.full((2, 2, 20, 24), 0.1, np.float32)
+    before[:, 3, 4] = np.nan
+    assert np.argwhere(np.isnan(model.predict(before, after))).tolist() == [[3, 4]]
+    after[:, 15, 10:12] = -0.002
+    message = r"mine\.pt2' gives NaN at 2 of 479 pixels that both dates show, expected a number"
+    with pytest.raises(ModelError, match=message):
+        model.predict(before, after)
+    seen = [np.isfinite(date).all(axis=0) for date in (before, after)]
+    dates = [model.encode(d, model.affine(model.statistics(d)), v) for d, v in zip((before, after), seen, strict=True)]
+    for reasons in (False, True):
+        with pytest.raises(ModelError, match=message):
+            model.decode_codes(*dates, 1.0, reasons=reasons)
+        codes = model.decode_codes(*dates, 1.0, (slice(0, 8), slice(0, 8)), reasons=reasons)
+        assert np.argwhere(codes > CODE_SCALE).tolist() == [[3, 4]]
+
+
+def test_a_block_too_large_for_the_program_is_named(tmp_path):
+    path = described(exported(Distance(), tmp_path / "it.pt2", largest=16), tmp_path)
+    dates = np.full((2, 2, 64, 68), 0.1, np.float32)
+    assert load_model(path, device="cpu").predict(*dates[..., :64]).max() == 0
+    with pytest.raises(
+        ModelError, match=r"mine\.pt2 fails on .*\(1, 2, 64, 68\): .*Dim\(max=\.\.\.\).* --chunk"
+    ) as caught:
+        load_model(path, device="cpu").predict(*dates)
     assert "\n" not in str(caught.value)
 
 
