@@ -195,6 +195,21 @@ def test_a_block_too_large_for_the_program_is_named(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_metadata_say_only_what_is_known(program, tmp_path):
+    found = load_model(described(program, tmp_path, cost=5, architecture=["x"]), device="cpu").mlm()
+    assert (found["mlm:architecture"], found["mlm:framework"]) == ("unknown", "pytorch")
+    assert not {"mlm:total_parameters", "mlm:framework_version", "mlm:pretrained"} & set(found)
+    for date in found["mlm:input"]:
+        assert (date["bands"], date["input"]["shape"]) == (["red", "nir"], [-1, 2, -1, -1])
+        assert date["value_scaling"] == [{"type": "scale", "value": 1e-4}]
+        assert date["pre_processing_function"] is None
+    onnx_distance(tmp_path / "mine.onnx")
+    described(program, tmp_path, architecture="BIT", scale=1)
+    found = load_model(str(tmp_path / "mine.onnx"), device="cpu").mlm()
+    assert (found["mlm:architecture"], found["mlm:framework"]) == ("BIT", "ONNX")
+    assert found["mlm:input"][0]["value_scaling"] is None
+
+
 def test_a_program_that_is_exported_anew_is_loaded_anew(program, tmp_path):
     path, (before, after) = tmp_path / "mine.onnx", np.full((2, 2, 16, 16), 0.1, np.float32)
     after[:] = 0.2

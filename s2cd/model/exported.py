@@ -33,6 +33,7 @@ from s2cd.catalog.bands import canonical_band
 from s2cd.codes import CODE_NODATA
 from s2cd.errors import ConfigError, ModelError
 from s2cd.model.device import WHOLE, EncodedDate, Engine, Part, failed, out_of_memory, to_host
+from s2cd.model.mlm import exported_properties
 from s2cd.model.network import Features
 from s2cd.model.normalise import Planes
 from s2cd.model.registry import Model, read_json
@@ -94,6 +95,10 @@ class ExportedModel(Model):
     """A model whose network is an exported program; it normalises for itself."""
 
     scale: float
+
+    def mlm(self) -> dict[str, Any]:
+        """Return what is known of the network as properties of the STAC Machine Learning Model extension (v1.4)."""
+        return exported_properties(self)
 
     def statistics(self, reflectance: Array) -> Array:
         """Return centre 0 and spread 1 for each band: nothing is normalised."""
