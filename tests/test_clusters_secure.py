@@ -57,7 +57,6 @@ def buckets(catalog: str) -> Iterator[str]:
         "AWS_SECRET_ACCESS_KEY": SECRET,
         "AWS_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": url,
-        "AWS_ALLOW_HTTP": "true",
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,10 +17,12 @@ import pytest
 import requests
 from outputs_support import INFO, make_grid, make_pair, random_codes
 
+from s2cd.catalog.access import s3_options
+from s2cd.catalog.ranges import s3_source
 from s2cd.errors import BusyError, OutputError
 from s2cd.outputs import check_writable, finished, is_done, lock, only_one, validate, write_catalog, write_map
 from s2cd.outputs.lock import LOCK
-from s2cd.outputs.store import STALE_SECONDS, Store
+from s2cd.outputs.store import STALE_SECONDS, Store, open_store
 
 GRID = make_grid((300, 301))
 MIB = 1024**2
@@ -198,7 +202,6 @@ def bucket():
         "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ALLOW_HTTP": "true",
     }
     with pytest.MonkeyPatch.context() as patch:
         for key, value in settings.items():
@@ -207,7 +210,7 @@ def bucket():
 
         client = boto3.client("s3", endpoint_url=settings["AWS_ENDPOINT_URL"])
         client.create_bucket(Bucket="maps")
-        yield SimpleNamespace(url="s3://maps/europe/2023", client=client)
+        yield SimpleNamespace(url="s3://maps/europe/2023", client=client, address=settings["AWS_ENDPOINT_URL"])
     server.stop()
 
 
@@ -256,3 +259,29 @@ def test_a_lock_is_renewed_while_its_owner_works_and_taken_over_after_it_was_kil
 def test_a_bucket_that_does_not_exist_is_named(bucket):
     with pytest.raises(OutputError, match="s3://nowhere/x cannot be written to: .*NoSuchBucket"):
         check_writable("s3://nowhere/x")
+
+
+@pytest.mark.parametrize("scheme", ["", "http://"])
+def test_the_words_of_gdal_name_the_server_of_maps_too(bucket, monkeypatch, scheme):
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setenv("AWS_S3_ENDPOINT", scheme + bucket.address.removeprefix("http://"))
+    monkeypatch.setenv("AWS_HTTPS", "NO")
+    Store("s3://maps/gdal").put("a.json", b"{}")
+    assert bucket.client.get_object(Bucket="maps", Key="gdal/a.json")["Body"].read() == b"{}"
+
+
+def test_renewed_keys_sign_what_follows(bucket, tmp_path, monkeypatch):
+    """Whether maps are written or scenes are read: a notebook goes on after its keys expired."""
+    from moto.moto_api import recorder
+
+    bucket.client.put_object(Bucket="maps", Key="a.tif", Body=b"12345")
+    monkeypatch.chdir(tmp_path)  # where the server keeps what it was asked
+    recorder.start_recording()
+    for key in ("EXPIRED", "RENEWED"):
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+        open_store(bucket.url).put("keys.json", b"{}")
+        assert s3_source("maps", "a.tif", s3_options("static", "s3://maps/a.tif")).fetch(0, 5) == b"12345"
+    recorder.stop_recording()
+    asked = [json.loads(line) for line in recorder.download_recording().splitlines()]
+    signed = [re.search(r"Credential=(\w+)/", request["headers"]["Authorization"])[1] for request in asked]
+    assert signed == ["EXPIRED", "EXPIRED", "RENEWED", "RENEWED"]

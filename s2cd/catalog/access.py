@@ -20,6 +20,7 @@ import rasterio
 import urllib3
 
 from s2cd.addresses import local_path
+from s2cd.buckets import s3_endpoint
 from s2cd.catalog.items import parse_time
 from s2cd.catalog.providers import PROVIDERS
 from s2cd.catalog.ranges import HEADS, HttpSource, Opener, RangeFile, S3Source, s3_source
@@ -211,19 +212,13 @@ def s3_options(provider: str, href: str) -> dict[str, str]:
 
     Raises ReadError if the object asks for keys and this process has none.
     """
-    env = os.environ
     record = PROVIDERS.get(provider)
     bucket = urlsplit(href).hostname or ""
-    options = dict(record.s3_options) if record is not None else {}
-    endpoint = env.get("AWS_ENDPOINT_URL") or env.get("AWS_S3_ENDPOINT")
-    if endpoint:
-        scheme = "http" if env.get("AWS_HTTPS", "YES").upper() in {"NO", "FALSE"} else "https"
-        options["endpoint"] = endpoint if "://" in endpoint else f"{scheme}://{endpoint}"
-        options["virtual_hosted_style_request"] = "false"
+    options = (dict(record.s3_options) if record is not None else {}) | s3_endpoint()
     pays = bucket in REQUESTER_PAYS
     if pays:
         options |= {"request_payer": "true", "region": REQUESTER_PAYS[bucket]}
-    if any(env.get(name) for name in KEYS):
+    if any(os.environ.get(name) for name in KEYS):
         return options
     if pays or (record is not None and record.signing == "s3"):
         why = "its readers pay" if pays else f"{provider} asks for keys"

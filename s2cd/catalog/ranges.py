@@ -15,12 +15,14 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import obstore
 import urllib3
 from obstore.store import S3Store
 
+from s2cd.buckets import ALLOW_HTTP, environment_digest
 from s2cd.catalog.static import RETRIED_STATUS, Retry
 
 HEAD_BYTES = 1 << 16
@@ -287,20 +289,18 @@ class Opener:
 
 def s3_source(bucket: str, key: str, config: Mapping[str, str]) -> S3Source:
     """Return an object of a bucket; `config` has the options of obstore's S3Store."""
-    with _pool_lock:
-        name = repr((bucket, sorted(config.items())))
-        if name not in _stores:
-            _stores[name] = S3Store(
-                bucket,
-                config=dict(config),  # type: ignore[arg-type]
-                client_options={
-                    "timeout": f"{READ_TIMEOUT:g}s",
-                    "connect_timeout": f"{CONNECT_TIMEOUT:g}s",
-                    "allow_http": True,
-                },
-                retry_config={"max_retries": QUICK_RETRIES},
-            )
-        return S3Source(_stores[name], key)
+    return S3Source(_s3_store(bucket, tuple(sorted(config.items())), environment_digest()), key)
 
 
-_stores: dict[str, S3Store] = {}
+@lru_cache(maxsize=32)
+def _s3_store(bucket: str, config: tuple[tuple[str, str], ...], _environment: str) -> S3Store:
+    return S3Store(
+        bucket,
+        config=dict(config),  # type: ignore[arg-type]
+        client_options={
+            "timeout": f"{READ_TIMEOUT:g}s",
+            "connect_timeout": f"{CONNECT_TIMEOUT:g}s",
+            "allow_http": ALLOW_HTTP,
+        },
+        retry_config={"max_retries": QUICK_RETRIES},
+    )

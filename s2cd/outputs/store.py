@@ -11,13 +11,15 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import LocalStore, from_url
+from obstore.store import LocalStore, ObjectStore, from_url
 
 from s2cd.addresses import local_path
+from s2cd.buckets import ALLOW_HTTP, environment_digest, s3_endpoint
 from s2cd.errors import OutputError
 from s2cd.outputs.layout import is_ours
 
@@ -28,7 +30,8 @@ _STAGED = re.compile(r"(.*)#\d+")  # obstore writes "name#1" and renames it to "
 class Store:
     """Objects by name ("31UDS/x.tif") under a local folder or a URL such as s3://bucket/prefix.
 
-    Credentials come from the environment only, as obstore reads it (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...).
+    Credentials come from the environment only, as obstore reads it (AWS_ACCESS_KEY_ID, ...), and servers of S3 as for
+    the scenes that are read (AWS_ENDPOINT_URL or AWS_S3_ENDPOINT).
     Raises OutputError for a URL of an unknown kind or a folder that cannot be made.
     """
 
@@ -36,7 +39,7 @@ class Store:
         self.out = str(out)
         self.folder = local_folder(self.out)
         with _output_errors(self.out, "cannot be used"):
-            self._store: Any = LocalStore(self.folder, mkdir=True) if self.folder else from_url(self.out)
+            self._store: Any = LocalStore(self.folder, mkdir=True) if self.folder else _remote(self.out)
 
     def put(self, name: str, data: bytes | memoryview) -> None:
         """Write an object: after this call it is there whole, or OutputError was raised and nothing is."""
@@ -103,9 +106,18 @@ class Store:
                     _remove_stale(path)
 
 
-@lru_cache(maxsize=8)
+def _remote(url: str) -> ObjectStore:
+    config = s3_endpoint() if urlsplit(url).scheme in {"s3", "s3a"} else {}
+    return from_url(url, config=config or None, client_options={"allow_http": ALLOW_HTTP})  # type: ignore[call-overload]
+
+
 def open_store(out: str) -> Store:
-    """Return the store of an output folder; one per process, since tasks ask for it again and again."""
+    """Return the store of an output folder; one per process and keys, since tasks ask for it again and again."""
+    return _open_store(out, environment_digest())
+
+
+@lru_cache(maxsize=8)
+def _open_store(out: str, _environment: str) -> Store:
     return Store(out)
 
 
