@@ -22,6 +22,7 @@ from s2cd.catalog.ranges import s3_source
 from s2cd.errors import BusyError, OutputError
 from s2cd.outputs import check_writable, finished, is_done, lock, only_one, validate, write_catalog, write_map
 from s2cd.outputs.lock import LOCK
+from s2cd.outputs.page import write_page
 from s2cd.outputs.store import STALE_SECONDS, Store, open_store
 
 GRID = make_grid((300, 301))
@@ -226,6 +227,24 @@ def test_a_bucket_holds_the_same_folder(bucket, tmp_path):
         assert validate(out) == []
     stored = bucket.client.list_objects_v2(Bucket="maps")["Contents"]
     assert sorted(o["Key"].removeprefix("europe/2023/") for o in stored) == files_below(tmp_path)
+
+
+def test_objects_of_a_bucket_say_what_they_are(bucket):
+    """A browser shows the page of `view` and its pictures; what it is not told of it downloads."""
+    out = "s3://maps/typed"
+    pair = make_pair(GRID)
+    item = write_map(random_codes(GRID.shape), pair, GRID, INFO, out)
+    write_catalog(out)
+    write_page(out)
+    types = {}
+    for stored in bucket.client.list_objects_v2(Bucket="maps", Prefix="typed/")["Contents"]:
+        found = bucket.client.head_object(Bucket="maps", Key=stored["Key"])
+        types[stored["Key"].removeprefix("typed/")] = found["ContentType"]
+    assert types["index.html"] == "text/html; charset=utf-8"
+    assert types[f"31UDS/{pair.name}.tif"] == item["assets"]["change"]["type"]
+    assert types[f"31UDS/{pair.name}.json"] == "application/geo+json"
+    assert types["collection.json"] == types["31UDS/catalog.json"] == "application/json"
+    assert not [name for name, kind in types.items() if "octet-stream" in kind]
 
 
 @pytest.mark.parametrize("place", ["bucket", "folder"])

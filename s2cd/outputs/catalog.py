@@ -15,7 +15,17 @@ import numpy as np
 from s2cd.catalog.frozen import freeze
 from s2cd.catalog.scene import Scene
 from s2cd.outputs.item import STAC_VERSION
-from s2cd.outputs.layout import COLLECTION_ID, ROOT, TILE_CATALOG, VALIDITY, is_map_name, path_of, tile_of, times_of
+from s2cd.outputs.layout import (
+    COLLECTION_ID,
+    ITEM_TYPE,
+    ROOT,
+    TILE_CATALOG,
+    VALIDITY,
+    is_map_name,
+    path_of,
+    tile_of,
+    times_of,
+)
 from s2cd.outputs.store import Store, local_folder, open_store, place_of, understood
 
 CONFIG_FILE = "run.yaml"
@@ -143,7 +153,7 @@ def _put_json(store: Store, path: str, document: Mapping[str, Any]) -> None:
 
 def _tile_catalog(tile: str, names: list[str]) -> dict[str, Any]:
     links = [{"rel": rel, "href": f"../{ROOT}", "type": "application/json"} for rel in ("root", "parent")]
-    items = [{"rel": "item", "href": f"./{name}.json", "type": "application/geo+json"} for name in names]
+    items = [{"rel": "item", "href": f"./{name}.json", "type": ITEM_TYPE} for name in names]
     return {
         "type": "Catalog",
         "stac_version": STAC_VERSION,

@@ -18,7 +18,7 @@ from s2cd.catalog.providers import PROVIDERS
 from s2cd.catalog.scene import Grid, Scene
 from s2cd.codes import CODE_NODATA, CODE_SCALE, QUANTUM
 from s2cd.outputs.cog import PROFILES, Profile
-from s2cd.outputs.layout import COLLECTION_ID, ROOT, TILE_CATALOG, VALIDITY
+from s2cd.outputs.layout import COG_TYPE, COLLECTION_ID, ITEM_TYPE, ROOT, TILE_CATALOG, VALIDITY
 from s2cd.pairs import Pair
 
 STAC_VERSION = "1.1.0"
@@ -31,7 +31,6 @@ EXTENSIONS = (
 SAT_EXTENSION = "https://stac-extensions.github.io/sat/v1.0.0/schema.json"
 CLASSIFICATION_EXTENSION = "https://stac-extensions.github.io/classification/v2.0.0/schema.json"
 GRID_EXTENSION = "https://stac-extensions.github.io/grid/v1.1.0/schema.json"
-COG_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"
 LINEAGE = "Probability of change between two Sentinel-2 acquisitions of the same field of view, by a siamese network"
 EDGE_POINTS = 4
 VALIDITY_CLASSES = (
@@ -229,7 +228,7 @@ def _links(pair: Pair) -> list[dict[str, str]]:
 
 def _derived_from(scene: Scene) -> dict[str, str]:
     """Link to the input's item: where it says it lies, else where its provider's API has it, else to its first file."""
-    link = {"rel": "derived_from", "type": "application/geo+json", "title": scene.id}
+    link = {"rel": "derived_from", "type": ITEM_TYPE, "title": scene.id}
     provider = PROVIDERS.get(scene.provider)
     if scene.address:
         return link | {"href": public_href(scene.address)}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from itertools import product
+from pathlib import PurePosixPath
 
 from s2cd.errors import OutputError
 
@@ -13,6 +14,16 @@ ROOT = "collection.json"
 TILE_CATALOG = "catalog.json"
 COLLECTION_ID = "s2cd-change"
 VALIDITY = "_validity.tif"
+COG_TYPE = "image/tiff; application=geotiff; profile=cloud-optimized"
+ITEM_TYPE = "application/geo+json"
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".json": "application/json",
+    ".parquet": "application/vnd.apache.parquet",
+    ".png": "image/png",
+    ".tif": COG_TYPE,
+    ".yaml": "application/yaml",
+}
 SAME_TIME = 2  # seconds: reprocessing moves a sensing time by a millisecond or so, and names cut it to seconds
 _NAME = re.compile(r"S2CD_(?P<tile>[\w.\-]*\w)_R[\d\-]+_(?P<start>\d{8}T\d{6})_(?P<end>\d{8}T\d{6})")
 _TIME = "%Y%m%dT%H%M%S"
@@ -59,6 +70,12 @@ def is_ours(path: str) -> bool:
     if match is not None:
         return path == path_of(match["name"], match["extension"])
     return _DOCUMENT.fullmatch(path) is not None
+
+
+def media_type(path: str) -> str | None:
+    """Return the media type of a file at this path below an output folder, None for one that nobody is to look at."""
+    file = PurePosixPath(path)
+    return ITEM_TYPE if file.suffix == ".json" and is_map_name(file.stem) else _TYPES.get(file.suffix)
 
 
 def _match(name: str) -> re.Match[str]:

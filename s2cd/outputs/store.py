@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -21,7 +21,10 @@ from obstore.store import LocalStore, ObjectStore, from_url
 from s2cd.addresses import local_path
 from s2cd.buckets import ALLOW_HTTP, environment_digest, s3_endpoint
 from s2cd.errors import OutputError
-from s2cd.outputs.layout import is_ours
+from s2cd.outputs.layout import is_ours, media_type
+
+if TYPE_CHECKING:
+    from obstore import Attributes
 
 STALE_SECONDS = 600
 _STAGED = re.compile(r"(.*)#\d+")  # obstore writes "name#1" and renames it to "name"
@@ -44,7 +47,7 @@ class Store:
     def put(self, name: str, data: bytes | memoryview) -> None:
         """Write an object: after this call it is there whole, or OutputError was raised and nothing is."""
         with _output_errors(f"{self.out}: {name}", "cannot be written"):
-            obstore.put(self._store, name, data)
+            obstore.put(self._store, name, data, attributes=self._attributes(name))
 
     def get(self, name: str) -> bytes:
         """Return an object's bytes. Raises OutputError if it is missing or cannot be read."""
@@ -55,7 +58,7 @@ class Store:
         """Write an object unless it is there; return whether it was written, to one of several that try at once."""
         with _output_errors(f"{self.out}: {name}", "cannot be written"):
             try:
-                obstore.put(self._store, name, data, mode="create")
+                obstore.put(self._store, name, data, mode="create", attributes=self._attributes(name))
             except AlreadyExistsError:
                 return False
         return True
@@ -91,6 +94,11 @@ class Store:
                 obstore.delete(self._store, name)
             except FileNotFoundError:
                 return
+
+    def _attributes(self, name: str) -> Attributes | None:
+        """What a browser must know to show an object of a bucket; folders keep none."""
+        kind = media_type(name)
+        return {"Content-Type": kind} if kind and self.folder is None else None
 
     def sweep(self) -> None:
         """Remove what a writer that was killed left of unfinished objects in a local folder.
