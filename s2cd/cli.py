@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from s2cd.addresses import public_href
 from s2cd.config import RunConfig
 from s2cd.errors import S2cdError, S2cdWarning
 
-OUT = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+# Names of users may look like rich's markup or emoji: "x[/y]".
+OUT = Console(soft_wrap=True, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
 WORDY = ("detail", "bands")
-ERR = Console(stderr=True, soft_wrap=True)
+ERR = Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
 
 
 class _Commands(click.Group):
@@ -32,7 +34,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except S2cdError as error:
-            ERR.print(f"error: {error}", style="red", markup=False, highlight=False)
+            ERR.print(f"error: {error}", style="red", highlight=False)
             sys.exit(1)
         except KeyboardInterrupt:
             ERR.print("interrupted: finished maps are complete, run the same command to go on")
@@ -53,7 +55,7 @@ def main() -> None:
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """Print what s2cd warns of on one line; what libraries say to programmers is not for users."""
     if issubclass(category, S2cdWarning):
-        ERR.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
+        ERR.print(f"warning: {message}", style="yellow", highlight=False)
 
 
 def _search_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,7 +151,7 @@ def search(as_json: bool, save: str | None, **options: Any) -> None:
     title = f"{len(scenes)} scenes of {rows[0]['provider']} {rows[0]['collection']}" if rows else "no scenes"
     _print_rows(title, [{name: row[name] for name in shown} for row in rows])
     for row in {(row["offset"], row["offset_reason"]): row for row in rows}.values():
-        OUT.print(f"offset {row['offset']:g}: {row['offset_reason']}", markup=False, highlight=False)
+        OUT.print(f"offset {row['offset']:g}: {row['offset_reason']}", highlight=False)
     _print_left_out(left_out)
 
 
@@ -164,7 +166,7 @@ def plan(quiet: bool, **options: Any) -> None:
     _print_rows(f"{described.pairs} pairs in {len(described.rows)} fields of view", described.rows)
     _print_left_out(described.left_out)
     for line in described.notes:
-        OUT.print(line, markup=False)
+        OUT.print(line)
 
 
 @main.command()
@@ -203,10 +205,10 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
 
 
 def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
-    if not rows:  # a table without columns would not show its title
-        OUT.print(title, markup=False, highlight=False)
+    OUT.print(title, style="italic", highlight=False)  # not the table's own title, which is wrapped to its width
+    if not rows:
         return
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for name in rows[0]:
         table.add_column(name.replace("_", " "), overflow="fold", no_wrap=name not in WORDY)
     for row in rows:
@@ -222,7 +224,7 @@ def _cell(value: Any) -> str:
 
 def _print_left_out(left_out: list[Any]) -> None:
     for item in left_out:
-        OUT.print(f"left out: {item.what}: {item.reason}", markup=False, highlight=False)
+        OUT.print(f"left out: {item.what}: {item.reason}", highlight=False)
 
 
 def _print_report(report: Any) -> None:
@@ -232,13 +234,13 @@ def _print_report(report: Any) -> None:
     ]
     _print_rows(
         f"{report.count('written')} maps written, {report.count('kept')} were there, "
-        f"{report.count('failed')} failed, in {report.seconds:.1f} s: {report.out}",
+        f"{report.count('failed')} failed, in {report.seconds:.1f} s: {public_href(report.out)}",
         rows,
     )
     _print_left_out(report.left_out)
     for record in report.maps:
         if record.error:
-            ERR.print(f"failed: {record.name}: {record.error}", style="red", markup=False, highlight=False)
+            ERR.print(f"failed: {record.name}: {record.error}", style="red", highlight=False)
 
 
 @main.command()
@@ -248,7 +250,8 @@ def status(out: str) -> None:
     from s2cd.runner import run_status
 
     rows = run_status(out)
-    _print_rows(f"{sum(r['finished'] for r in rows)} of {sum(r['pairs'] for r in rows)} maps finished: {out}", rows)
+    done, pairs = (sum(row[name] for row in rows) for name in ("finished", "pairs"))
+    _print_rows(f"{done} of {pairs} maps finished: {public_href(out)}", rows)
 
 
 @main.command()
@@ -259,8 +262,8 @@ def validate(out: str) -> None:
 
     problems = outputs.validate(out)
     for problem in problems:
-        OUT.print(problem, markup=False, highlight=False)
-    OUT.print(f"{len(outputs.finished(out))} maps, {len(problems)} problems: {out}", markup=False)
+        OUT.print(problem, highlight=False)
+    OUT.print(f"{len(outputs.finished(out))} maps, {len(problems)} problems: {public_href(out)}")
     sys.exit(1 if problems else 0)
 
 
@@ -293,7 +296,7 @@ def models_show(name: str, as_json: bool) -> None:
         click.echo(json.dumps(model.mlm(), indent=2))
         return
     for line in _card_lines(model.card):
-        OUT.print(line, markup=False, highlight=False)
+        OUT.print(line, highlight=False)
 
 
 def _card_lines(value: Any, indent: str = "") -> Iterator[str]:
@@ -347,12 +350,12 @@ def demo(out: str, size: int, dates: int, profile: str, quiet: bool) -> None:
     from s2cd.demo import run_demo, simulate_catalogue
 
     catalog = simulate_catalogue(out, size=size, dates=dates)
-    OUT.print(f"catalogue: {catalog}", markup=False)
+    OUT.print(f"catalogue: {catalog}")
     with _progress(quiet) as progress:
         report, scores, picture = run_demo(out, catalog, profile, progress)
     _print_report(report)
     _print_rows("score against the known truth, at 0.5", [asdict(score) for score in scores])
-    OUT.print(f"picture: {picture}", markup=False)
+    OUT.print(f"picture: {picture}")
     sys.exit(0 if report.ok else 1)
 
 
@@ -364,7 +367,7 @@ def view(out: str, launch: bool) -> None:
     from s2cd.outputs.page import write_page
 
     page = write_page(out)
-    OUT.print(page, markup=False)
+    OUT.print(page)
     if launch:
         click.launch(page)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import rasterio
+import requests
 from rasterio.transform import Affine
 
 from s2cd.catalog.bands import BANDS, SCL
@@ -36,6 +38,30 @@ def make_series(tmp_path: Path) -> Callable[..., list[Scene]]:
         return write_series(tmp_path / "series", **options)  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[SimpleNamespace]:
+    """A real S3 server in this process with one bucket; credentials come from the environment only."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    requests.post(f"http://{host}:{port}/moto-api/reset", timeout=10)  # servers of one process share their buckets
+    settings = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in settings.items():
+            patch.setenv(key, value)
+        import boto3
+
+        client = boto3.client("s3", endpoint_url=settings["AWS_ENDPOINT_URL"])
+        client.create_bucket(Bucket="maps")
+        yield SimpleNamespace(url="s3://maps/europe/2023", client=client, address=settings["AWS_ENDPOINT_URL"])
+    server.stop()
 
 
 def write_series(

@@ -110,7 +110,7 @@ def test_search_lists_and_freezes(catalog, tmp_path):
 
 
 def test_run_status_validate_and_plan(catalog, tmp_path):
-    out = tmp_path / "maps"
+    out = tmp_path / "maps[" / "of]:warning:"  # as rich would write a tag's end and an emoji
     planned = invoke("plan", catalog, "--out", out)
     assert planned.exit_code == 0
     assert "2 pairs in 2 fields of view" in planned.output
@@ -119,15 +119,25 @@ def test_run_status_validate_and_plan(catalog, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert re.search(r"dashboard: http://\S+/status", result.stderr)
-    assert "2 maps written" in result.stdout
-    assert "2 of 2 maps finished" in invoke("status", out).output
-    assert "2 maps, 0 problems" in invoke("validate", out).output
+    assert re.search(rf"^2 maps written, .*: {re.escape(str(out))}$", result.stdout, re.MULTILINE)
+    assert f"2 of 2 maps finished: {out}\n" in invoke("status", out).output
+    assert f"2 maps, 0 problems: {out}\n" in invoke("validate", out).output
     (path, _) = sorted(out.rglob("*.tif"))
     with rasterio.open(path, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as dataset:
         dataset.write(np.full(dataset.shape, 7, np.float32), 1)
     broken = invoke("validate", out)
     assert broken.exit_code == 1
     assert path.stem in broken.output
+
+
+def test_no_secret_of_an_address_is_told(catalog, bucket):
+    out = "s3://user:HIDDEN@maps/told?token=HIDDEN"
+    told = [invoke(*command) for command in (["run", catalog, "--out", out], ["status", out], ["validate", out])]
+    for result in told:
+        assert result.exit_code == 0
+        assert "s3://maps/told\n" in result.output
+    assert invoke("view", out).output == "s3://maps/told/index.html\n"
+    assert "HIDDEN" not in "".join(result.output for result in told)
 
 
 def test_status_of_a_folder_without_a_run(tmp_path):

@@ -133,7 +133,8 @@ def test_sources_and_maps_in_buckets_and_no_key_in_graph_log_or_item(
 
 def test_check_tries_buckets_with_the_keys_of_the_worker(buckets: str) -> None:
     source = next(f"s3://scenes/{name}" for name, _ in open_store("s3://scenes").list() if name.endswith(".tif"))
-    report = {name: (ok, detail) for name, ok, detail in check_profile(WORKER, out="s3://maps/check", source=source)}
+    out = "s3://user:HIDDEN@maps/check?token=HIDDEN"
+    report = {name: (ok, detail) for name, ok, detail in check_profile(WORKER, out=out, source=source)}
     assert report["out"] == (True, "s3://maps/check: writable")
     assert report["source"][0], report["source"]
     report = {name: (ok, detail) for name, ok, detail in check_profile(WORKER, out="s3://nowhere/check")}

@@ -11,16 +11,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import requests
 from outputs_support import INFO, make_grid, make_pair, random_codes
 
 from s2cd.catalog.access import s3_options
 from s2cd.catalog.ranges import s3_source
 from s2cd.errors import BusyError, OutputError
-from s2cd.outputs import check_writable, finished, is_done, lock, only_one, validate, write_catalog, write_map
+from s2cd.outputs import check_writable, finished, is_done, lock, only_one, place_of, validate, write_catalog, write_map
 from s2cd.outputs.lock import LOCK
 from s2cd.outputs.page import write_page
 from s2cd.outputs.store import STALE_SECONDS, Store, open_store
@@ -191,30 +189,6 @@ def test_what_a_killed_writer_left_is_swept_away_later(tmp_path):
     assert (tmp_path / "run.yaml#1").is_symlink()
 
 
-@pytest.fixture(scope="module")
-def bucket():
-    """A real S3 server in this process with one bucket; credentials come from the environment only."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    requests.post(f"http://{host}:{port}/moto-api/reset", timeout=10)  # servers of one process share their buckets
-    settings = {
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in settings.items():
-            patch.setenv(key, value)
-        import boto3
-
-        client = boto3.client("s3", endpoint_url=settings["AWS_ENDPOINT_URL"])
-        client.create_bucket(Bucket="maps")
-        yield SimpleNamespace(url="s3://maps/europe/2023", client=client, address=settings["AWS_ENDPOINT_URL"])
-    server.stop()
-
-
 def test_a_bucket_holds_the_same_folder(bucket, tmp_path):
     pair = make_pair(GRID)
     codes = random_codes(GRID.shape)
@@ -273,6 +247,10 @@ def test_a_lock_is_renewed_while_its_owner_works_and_taken_over_after_it_was_kil
         path.write_text("another, that took it over while this machine slept")
         time.sleep(0.1)
     assert path.read_text().startswith("another")
+
+
+def test_the_place_of_a_lost_map_is_told_without_secrets():
+    assert place_of("s3://user:HIDDEN@maps/k?token=HIDDEN") == "s3://maps/k"
 
 
 def test_a_bucket_that_does_not_exist_is_named(bucket):

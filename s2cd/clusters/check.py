@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from distributed import Client
 
+from s2cd.addresses import public_href, without_secrets
 from s2cd.clusters.environment import worker_environment
 from s2cd.clusters.profiles import (
     CudaProfile,
@@ -158,16 +159,17 @@ def returned_pages() -> float:
 
 def _try(action: Any, target: str) -> tuple[bool, str]:
     try:
-        return True, action(target)
+        return True, f"{public_href(target)}: {action(target)}"
     except Exception as error:
-        return False, f"{target}: {type(error).__name__}: {' '.join(str(error).split())}"
+        why = without_secrets(" ".join(str(error).split()))
+        return False, f"{public_href(target)}: {type(error).__name__}: {why}"
 
 
 def _write(out: str) -> str:
     from s2cd.outputs import check_writable
 
     check_writable(out)
-    return f"{out}: writable"
+    return "writable"
 
 
 def _read(source: str) -> str:
@@ -175,7 +177,7 @@ def _read(source: str) -> str:
     from s2cd.catalog.providers import provider_of
 
     with open_dataset(provider_of(source), source) as dataset:
-        return f"{source}: {dataset.width} x {dataset.height} px, {dataset.dtypes[0]}"
+        return f"{dataset.width} x {dataset.height} px, {dataset.dtypes[0]}"
 
 
 def _report(profile: Profile, client: Client, seen: Mapping[str, Any]) -> list[Check]:

@@ -13,6 +13,7 @@ from rasterio.errors import RasterioError
 from rasterio.io import DatasetReader, MemoryFile
 from rasterio.windows import Window
 
+from s2cd.addresses import public_href
 from s2cd.codes import CODE_NODATA, decode_codes, encode_codes
 from s2cd.errors import OutputError
 from s2cd.outputs.cog import BLOCK, code_pyramid
@@ -37,7 +38,7 @@ def validate(out: str, threads: int = 2) -> list[str]:
     names = {path: path.rpartition("/")[2].rpartition(".") for path in files}
     items = sorted(p for p, (stem, _, kind) in names.items() if kind == "json" and is_map_name(stem))
     maps = {p for p, (stem, _, kind) in names.items() if kind == "tif" and is_map_name(stem)}
-    problems = [] if items else [f"{out}: no maps"]
+    problems = [] if items else [f"{public_href(out)}: no maps"]
     problems += [f"{p}: no item, the map is not finished" for p in sorted(maps) if p[:-4] + ".json" not in files]
     with ThreadPoolExecutor(threads) as pool:
         for found in pool.map(lambda path: list(_item_problems(store, path, files)), items):

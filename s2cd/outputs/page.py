@@ -6,6 +6,7 @@ import html
 import json
 from typing import Any
 
+from s2cd.addresses import public_href
 from s2cd.errors import OutputError
 from s2cd.outputs.catalog import finished
 from s2cd.outputs.layout import path_of
@@ -24,7 +25,7 @@ figure { margin: 0 0 2.5rem } img { width: 100%; border: 1px solid #ccc } figcap
 
 
 def write_page(out: str) -> str:
-    """Write `index.html` into an output folder and return its path or URL.
+    """Write `index.html` into an output folder and return its path or URL, without user and query.
 
     Raises OutputError if the folder holds no finished map, one whose item is damaged, or cannot be used.
     """
@@ -36,7 +37,7 @@ def write_page(out: str) -> str:
     figures = sorted(_ranked(store, name) for name in names)
     body = "\n".join(figure for _, _, figure in figures)
     store.put(PAGE, f"{_HEAD}<h1>{len(figures)} change maps</h1>\n{body}\n</html>\n".encode())
-    return f"{out.rstrip('/')}/{PAGE}"
+    return f"{public_href(out).rstrip('/')}/{PAGE}"
 
 
 def _ranked(store: Store, name: str) -> tuple[float, str, str]:

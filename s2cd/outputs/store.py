@@ -18,7 +18,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from s2cd.addresses import local_path
+from s2cd.addresses import local_path, public_href
 from s2cd.buckets import ALLOW_HTTP, environment_digest, s3_endpoint
 from s2cd.errors import OutputError
 from s2cd.outputs.layout import is_ours, media_type
@@ -173,7 +173,7 @@ def absolute(out: str) -> str:
 
 def place_of(out: str) -> str:
     """Name an output folder as this machine sees it, for a person."""
-    return out if local_folder(out) is None else f"{out} on {socket.gethostname()}"
+    return public_href(out) if local_folder(out) is None else f"{out} on {socket.gethostname()}"
 
 
 @contextmanager
