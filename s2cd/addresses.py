@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from urllib.parse import unquote, urlsplit
 
 # An address within a text, with what may be secret: the user before @, and the query. urllib3 says "url: /path?query".
@@ -21,6 +22,18 @@ def public_href(href: str) -> str:
         return href
     host, slash, path = rest.partition("/")
     return scheme + mark + re.split("[?#]", host.rpartition("@")[2] + slash + path, maxsplit=1)[0]
+
+
+def login_headers(url: str) -> dict[str, str]:
+    """Return the HTTP header that states user and password of a URL, none without a user.
+
+    urllib3 does not read them from a URL. It leaves the header out where a redirect leads to another server.
+    """
+    parts = urlsplit(url)
+    if parts.username is None:
+        return {}
+    login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return {"Authorization": f"Basic {b64encode(login.encode()).decode()}"}
 
 
 def without_secrets(text: str) -> str:

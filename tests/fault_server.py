@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 import zlib
+from base64 import b64decode
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ class FaultServer(ThreadingHTTPServer):
     """Serves files below `root` on 127.0.0.1; `rate` of all answers are faults drawn from `faults`.
 
     Files below /gone/ are never there. Below /signed/ a token is asked for, given out at /token/ACCOUNT/CONTAINER,
-    and refused (403) `lifetime` seconds after that or once it was revoked.
+    and refused (403) `lifetime` seconds after that or once it was revoked. Where a `login` is set, "user:password", all
+    is refused (401) without it; where `moved` is, all is redirected to that server. `logins` were stated by clients.
     """
 
     daemon_threads = True
@@ -36,6 +38,8 @@ class FaultServer(ThreadingHTTPServer):
         self.faults: tuple[str, ...] = FAULTS
         self.stall = stall
         self.lifetime = 3600.0
+        self.login = self.moved = ""
+        self.logins: set[str] = set()
         self.counts: Counter[str] = Counter()
         self.requests: list[tuple[str, str]] = []  # path and range of each that was answered with pixels
         self.under_way = self.most_under_way = 0
@@ -100,6 +104,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
+        login = b64decode(self.headers.get("Authorization", "").removeprefix("Basic ")).decode()
+        self.server.logins.add(login)
+        if self.server.login not in {"", login}:
+            self._send(401, b"who are you?")
+            return
+        if self.server.moved:
+            self._send(302, b"", Location=self.server.moved + self.path)
+            return
         if parts.path.startswith("/token/"):
             name, expiry = self.server.token()
             self._send(200, f'{{"token": "sig={name}", "msft:expiry": "{expiry.isoformat()}"}}'.encode())
@@ -164,8 +176,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 
-    def _send(self, status: int, body: bytes) -> None:
+    def _send(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":

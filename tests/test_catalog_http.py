@@ -17,6 +17,7 @@ from s2cd.catalog import freeze, scene_to_item, search, static
 from s2cd.catalog.api import search_api
 from s2cd.catalog.filters import make_filter
 from s2cd.catalog.providers import PROVIDERS
+from s2cd.catalog.ranges import HttpSource
 from s2cd.errors import CatalogError
 from s2cd.reader import band_source, read_window
 
@@ -38,6 +39,27 @@ def test_a_catalogue_by_url_is_that_of_the_folder(server: FaultServer, shared_da
     window = (slice(100, 300), slice(7, 300))
     near, far = (read_window(band_source(s[0], "red"), grid, window) for s in (local, found))
     assert np.array_equal(near, far)
+
+
+def test_user_and_password_of_an_address_open_its_server_and_are_told_to_no_other(
+    server: FaultServer, shared_data: Path
+) -> None:
+    server.login = "me:p/w"
+    place = server.url.replace("//", "//me:p%2Fw@")
+    found = search(f"{place}/oscd/catalog.json")
+    local = search(shared_data / "oscd")
+    assert [s.id for s in found] == [s.id for s in local]
+    window = (slice(100, 110), slice(7, 30))
+    near, far = (read_window(band_source(s[0], "red"), found[0].assets["red"].grid, window) for s in (local, found))
+    assert np.array_equal(near, far)
+    with pytest.raises(CatalogError, match=f"^{server.url}/oscd/catalog.json: server answered 401"):
+        search(f"{server.url.replace('//', '//me:wrong@')}/oscd/catalog.json")
+    with FaultServer(shared_data) as other:
+        server.moved = other.url
+        path = found[0].assets["red"].href.removeprefix(place)
+        assert search(f"{place}/oscd/catalog.json")
+        assert len(HttpSource(place + path).fetch(0, 100)) == 100
+        assert other.logins == {""}
 
 
 def test_a_catalogue_by_url_survives_faults(server: FaultServer, shared_data: Path) -> None:

@@ -22,6 +22,7 @@ import obstore
 import urllib3
 from obstore.store import S3Store
 
+from s2cd.addresses import login_headers
 from s2cd.buckets import ALLOW_HTTP, environment_digest
 from s2cd.catalog.static import RETRIED_STATUS, Retry
 
@@ -59,7 +60,7 @@ class HttpSource:
 
     def fetch(self, start: int, stop: int) -> bytes:
         """Return bytes [start, stop), fewer only at the end of the file."""
-        headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity", **login_headers(self.url)}
         answer = _http().request("GET", self.url, headers=headers)
         if answer.status != 206:
             kind = FileNotFoundError if answer.status in {404, 410} else OSError

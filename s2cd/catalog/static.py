@@ -12,6 +12,7 @@ from urllib.parse import urljoin
 
 import urllib3
 
+from s2cd.addresses import login_headers
 from s2cd.catalog.items import resolve_href
 from s2cd.errors import CatalogError
 
@@ -87,7 +88,7 @@ def parse_document(text: str | bytes, source: str) -> Mapping[str, Any]:
 
 def fetch(url: str) -> bytes:
     """Fetch what stands at `url`. Raises CatalogError for any answer but 200, HTTPError where there is none."""
-    response = _http().request("GET", url)
+    response = _http().request("GET", url, headers=login_headers(url))
     if response.status != 200:
         raise CatalogError(f"{url}: server answered {response.status} {response.reason}")
     return response.data
