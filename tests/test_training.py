@@ -4,29 +4,44 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import rasterio
+import torch
 from click.testing import CliRunner
 from rasterio.transform import Affine
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.special import expit, logit
 
-from s2cd.errors import CatalogError, ConfigError, ModelError
+from s2cd.errors import CatalogError, ConfigError, ModelError, ReadError
 from s2cd.model import BANDS, load_model
 from s2cd.model.network import ChangeNet, Committee, cost, network_of
 from s2cd.model.registry import WEIGHTS
 from s2cd.training.__main__ import main
 from s2cd.training.baselines import BASELINES
 from s2cd.training.cards import publish
-from s2cd.training.data import City, load_cities
+from s2cd.training.data import City, load_cities, load_series
 from s2cd.training.fitting import Plan
+from s2cd.training.material import Material
 from s2cd.training.metrics import Histogram
 from s2cd.training.nuisance import Nuisances, displaced
-from s2cd.training.runs import HALF_POOL, Run, as_model, averaged, combined, cross_validate, fold_cities, train
+from s2cd.training.runs import (
+    HALF_POOL,
+    Run,
+    as_model,
+    averaged,
+    combined,
+    cross_validate,
+    fold_cities,
+    protocol,
+    train,
+)
 from s2cd.training.sampling import LabelledSampler, batch, to_tensor
+from s2cd.training.scoring import predictor, score
 from s2cd.training.simulated import Place, SimulatedSampler
 
 COARSE = ("nir08", "swir16", "swir22")
@@ -35,10 +50,19 @@ COARSE = ("nir08", "swir16", "swir22")
 @pytest.fixture(scope="module")
 def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three places of two dates; a bright block appears in each."""
-    root = tmp_path_factory.mktemp("labelled")
+    return made(tmp_path_factory.mktemp("labelled"), ("alba", "brno", "como"))
+
+
+@pytest.fixture
+def copy(catalogue: Path, tmp_path: Path) -> Path:
+    """A copy of the catalogue, to be damaged."""
+    return shutil.copytree(catalogue, tmp_path / "data")
+
+
+def made(root: Path, names: tuple[str, ...]) -> Path:
     rng = np.random.default_rng(0)
     links = []
-    for place in ("alba", "brno", "como"):
+    for place in names:
         truth = np.zeros((137, 141), np.uint8)
         truth[30:70, 40:90] = 1
         write(root / "labels" / f"{place}.tif", truth)
@@ -53,11 +77,11 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def write(path: Path, data: np.ndarray) -> None:
+def write(path: Path, data: np.ndarray, *, epsg: int = 32631, west: float = 500000, **options: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with rasterio.open(
         path, "w", driver="GTiff", height=data.shape[0], width=data.shape[1], count=1, dtype=data.dtype,
-        crs="EPSG:32631", transform=Affine(10, 0, 500000, 0, -10, 5700000),
+        crs=f"EPSG:{epsg}", transform=Affine(10, 0, west, 0, -10, 5700000), **options,
     ) as dataset:  # fmt: skip
         dataset.write(data, 1)
 
@@ -87,9 +111,9 @@ def test_cities_are_read_on_the_fine_grid(catalogue):
 
 
 def test_a_catalogue_without_labels_is_named(catalogue, tmp_path):
-    with pytest.raises(CatalogError, match=r"no catalog\.json"):
+    with pytest.raises(CatalogError, match=r"without catalog\.json"):
         load_cities(tmp_path)
-    (tmp_path / "catalog.json").write_text(json.dumps({"links": []}))
+    (tmp_path / "catalog.json").write_text(json.dumps({"type": "Catalog", "links": []}))
     with pytest.raises(CatalogError, match="no labelled pair"):
         load_cities(tmp_path)
 
@@ -107,6 +131,86 @@ def test_the_input_of_training_is_that_of_the_model(catalogue):
     valid = np.isfinite(reflectance).all(axis=0)
     theirs = network_input(reflectance, model.affine(image.stats), valid, 4, 16)
     np.testing.assert_allclose(ours.permute(1, 2, 0).numpy(), theirs, atol=2e-5)
+
+
+def change(data: Path, name: str, changes: dict[str, Any], asset: str | None = None) -> None:
+    """Change properties of an item, or fields of one of its assets; None takes one out."""
+    path = data / f"{name}.json"
+    item = json.loads(path.read_text())
+    target = item["assets"][asset] if asset else item["properties"]
+    target.update(changes)
+    for key in [key for key, value in changes.items() if value is None]:
+        del target[key]
+    path.write_text(json.dumps(item))
+
+
+BLOCK = np.zeros((137, 141), np.uint8)
+BLOCK[30:70, 40:90] = 1
+
+
+@pytest.mark.parametrize(
+    ("label", "options", "message"),
+    [
+        (BLOCK, {"epsg": 32632}, "found EPSG:32632, expected EPSG:32631 as blue"),
+        (BLOCK, {"west": 500010}, r"displaced by \(1\.0, 0\.0\) px against blue"),
+        (BLOCK[::2, ::2], {}, "found 69 x 71 pixels, expected 137 x 141 as blue"),
+        (BLOCK + 1, {}, "found the value 2, expected 0 = unchanged, 1 = changed"),
+        (BLOCK.astype(np.int8) * -1, {}, "found the value -1"),
+        (BLOCK * 255, {}, "found the value 255"),
+        (np.ones_like(BLOCK), {}, "found no unchanged pixel"),
+        (np.full_like(BLOCK, 255), {"nodata": 255}, "found no unchanged pixel"),
+    ],
+)
+def test_labels_that_are_not_understood_are_refused(copy, label, options, message):
+    write(copy / "labels" / "brno.tif", label, **options)
+    with pytest.raises(CatalogError, match=rf"brno\.tif: .*{message}"):
+        load_cities(copy)
+
+
+def test_what_a_label_does_not_tell_counts_nowhere(copy):
+    label = BLOCK.copy()
+    label[:, :70] = 255
+    write(copy / "labels" / "brno.tif", label, nodata=255)
+    city = load_cities(copy)[1]
+    assert city.label.sum() == 40 * 20
+    assert city.known.sum() == 137 * 71
+    report = score(lambda c: np.full(c.label.shape, 0.9, np.float32), [city])
+    assert report.pooled.counts.sum() == 137 * 71
+    assert report.pooled.counts[1].sum() == 40 * 20
+    for sampler in (LabelledSampler([city], 128, Nuisances(hidden_chance=0)), Material([city], [], []).sampler(128, 1)):
+        _, _, _, truth, weight = batch(sampler, 8, np.random.default_rng(0))
+        assert weight.mean() < 0.9
+        assert (truth * weight).sum() > 0
+
+
+def test_a_date_that_lacks_a_band_is_absent(copy):
+    for date in ("20200101", "20210101"):
+        for place in ("alba", "brno", "como"):
+            write(copy / "assets" / place / date / "swir22.tif", np.zeros((69, 71), np.uint16))
+    with pytest.raises(CatalogError, match=r"alba\.tif: found 0 dates that show more than half of their pixels"):
+        load_cities(copy)
+
+
+@pytest.mark.parametrize(("band", "step"), [("swir16", 6), ("green", 3), ("blue", 2)])
+def test_bands_of_neither_the_full_nor_half_the_size_are_refused(copy, band, step):
+    path = copy / "assets" / "alba" / "20200101" / f"{band}.tif"
+    write(path, np.ones((140 // step, 140 // step), np.uint16))
+    with pytest.raises(CatalogError, match=r"alba_20200101\.json: \w+: found .* pixels, expected .* of blue, or half"):
+        load_cities(copy)
+
+
+def test_the_offset_is_that_of_the_search(copy):
+    raw = [{"nodata": 0, "scale": 1e-4, "offset": -0.1}]
+    change(copy, "alba_20200101", {"raster:bands": raw}, "red")
+    change(copy, "alba_20200101", {"earthsearch:boa_offset_applied": True, "s2:product_type": "S2MSI2A"})
+    change(copy, "alba_20210101", {"raster:bands": None}, "red")
+    change(copy, "alba_20210101", {"s2:processing_baseline": "05.09"})
+    city = load_cities(copy)[0]
+    plain = load_cities(copy)[1]
+    red = BANDS.index("red")
+    assert city.before.reflectance[red].min() > 0.04
+    assert plain.after.reflectance[red].min() > 0.04
+    assert city.after.reflectance[red].min() < -0.04
 
 
 @pytest.mark.parametrize("kind", ["labelled", "simulated"])
@@ -137,13 +241,13 @@ def test_a_resumed_run_goes_on_where_it_was(catalogue, tmp_path):
     assert whole.held_out == ("como",)
     cut = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
-        _interrupted(catalogue, cut, plan)
+        _interrupted(catalogue, cut, plan, json.loads((whole.path / "run.json").read_text()))
     again = train(catalogue, cut, plan, labels=True, held_out=("como",), size=64)
     for name, value in whole.network().state_dict().items():
         np.testing.assert_allclose(again.network().state_dict()[name], value, atol=1e-6, err_msg=name)
 
 
-def _interrupted(catalogue: Path, out: Path, plan: Plan) -> None:
+def _interrupted(catalogue: Path, out: Path, plan: Plan, description: dict) -> None:
     from s2cd.training.fitting import fit
 
     class Stopping(LabelledSampler):
@@ -155,11 +259,200 @@ def _interrupted(catalogue: Path, out: Path, plan: Plan) -> None:
                 raise KeyboardInterrupt
             return super().sample(rng)
 
-    import torch
-
     torch.manual_seed(plan.seed)
     cities = [c for c in load_cities(catalogue) if c.name != "como"]
-    fit(ChangeNet(norm=True).pool(*HALF_POOL), Stopping(cities, 64), plan, out, save_every=0)
+    fit(ChangeNet(norm=True).pool(*HALF_POOL), Stopping(cities, 64), plan, out, description, save_every=0)
+
+
+BAND = "assets/alba/20200101/red.tif"
+
+
+@pytest.mark.parametrize(
+    ("changes", "asset", "message"),
+    [
+        (
+            {"grid:code": None},
+            None,
+            r"alba_20200101\.json: found grid:code and datetime None and '2020-01-01T00:00:00Z'",
+        ),
+        (
+            {"datetime": 1},
+            None,
+            r"alba_20200101\.json: found grid:code and datetime 'TEST-alba' and 1, expected a name",
+        ),
+        ({"href": None}, "swir22", r"alba_20200101\.json: found no asset swir22, expected blue, "),
+        ({"href": "gone.tif"}, "red", r"cannot read .*gone\.tif: "),
+        ({"href": "alba_20200101.json"}, "red", r"cannot read .*alba_20200101\.json: .*not recogni[sz]ed"),
+        (
+            {"href": "https://x.invalid/red.tif?token=1"},
+            "red",
+            "https://x.invalid/red.tif: found an address, expected a",
+        ),
+        ({"raster:bands": 3}, "red", "item alba_20200101, band red: cannot be understood"),
+    ],
+)
+def test_items_that_cannot_be_used_are_named(copy, changes, asset, message):
+    change(copy, "alba_20200101", changes, asset)
+    with pytest.raises((CatalogError, ReadError), match=message):
+        load_cities(copy)
+
+
+def test_documents_and_dates_that_do_not_fit_are_named(copy):
+    change(copy, "alba_20200101", {"href": (copy / BAND).as_uri()}, "red")
+    assert len(load_cities(copy)) == 3
+    for plane in (copy / "assets" / "brno" / "20210101").glob("*.tif"):
+        write(plane, np.ones((50, 60), np.uint16))
+    with pytest.raises(
+        CatalogError, match=r"brno_20210101\.json: found 50 x 60 pixels, expected 137 x 141 as other dates"
+    ):
+        load_series(copy)
+    (copy / "alba_20210101.json").write_text("{")
+    with pytest.raises(CatalogError, match=r"alba_20210101\.json: is not JSON"):
+        load_series(copy)
+
+
+def test_mistakes_on_the_command_line_end_in_one_line(copy, tmp_path):
+    def said(*arguments: str | Path) -> str:
+        small = ["--steps", "1", "--batch-size", "1", "--threads", "1"] if arguments[0] == "fit" else []
+        result = CliRunner().invoke(main, [*map(str, arguments), "--data", str(copy), *small])
+        assert result.exit_code in {1, 2}, result.output
+        assert isinstance(result.exception, SystemExit), result.output
+        return result.output.strip().splitlines()[-1]
+
+    out, run, shipped = tmp_path / "out", tmp_path / "run", tmp_path / "shipped"
+    fit = ("fit", "--out", out, "--size", "64")
+    train(copy, run, Plan(steps=1, batch_size=1), labels=True, size=64, held_out=("alba",))
+    train(copy, tmp_path / "all", Plan(steps=1, batch_size=1), labels=True, size=64)
+    assert said("fit", "--out", out, "--size", "100") == "error: size: found 100, expected a multiple of 64"
+    assert said("fit", "--out", out, "--size", "192").endswith("found 137 x 141 pixels, expected at least 192 x 192")
+    assert said("fit", "--out", copy / "catalog.json" / "x").endswith("Not a directory, expected a folder to write to")
+    assert said(*fit, "--folds", "4").endswith("4, expected at most 3, the number of places")
+    assert said(*fit, "--blend", "0.5").endswith("found 0.5 without a start, expected one whose weights are the rest")
+    assert said(*fit, "--rate", "-1") == "error: rate: found -1, expected a positive number"
+    assert "'--seed': -1 is not in the range" in said(*fit, "--seed", "-1")
+    assert "unknown model 'nowhere'" in said(*fit, "--start", "nowhere")
+    assert "found no run, expected a folder that `fit` wrote" in said(*fit, "--start", copy)
+    assert "found no run, expected a folder that `fit` wrote" in said("score", "--runs", copy)
+    assert said("score", "--runs", tmp_path / "all").endswith(
+        "no place held out, expected places of --data: alba, brno, como"
+    )
+    for name in ("a/b", "../evil", ".hidden", ""):
+        assert f"name of the model: found {name!r}" in said("card", name, "--run", run, "--out", shipped)
+    change(copy, "alba_20200101", {"grid:code": "TEST-other"})
+    change(copy, "alba_20210101", {"grid:code": "TEST-other"})
+    shutil.copy(copy / "labels" / "alba.tif", copy / "labels" / "other.tif")
+    assert said("score", "--runs", run).endswith("found alba held out, expected places of --data: brno, como, other")
+    (run / "network.safetensors").write_bytes(b"x")
+    assert "network.safetensors: cannot be read" in said("card", "mine", "--run", run, "--out", shipped)
+    assert not out.exists() or not any(out.iterdir())
+    assert not shipped.exists()
+
+
+def test_series_smaller_than_a_block_are_refused_and_labels_are_not_asked_for_in_vain(copy, tmp_path):
+    shutil.rmtree(copy / "labels")
+    small = shutil.copytree(copy, tmp_path / "small")
+    for path in small.glob("assets/*/*/*.tif"):
+        write(path, np.arange(50 * 60, dtype=np.uint16).reshape(50, 60))
+    with pytest.raises(CatalogError, match="alba: found 50 x 60 pixels, expected at least 64 x 64"):
+        train(copy, tmp_path / "run", SMALL, labels=False, size=64, series=(small,))
+    run = train(copy, tmp_path / "run", SMALL, labels=False, size=64, series=(copy,))
+    assert not run.labels
+    with pytest.raises(CatalogError, match="no labelled pair found"):
+        train(copy, tmp_path / "other", SMALL, labels=True, size=64)
+
+
+SMALL = Plan(steps=2, batch_size=2)
+
+
+def test_a_folder_keeps_to_one_training(copy, tmp_path):
+    small: dict[str, Any] = {"labels": True, "size": 64}
+    out = tmp_path / "run"
+    train(copy, out, SMALL, held_out=("como",), **small)
+    before = [(out / name).read_bytes() for name in ("run.json", "network.safetensors", "checkpoint.pt")]
+    for message, options in {
+        r"found held_out \['como'\], expected \['alba'\]; data_sha256": {"held_out": ("alba",)},
+        "found labels True, expected False": {"held_out": ("como",), "labels": False},
+        "found size 64, expected 128": {"held_out": ("como",), "size": 128},
+        "found start None, expected generic": {"held_out": ("como",), "start": "generic"},
+    }.items():
+        with pytest.raises(ConfigError, match=f"another training, choose another folder: .*{message}"):
+            train(copy, out, SMALL, **(small | options))
+    with pytest.raises(ConfigError, match="choose another folder: found steps 2, expected 3$"):
+        train(copy, out, Plan(steps=3, batch_size=2), held_out=("como",), **small)
+    write(copy / "labels" / "alba.tif", BLOCK.T.copy().repeat(2, 0)[:137].repeat(2, 1)[:, :141])
+    with pytest.raises(ConfigError, match="found data_sha256 .*, expected"):
+        train(copy, out, SMALL, held_out=("como",), **small)
+    assert before == [(out / name).read_bytes() for name in ("run.json", "network.safetensors", "checkpoint.pt")]
+    (out / "checkpoint.pt").write_bytes(before[2][:5000])
+    with pytest.raises(ModelError, match=r"checkpoint\.pt: cannot be read, delete it to begin again"):
+        train(copy, out, SMALL, held_out=("como",), **small)
+
+
+def test_a_network_that_diverges_ends_its_training_and_is_not_shipped(catalogue, tmp_path):
+    with pytest.raises(ModelError, match=r"run: diverged by step \d, .* try a lower rate than 1e\+30"):
+        train(catalogue, tmp_path / "run", Plan(steps=3, batch_size=2, rate=1e30), labels=True, size=64)
+    huge = train(catalogue, tmp_path / "huge", Plan(steps=1, batch_size=2, rate=1e30), labels=True, size=64)
+    with pytest.raises(ModelError, match="found NaN where both dates are observed"):
+        publish("mine", [huge], [], load_cities(catalogue), tmp_path)
+    with pytest.raises(ConfigError, match="rate: found nan, expected a positive number"):
+        Plan(rate=float("nan"))
+    run = train(catalogue, tmp_path / "good", SMALL, labels=True, size=64)
+    state = load_file(run.weights)
+    state["head.bias"][:] = np.nan
+    save_file(state, run.weights)
+    with pytest.raises(ModelError, match="good: found weights that are not finite"):
+        publish("mine", [run], [], load_cities(catalogue), tmp_path)
+
+
+def test_labels_without_change_train_and_calibrate_nothing(copy, tmp_path):
+    for place in ("alba", "brno", "como"):
+        write(copy / "labels" / f"{place}.tif", BLOCK * 0)
+    with pytest.raises(CatalogError, match="labels of alba, brno, como: found no changed pixel"):
+        train(copy, tmp_path / "run", SMALL, labels=True, size=64)
+    run = train(copy, tmp_path / "run", SMALL, labels=True, simulated=0.5, size=64)
+    with pytest.raises(CatalogError, match=r"found no changed pixel among \d+ observed"):
+        publish("mine", [run], [], load_cities(copy), tmp_path)
+    assert not (tmp_path / "mine.json").exists()
+
+
+def test_a_card_tells_what_the_starts_had_seen(catalogue, tmp_path):
+    cities = load_cities(catalogue)
+    held = [("alba",), ("brno", "como")]
+
+    def folds(name: str, starts: list[str | None]) -> list[Run]:
+        return [
+            train(catalogue, tmp_path / f"{name}-{h[0]}", SMALL, labels=True, size=64, held_out=h, start=start)
+            for h, start in zip(held, starts, strict=True)
+        ]
+
+    leaky = folds("leaky", ["urban", "urban"])
+    card = publish("mine", leaky, leaky, cities, tmp_path / "shipped")
+    assert "not honest: the network they start from (urban) has seen labels" in card["scores"]["protocol"]
+    assert card["licence"] == "CC-BY-NC-SA-4.0"
+    fresh = folds("fresh", [None, None])
+    honest = folds("honest", [str(run.path) for run in fresh])
+    for runs, start in ((fresh, False), (honest, True)):
+        card = publish("mine", runs[:1], runs, cities, tmp_path / "other")
+        assert "labels of a city never reach the network that is scored on it" in card["scores"]["protocol"]
+        assert ("saw its pixels, without labels" in card["scores"]["protocol"]) == start
+        assert "licence" not in card
+    crossed = folds("crossed", [str(run.path) for run in fresh[::-1]])
+    assert "not honest" in protocol(crossed)
+    grandchild = folds("grandchild", [str(tmp_path / "shipped" / "mine.safetensors")] * 2)
+    assert [run.start_licence for run in grandchild] == ["CC-BY-NC-SA-4.0"] * 2
+    assert "not honest: the network they start from (mine.safetensors)" in protocol(grandchild)
+    free = train(catalogue, tmp_path / "free", SMALL, labels=False, size=64, start="urban")
+    card = publish("free", [free], [], cities, tmp_path / "shipped")
+    assert card["scores"]["protocol"].startswith("in sample")
+
+
+def test_runs_whose_starts_share_a_name_only_form_a_committee(catalogue, tmp_path):
+    tuned = []
+    for folder, seed in (("a", 0), ("b", 1)):
+        plan = Plan(steps=2, batch_size=2, seed=seed)
+        start = train(catalogue, tmp_path / folder / "base", plan, labels=True, size=64).path
+        tuned.append(train(catalogue, tmp_path / folder / "tuned", plan, labels=True, size=64, start=str(start)))
+    assert isinstance(combined(tuned), Committee)
 
 
 def test_the_command_line_fits_and_scores(catalogue, tmp_path):
@@ -310,6 +603,28 @@ def test_nuisances_disturb_but_do_not_destroy():
     disturbed = Nuisances().disturb(x, np.random.default_rng(1))
     assert disturbed.dtype == np.float32
     assert np.corrcoef(x.ravel(), disturbed.ravel())[0, 1] > 0.9
+
+
+def test_a_model_of_two_bands_is_scored_on_its_bands(catalogue, tmp_path):
+    class Difference(torch.nn.Module):
+        def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+            return (after - before).abs().sum(dim=1, keepdim=True) * 20 - 3
+
+    dates, edge = (torch.zeros(1, 2, 64, 96), torch.ones(1, 2, 64, 96)), torch.export.Dim.AUTO
+    program = torch.export.export(Difference(), dates, dynamic_shapes=({2: edge, 3: edge},) * 2)
+    torch.export.save(program, tmp_path / "net.pt2")
+    described = {"bands": ["swir22", "red"], "scale": 1.0, "stride": 16, "halo": 16}
+    (tmp_path / "net.json").write_text(json.dumps(described))
+    for more in ([], ["--disturbed"]):
+        command = ["score", "--data", str(catalogue), "--model", str(tmp_path / "net.pt2"), *more]
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.output
+    city = load_cities(catalogue)[0]
+    assert score(predictor(load_model(str(tmp_path / "net.pt2"), "cpu")), [city]).pooled.scores().f1 > 0.95
+    (tmp_path / "net.json").write_text(json.dumps(described | {"bands": ["B05", "red"]}))
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1
+    assert re.search(r"^error: model .* takes rededge1, expected only blue, ", result.output, re.M), result.output
 
 
 def test_the_shipped_urban_model_finds_change_in_a_real_city(shared_data):

@@ -61,6 +61,19 @@ def scene_from_item(
         raise CatalogError(f"item {name}: cannot be understood: {error!r}") from error
 
 
+def radiometry_of(item: Item, band: str) -> tuple[float, float, int]:
+    """Return scale, offset and nodata of the asset `band`, a canonical name, as the scene of this item would have them.
+
+    Reflectance is scale * digital number + offset. Raises CatalogError for what cannot be understood.
+    """
+    try:
+        reader = _Reader(item, "", None, ())
+        scale, offset, _, nodata = reader.radiometry(band, item["assets"][band], reader.level(), reader.baseline())
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+        raise CatalogError(f"item {item.get('id')}, band {band}: cannot be understood: {error!r}") from error
+    return scale, offset, nodata
+
+
 class _Reader:
     """One item on its way to a scene: every fact looked up in all the places providers put it."""
 
@@ -77,8 +90,8 @@ class _Reader:
 
     def scene(self) -> Scene:
         self._require_sentinel2()
-        level = self._level()
-        baseline = self._baseline()
+        level = self.level()
+        baseline = self.baseline()
         return Scene(
             id=self.id,
             provider=self._first("s2cd:provider") or self.provider,
@@ -117,7 +130,7 @@ class _Reader:
         if not self.item.get("assets"):
             raise CatalogError(f"item {self.id}: has no assets, so nothing to read")
 
-    def _level(self) -> str:
+    def level(self) -> str:
         stated = self._first("s2:product_type", "product:type", "processing:level") or ""
         for text in (stated, self.product.get("level", ""), self.item.get("collection") or "", self.id):
             found = re.search(r"(1C|2A)", str(text).upper())
@@ -125,7 +138,7 @@ class _Reader:
                 return f"L{found[1]}"
         return "L2A" if any(_asset_band(k, a) == SCL for k, a in self.item["assets"].items()) else "L1C"
 
-    def _baseline(self) -> str | None:
+    def baseline(self) -> str | None:
         names = ("s2:processing_baseline", "sentinel:processing_baseline", "processing:version")
         for name in names:
             value = self.properties.get(name)
@@ -219,6 +232,19 @@ class _Reader:
         return bool(asset.get("href")) and (key in self.extra or asset.get("s2cd:reason") == CLASS_CODES)
 
     def _asset(self, band: str, asset: Item, level: str, baseline: str | None) -> Asset:
+        scale, offset, reason, nodata = self.radiometry(band, asset, level, baseline)
+        return Asset(
+            band=band,
+            href=resolve_href(asset["href"], self.base),
+            grid=self._grid(asset, band),
+            scale=scale,
+            offset=offset,
+            reason=reason,
+            nodata=nodata,
+        )
+
+    def radiometry(self, band: str, asset: Item, level: str, baseline: str | None) -> tuple[float, float, str, int]:
+        """Scale, offset, the reason for both, and nodata of an asset."""
         raster = _raster_fields(asset)
         frozen_reason = asset.get("s2cd:reason")
         if band not in _GSD or band == SCL:
@@ -234,15 +260,7 @@ class _Reader:
                 offset_applied=self._first("earthsearch:boa_offset_applied", "sentinel:boa_offset_applied"),
             )
         nodata = _number(raster.get("nodata"))
-        return Asset(
-            band=band,
-            href=resolve_href(asset["href"], self.base),
-            grid=self._grid(asset, band),
-            scale=scale,
-            offset=offset,
-            reason=reason,
-            nodata=0 if nodata is None else int(nodata),
-        )
+        return scale, offset, reason, 0 if nodata is None else int(nodata)
 
     def _grid(self, asset: Item, band: str) -> Grid:
         code = self._either(asset, "proj:code")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -16,17 +17,33 @@ from s2cd.training.baselines import BASELINES
 from s2cd.training.cards import publish
 from s2cd.training.data import City, load_cities
 from s2cd.training.fitting import Plan
+from s2cd.training.material import place_names
 from s2cd.training.robustness import of_baseline, of_model, table
-from s2cd.training.runs import NETWORKS, Run, cross_validate, fold_cities, train
+from s2cd.training.runs import NETWORKS, Run, cross_validate, fold_cities, protocol, train
 from s2cd.training.scoring import Report, baseline, predictor, score
 
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 DATA = click.option(
-    "--data", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True,
-    help="Static STAC catalogue with labels/<place>.tif beside it.",
-)  # fmt: skip
+    "--data", type=FOLDER, required=True, help="Static STAC catalogue with labels/<place>.tif beside it."
+)
 
 
-@click.group(context_settings={"show_default": True})
+class _Commands(click.Group):
+    """Prints an S2cdError on one line and exits with 1; an interrupt exits with 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except S2cdError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            click.echo("interrupted: the same command goes on from its last checkpoint", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=_Commands, context_settings={"show_default": True})
 def main() -> None:
     """Train, score and describe the networks that s2cd ships."""
 
@@ -35,19 +52,19 @@ def main() -> None:
 @DATA
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the run.")
 @click.option("--labels/--label-free", default=True, help="Train on labels, or on simulated changes.")
-@click.option("--series", multiple=True, type=click.Path(exists=True, path_type=Path), help="Unlabelled catalogues.")
+@click.option("--series", multiple=True, type=FOLDER, help="Unlabelled catalogues.")
 @click.option("--folds", type=click.IntRange(1), default=1, help="Folds of the cross-validation; 1 = all cities.")
 @click.option("--fold", type=click.IntRange(0), default=0, help="The fold to hold out, from 0.")
-@click.option("--start", help="Shipped model, or path of a run, whose weights to start from.")
+@click.option("--start", help="Shipped model, or path of a run or a model of `card`, to start from.")
 @click.option("--simulated", type=click.FloatRange(0, 1), default=0.0, help="Share of simulated samples beside labels.")
 @click.option(
     "--blend", type=click.FloatRange(0, 1), default=1.0, help="Share of the trained weights; the rest: --start's."
 )
 @click.option("--steps", type=click.IntRange(1), default=Plan.steps, help="Optimisation steps.")
 @click.option("--batch-size", type=click.IntRange(1), default=Plan.batch_size, help="Crops in a step.")
-@click.option("--size", type=click.IntRange(32), default=128, help="Edge of a crop [px], a multiple of 64.")
+@click.option("--size", type=click.IntRange(64), default=128, help="Edge of a crop [px], a multiple of 64.")
 @click.option("--rate", type=float, default=Plan.rate, help="Largest learning rate.")
-@click.option("--seed", type=int, default=0, help="Of all random choices.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of all random choices.")
 @click.option("--network", "kind", type=click.Choice(NETWORKS), default=NETWORKS[0], help="What to train.")
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(1), default=2, help="Threads of the arithmetic.")
@@ -62,7 +79,7 @@ def fit(
         raise click.BadParameter(f"{fold}, expected less than --folds {folds}", param_hint="--fold")
     if start and kind != NETWORKS[0]:
         raise click.UsageError(f"--network {kind} does not start from --start {start}, expected one of the two")
-    held_out = fold_cities([c.name for c in load_cities(data)], folds, fold) if folds > 1 else ()
+    held_out = _held_out(place_names(data, labels=labels), folds, fold) if folds > 1 else ()
     plan = Plan(steps=steps, batch_size=batch_size, rate=rate, seed=seed)
     train(
         data,
@@ -80,13 +97,17 @@ def fit(
     )
 
 
+def _held_out(names: list[str], folds: int, fold: int) -> tuple[str, ...]:
+    if folds > len(names):
+        raise click.BadParameter(f"{folds}, expected at most {len(names)}, the number of places", param_hint="--folds")
+    return fold_cities(names, folds, fold)
+
+
 @main.command(name="score")
 @DATA
 @click.option("--model", help="Name of a shipped model, or path of an exported one.")
 @click.option("--baseline", "method", type=click.Choice(sorted(BASELINES)), help="A classical method instead.")
-@click.option(
-    "--runs", multiple=True, type=click.Path(exists=True, path_type=Path), help="Folds, for cross-validation."
-)
+@click.option("--runs", multiple=True, type=FOLDER, help="Folds, for cross-validation.")
 @click.option("--pictures", type=click.Path(path_type=Path), help="Folder for a picture of each city.")
 @click.option(
     "--disturbed",
@@ -117,9 +138,13 @@ def _reports(
     cities: list[City], model: str | None, method: str | None, runs: tuple[Path, ...], pictures: Path | None
 ) -> dict[str, Report]:
     if runs:
-        raw, calibrated, (threshold, temperature) = cross_validate([Run.open(p) for p in runs], cities, pictures)
+        opened = [Run.open(p) for p in runs]
+        raw, calibrated, (threshold, temperature) = cross_validate(opened, cities, pictures)
         final = f"over all cities: threshold {threshold:.3f}, temperature {temperature:.3f}"
-        return {"As trained": raw, f"Calibrated on the cities of the other folds ({final})": calibrated}
+        return {
+            f"As trained ({protocol(opened)})": raw,
+            f"Calibrated on the cities of the other folds ({final})": calibrated,
+        }
     if method:
         return {method: score(baseline(method), cities, pictures)}
     if model:
@@ -131,10 +156,10 @@ def _reports(
 @DATA
 @click.argument("name")
 @click.option(
-    "--run", "shipped", type=click.Path(exists=True, path_type=Path), multiple=True, required=True,
+    "--run", "shipped", type=FOLDER, multiple=True, required=True,
     help="The run to ship; of several with one start the mean of their weights, of others a committee.",
 )  # fmt: skip
-@click.option("--runs", multiple=True, type=click.Path(exists=True, path_type=Path), help="Runs of the folds.")
+@click.option("--runs", multiple=True, type=FOLDER, help="Runs of the folds.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=WEIGHTS, help="Folder of the weights.", show_default=False
 )
@@ -145,10 +170,4 @@ def card(data: Path, name: str, shipped: tuple[Path, ...], runs: tuple[Path, ...
 
 
 if __name__ == "__main__":
-    try:
-        main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (S2cdError, json.JSONDecodeError) as error:
-        sys.exit(f"error: {error}")
+    main()

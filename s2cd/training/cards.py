@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 from safetensors.torch import save_file
 from scipy.special import logit
 
-from s2cd.errors import ModelError
+from s2cd.errors import ConfigError, ModelError
 from s2cd.model import Model
 from s2cd.model.network import Committee, cost
 from s2cd.training.data import City
 from s2cd.training.fcsiam import FCSiamDiff
+from s2cd.training.folders import made
 from s2cd.training.robustness import f1_under, false_change, of_model
-from s2cd.training.runs import NETWORKS, Run, as_model, combined, cross_validate
+from s2cd.training.runs import NETWORKS, Run, as_model, combined, cross_validate, protocol
 from s2cd.training.scoring import Report, predictor, score
 
 CHANGED = 0.025  # share of pixels of two dates one to three years apart that are expected to have changed
@@ -46,41 +48,45 @@ def publish(name: str, runs: list[Run], folds: list[Run], cities: list[City], fo
     Without, runs that have seen no labels are calibrated without them, and others on the places that they were trained
     on, whose scores flatter. Disturbances are tried on every third city.
 
-    Raises ModelError for runs of a network that is only there for comparison.
+    Raises ConfigError for a name that is no file's name, ModelError for runs of a network that is only there for
+    comparison and for weights that are not finite, CatalogError for labels without change, OutputError for `folder`.
     """
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ConfigError(f"name of the model: found {name!r}, expected letters, digits, '_', '-' and '.'")
     net = combined(runs)
     if isinstance(net, FCSiamDiff):
         raise ModelError(f"{runs[0].path.name}: found network {runs[0].kind!r}, expected {NETWORKS[0]!r} to be shipped")
+    if not all(value.isfinite().all() for value in net.state_dict().values()):
+        raise ModelError(f"{', '.join(run.path.name for run in runs)}: found weights that are not finite: it diverged")
     if folds:
         raw, report, (threshold, temperature) = cross_validate(folds, cities)
-        protocol = (
-            f"leave-cities-out cross-validation, {len({run.held_out for run in folds})} folds, "
-            f"{len(folds)} runs in all: labels of a city never reach the network that is "
-            "scored on it (the network they start from saw its pixels, without labels); threshold and temperature "
-            "from the cities of the other folds"
-        )
-    elif any(run.labels for run in runs):
+        how = protocol(folds)
+    elif any(run.labels or run.start_labels for run in runs):
         raw = score(predictor(as_model(net, name)), cities)
         threshold, temperature = raw.pooled.calibration()
         report = score(predictor(as_model(net, name, threshold, temperature)), cities)
-        protocol = "in sample: scored and calibrated on the places that it was trained on, so the scores flatter"
+        how = "in sample: scored and calibrated on the places that it was trained on, so the scores flatter"
     else:
         threshold, temperature = unlabelled_calibration(as_model(net, name), cities)
         raw = report = score(predictor(as_model(net, name, threshold, temperature)), cities)
-        protocol = (
+        how = (
             f"no labels in training, nor in the calibration, which takes {CHANGED:.1%} of all pixels for changed; "
             "the weights of the pool were chosen by F1 on these cities; best F1 picks the threshold on their labels too"
         )
     model = as_model(net, name, threshold, temperature)
     number = f"mean of {len(net.members)}: " if isinstance(net, Committee) else ""
     card: dict[str, Any] = {"name": name, **SUMMARY.get(name, {})}
+    inherited = [card.get("licence"), *(run.start_licence for run in runs)]
+    licences = {licence for licence in inherited if licence}
+    if licences:
+        card["licence"] = " AND ".join(sorted(licences))
     card |= {
         "architecture": f"{number}siamese U-Net, absolute difference at every scale, 20 m grid inside",
         "framework_version": torch.__version__.split("+")[0],
         "cost": cost(net.folded()),
         "training": [json.loads((run.path / "run.json").read_text()) for run in runs],
         "calibration": {"threshold_logit": round(threshold, 4), "temperature": round(temperature, 4)},
-        "scores": scores(report, protocol) | {"pooled_uncalibrated": raw.pooled.scores().rounded()},
+        "scores": scores(report, how) | {"pooled_uncalibrated": raw.pooled.scores().rounded()},
         "disturbed": [city.name for city in cities[::3]],
         "unchanged_pairs_disturbed": {
             kind: {"mean_probability": round(mean, 5), "share_above_half": round(share, 6), "largest": round(top, 4)}
@@ -90,7 +96,7 @@ def publish(name: str, runs: list[Run], folds: list[Run], cities: list[City], fo
             k: round(v, 4) for k, v in f1_under(of_model(model), cities[::3]).items()
         },
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    made(folder)
     weights = net.folded(temperature, -threshold / temperature).state_dict()
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / f"{name}.safetensors")
     (folder / f"{name}.json").write_text(json.dumps(card, indent=1) + "\n")

@@ -6,6 +6,7 @@ import csv
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from s2cd.errors import ConfigError, ModelError
 from s2cd.model.device import choose_device, fast_bfloat16
+from s2cd.training.folders import made
 from s2cd.training.sampling import Sampler, batch
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -23,7 +26,7 @@ Net = TypeVar("Net", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how to train; written into the checkpoint, which only goes on under the same plan.
+    """How long and how to train.
 
     steps, batch_size, rate, decay   of AdamW; the learning rate warms up and falls as a cosine
     average                          decay of the exponential average of the weights
@@ -40,6 +43,11 @@ class Plan:
     miss: float = 0.5
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a rate that is none."""
+        if not 0 < self.rate < math.inf:
+            raise ConfigError(f"rate: found {self.rate:g}, expected a positive number")
+
 
 def loss_of(logits: Tensor, truth: Tensor, weight: Tensor, plan: Plan) -> Tensor:
     """Cross-entropy plus Tversky loss (Salehi et al., 2017) over the batch."""
@@ -52,20 +60,32 @@ def loss_of(logits: Tensor, truth: Tensor, weight: Tensor, plan: Plan) -> Tensor
 
 
 def fit(
-    net: Net, sampler: Sampler, plan: Plan, out: Path, *, device: str = "auto", save_every: float = 60, log: Any = print
+    net: Net,
+    sampler: Sampler,
+    plan: Plan,
+    out: Path,
+    description: Mapping[str, Any],
+    *,
+    device: str = "auto",
+    save_every: float = 60,
+    log: Any = print,
 ) -> Net:
     """Train `net` and return it on the CPU with the averaged weights; goes on from `out`/checkpoint.pt if it is there.
 
-    The curve (step, loss, seconds) goes to `out`/curve.csv. Raises ModelError if the device is not there.
+    `description`, of plain JSON types, tells all that decides the weights: a checkpoint of another is refused.
+    The curve (step, loss, seconds) goes to `out`/curve.csv.
+
+    Raises ModelError if the device is not there, the checkpoint is damaged or the loss is not finite; ConfigError for a
+    checkpoint of another description; OutputError for `out`.
     """
     place = choose_device(device)
-    out.mkdir(parents=True, exist_ok=True)
+    made(out)
     net.to(place, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # not in torch's stubs
     optimizer = torch.optim.AdamW(net.parameters(), lr=plan.rate, weight_decay=plan.decay)
     average = {k: v.detach().clone() for k, v in net.state_dict().items()}
     step, checkpoint = 0, out / "checkpoint.pt"
     if checkpoint.is_file():
-        step = _resume(checkpoint, net, optimizer, average, plan)
+        step = _resume(checkpoint, net, optimizer, average, description)
     fast = fast_bfloat16(place)
     saved, losses, begin = time.monotonic(), [], time.monotonic()
     while step < plan.steps:
@@ -76,19 +96,23 @@ def fit(
         with torch.autocast(place.type, torch.bfloat16, enabled=fast):
             logits = net(before, after, level)
         loss = loss_of(logits.float(), truth, weight, plan)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise _diverged(out, step, plan)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
         optimizer.step()
         step += 1
         _update_average(average, net, min(plan.average, step / (step + 10)))
-        losses.append(loss.item())
         if step % 50 == 0 or step == plan.steps:
             _log_curve(out / "curve.csv", step, float(np.mean(losses)), time.monotonic() - begin)
             log(f"step {step}/{plan.steps}  loss {np.mean(losses):.4f}  {time.monotonic() - begin:.0f} s")
             losses = []
         if time.monotonic() - saved > save_every or step == plan.steps:
-            _save(checkpoint, net, optimizer, average, plan, step)
+            if not all(value.isfinite().all() for value in average.values()):
+                raise _diverged(out, step, plan)
+            _save(checkpoint, net, optimizer, average, description, step)
             saved = time.monotonic()
     net.load_state_dict(average)
     return net.cpu().eval()
@@ -108,17 +132,28 @@ def _update_average(average: dict[str, Tensor], net: nn.Module, decay: float) ->
             average[name].copy_(value)
 
 
-def _save(path: Path, net: nn.Module, optimizer: Any, average: dict, plan: Plan, step: int) -> None:
+def _diverged(out: Path, step: int, plan: Plan) -> ModelError:
+    return ModelError(f"{out}: diverged by step {step}, expected a finite loss: try a lower rate than {plan.rate:g}")
+
+
+def _save(path: Path, net: nn.Module, optimizer: Any, average: dict, description: Mapping[str, Any], step: int) -> None:
     partial = path.with_suffix(".part")
     state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-    torch.save(state | {"step": step, "plan": vars(plan)}, partial)
+    torch.save(state | {"step": step, "description": dict(description)}, partial)
     os.replace(partial, path)
 
 
-def _resume(path: Path, net: nn.Module, optimizer: Any, average: dict, plan: Plan) -> int:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["plan"] != vars(plan):
-        raise ValueError(f"{path} was written under another plan, {state['plan']}, expected {vars(plan)}")
+def _resume(path: Path, net: nn.Module, optimizer: Any, average: dict, description: Mapping[str, Any]) -> int:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["description"]
+    except Exception as error:  # torch.load raises nearly anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{path}: cannot be read, delete it to begin again: {reason}") from None
+    found, expected = ({**d, **d.get("plan", {})} for d in (found, description))
+    differ = [f"{k} {found.get(k)}, expected {v}" for k, v in expected.items() if k != "plan" and found.get(k) != v]
+    if differ:
+        raise ConfigError(f"{path} is of another training, choose another folder: found {'; '.join(differ)}")
     net.load_state_dict(state["net"])
     optimizer.load_state_dict(state["optimizer"])
     for name, value in state["average"].items():

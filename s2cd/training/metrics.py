@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit, logit
 
+from s2cd.errors import CatalogError
+
 BINS = 2000
 LOGIT_RANGE = 12.0
 CENTRES = (np.arange(BINS) + 0.5) / BINS * 2 * LOGIT_RANGE - LOGIT_RANGE
@@ -96,7 +98,13 @@ class Histogram:
         """Return (threshold, temperature): the lowest logit of about the best F1, the temperature of least ECE there.
 
         F1 is flat around its best; of thresholds within SLACK of it the lowest serves places where more has changed.
+
+        Raises CatalogError without a changed pixel: F1 would be 0 everywhere.
         """
+        if not self.counts[1].any():
+            raise CatalogError(
+                f"found no changed pixel among {self.counts.sum():g} observed, expected some to calibrate"
+            )
         hits, alarms, total = self._found()
         f1 = 2 * hits / np.maximum(alarms + total, 1)
         threshold = float(CENTRES[np.argmax(f1 >= f1.max() - SLACK)])

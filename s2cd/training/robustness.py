@@ -18,6 +18,7 @@ from s2cd.simulate.texture import fractal
 from s2cd.training.baselines import BASELINES
 from s2cd.training.data import City, Image
 from s2cd.training.metrics import Histogram
+from s2cd.training.scoring import judged, mapping
 
 WAVELENGTHS = [band_info(band).wavelength for band in BANDS]
 Rng = np.random.Generator
@@ -83,7 +84,8 @@ Predict = Callable[[City, Array, Array], Array]
 
 def of_model(model: Model) -> Predict:
     """Return what maps with a model."""
-    return lambda _, before, after: model.predict(before, after)
+    predict = mapping(model)
+    return lambda _, before, after: predict(before, after)
 
 
 def of_baseline(name: str) -> Predict:
@@ -119,7 +121,9 @@ def f1_under(predict: Predict, cities: list[City]) -> dict[str, float]:
     for kind in NUISANCES:
         counts = np.sum(
             [
-                Histogram.of(predict(c, c.before.reflectance, disturbed(c.after, kind, seed)), c.label).counts
+                Histogram.of(
+                    judged(predict(c, c.before.reflectance, disturbed(c.after, kind, seed)), c), c.label
+                ).counts
                 for seed, c in enumerate(cities)
             ],
             axis=0,

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from s2cd.errors import ConfigError
+from s2cd.errors import ConfigError, ModelError
 from s2cd.model.device import Engine
 from s2cd.model.network import HALO, STRIDE, ChangeNet, Committee, network_of
-from s2cd.model.registry import WEIGHTS, Model, list_models
-from s2cd.training.data import City, Image, load_cities, load_series
+from s2cd.model.registry import WEIGHTS, Model, list_models, load_model
+from s2cd.training.data import City
 from s2cd.training.fcsiam import FCSiamDiff
 from s2cd.training.fitting import Plan, fit
+from s2cd.training.folders import made
+from s2cd.training.material import Material
 from s2cd.training.metrics import Histogram
-from s2cd.training.sampling import LabelledSampler, Mixture, Sampler
-from s2cd.training.scoring import Map, Report, predictor, score
-from s2cd.training.simulated import URBAN_KINDS, Place, SimulatedSampler
+from s2cd.training.scoring import Map, Report, judged, predictor, score
+from s2cd.training.simulated import BLOCK
 
 FOLD_SEED = 4
 NETWORKS = ("s2cd", "fc-siam-diff")
 POOL = (3.0, 6.0)  # weights of the background and of the magnitude beside a network trained without labels
 HALF_POOL = (POOL[0] / 2, POOL[1] / 2)  # beside one that learns from labels what they leave open; calibrated alike
+
+NO_START = {"start": None, "start_sha256": None, "start_labels": False, "start_licence": None}
 
 Trainable = ChangeNet | Committee | FCSiamDiff
 
@@ -36,8 +42,13 @@ Trainable = ChangeNet | Committee | FCSiamDiff
 class Run:
     """A finished training: `held_out` are the cities whose labels and pixels it did not see.
 
-    `norm` tells whether its network still has batch normalisation, `labels` whether it was trained on labels, `kind`
-    which of NETWORKS it is, `start` whose weights it started from, None for random ones.
+    norm           whether its network still has batch normalisation
+    labels         whether it was trained on labels
+    kind           which of NETWORKS it is
+    start          whose weights it started from, by name, None for random ones
+    start_sha256   of these weights (hex), None for random ones
+    start_labels   whether they had seen labels, if only of cities that are held out here
+    start_licence  of these weights, where their card tells one
     """
 
     path: Path
@@ -46,18 +57,34 @@ class Run:
     labels: bool
     kind: str
     start: str | None
+    start_sha256: str | None
+    start_labels: bool
+    start_licence: str | None
 
     @classmethod
     def open(cls, path: Path) -> Run:
-        """Read the run at `path`."""
-        described = json.loads((path / "run.json").read_text())
-        held_out = tuple(described["held_out"])
-        figures = (described[name] for name in ("norm", "labels", "network", "start"))
-        return cls(path, held_out, *figures)
+        """Read the run at `path`. Raises ConfigError if there is none."""
+        try:
+            described = json.loads((path / "run.json").read_text())
+            names = ("norm", "labels", "network", "start", "start_sha256", "start_labels", "start_licence")
+            return cls(path, tuple(described["held_out"]), *(described[name] for name in names))
+        except KeyError as error:
+            raise ConfigError(f"{path / 'run.json'}: found no {error}, expected a run of this version") from None
+        except (OSError, ValueError, TypeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{path}: found no run, expected a folder that `fit` wrote: run.json: {reason}") from None
+
+    @property
+    def weights(self) -> Path:
+        """The file of the weights."""
+        return self.path / "network.safetensors"
 
     def network(self) -> Trainable:
-        """Return the trained network as it is."""
-        return self.loaded(load_file(self.path / "network.safetensors"))
+        """Return the trained network as it is. Raises ModelError if its file is missing, damaged or of another."""
+        try:
+            return self.loaded(load_file(self.weights))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ModelError(f"{self.weights}: cannot be read: {str(error).splitlines()[0]}") from None
 
     def loaded(self, state: dict[str, Tensor]) -> Trainable:
         """Return a network of this run's kind with these weights."""
@@ -75,7 +102,7 @@ def combined(runs: list[Run]) -> Trainable:
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(run.start or str(run.path), []).append(run)
+        groups.setdefault(run.start_sha256 or str(run.path), []).append(run)
     members = [averaged(group) for group in groups.values()]
     if len(members) == 1:
         return members[0]
@@ -126,64 +153,78 @@ def train(
     kind: str = NETWORKS[0],
     device: str = "auto",
 ) -> Run:
-    """Fit one network and write it to `out`, going on from a checkpoint there.
+    """Fit one network and write it to `out`, going on from a checkpoint of the same training there.
 
     labels    train on the labels of `data`, or on simulated changes in its pixels and those of `series`
     held_out  places of `data` that are not used
-    start     a shipped model, or the path of a run, whose weights to start from
+    start     a shipped model, or the path of a run or of a trained model, whose weights to start from
     blend     share of the trained weights in the result, the rest are those of `start`: what fine-tuning on few places
               gains without what it forgets (WiSE-FT, Wortsman et al., CVPR 2022)
     simulated with labels: share of samples with simulated changes beside the labelled ones
+    size      edge of a crop [px], a multiple of 64
     kind      one of NETWORKS, where there is no `start`
     device    as in `s2cd.load_model`
 
-    Raises CatalogError for `data` without labelled pairs, ModelError if the device is not there.
+    Raises CatalogError for `data` without labelled pairs and for places smaller than a crop, ReadError for a raster,
+    ConfigError for options that cannot be used and for an `out` that holds another training, ModelError for a `start`
+    that is none, a device that is not there and a loss that is not finite, OutputError for `out`.
     """
-    cities = [city for city in load_cities(data) if city.name not in held_out]
-    quiet = [images for root in series for images in load_series(root).values() if len(images) > 1]
-    sampler = _labelled(cities, quiet, size, simulated) if labels else _simulated(cities, quiet, size)
+    if size % BLOCK or size < BLOCK:
+        raise ConfigError(f"size: found {size}, expected a multiple of {BLOCK}")
+    if blend != 1 and start is None:
+        raise ConfigError(f"blend: found {blend:g} without a start, expected one whose weights are the rest")
+    made(out)
+    material = Material.load(data, series, labels=labels, held_out=held_out, size=size)
     torch.manual_seed(plan.seed)
-    net = _first(start, kind, labels=labels)
+    net, origin = _first(start, held_out) if start else (_fresh(kind, labels=labels), NO_START)
+    description = {"held_out": list(held_out), "labels": labels, "plan": asdict(plan), "size": size, **origin}
+    description |= {"norm": _has_norm(net), "simulated": simulated if labels else 1.0, "blend": blend}
+    description |= {"network": "fc-siam-diff" if isinstance(net, FCSiamDiff) else NETWORKS[0], **material.digests()}
     first = {name: value.clone() for name, value in net.state_dict().items()}
-    trained = fit(net, sampler, plan, out, device=device).state_dict()
+    trained = fit(net, material.sampler(size, simulated), plan, out, description, device=device).state_dict()
     mixed = {k: v.lerp(first[k], 1 - blend) if v.is_floating_point() else v for k, v in trained.items()}
     save_file({k: v.contiguous() for k, v in mixed.items()}, out / "network.safetensors")
-    description = {"held_out": list(held_out), "labels": labels, "plan": asdict(plan), "size": size}
-    description |= {"start": Path(start).name if start else None, "norm": _has_norm(net)}
-    description |= {"simulated": simulated if labels else 1.0, "blend": blend}
-    description |= {"network": "fc-siam-diff" if isinstance(net, FCSiamDiff) else NETWORKS[0]}
     (out / "run.json").write_text(json.dumps(description, indent=1))
     return Run.open(out)
 
 
-def _first(start: str | None, kind: str, *, labels: bool) -> Trainable:
-    """Return the network that training starts from; a shipped one has its normalisation folded and its calibration."""
-    if start in list_models():
-        return network_of(load_file(WEIGHTS / f"{start}.safetensors"))
-    if start:
-        return Run.open(Path(start)).network()
+def _fresh(kind: str, *, labels: bool) -> Trainable:
     if kind != NETWORKS[0]:
         return FCSiamDiff()
     return ChangeNet(norm=True).pool(*HALF_POOL) if labels else ChangeNet(norm=True)
 
 
+def _first(start: str, held_out: tuple[str, ...]) -> tuple[Trainable, dict[str, Any]]:
+    """Return the network that training starts from, and what is told of it.
+
+    A shipped or trained model has its normalisation folded and its calibration. Labels that the start has seen count
+    unless it held out what is held out here. Raises ConfigError for what is no run, ModelError for what is no model.
+    """
+    if start not in list_models() and Path(start).is_dir():
+        run = Run.open(Path(start))
+        elsewhere = held_out and set(held_out) <= set(run.held_out)
+        labels, licence = run.start_labels or (run.labels and not elsewhere), run.start_licence
+        return run.network(), _told(start, hashlib.sha256(run.weights.read_bytes()).hexdigest(), labels, licence)
+    model = load_model(start, "cpu")
+    path = WEIGHTS / f"{start}.safetensors" if start in list_models() else Path(start)
+    if path.suffix != ".safetensors":
+        raise ModelError(f"start {start}: found an exported model, expected a shipped one, .safetensors or a run")
+    history = model.card.get("training")  # a card that tells none: the model may have seen any labels
+    labels = not history or any(run.get("labels") or run.get("start_labels") for run in history)
+    return network_of(load_file(path)), _told(start, model.hash, labels, model.card.get("licence"))
+
+
+def _told(start: str, sha256: str, labels: bool, licence: str | None) -> dict[str, Any]:
+    return {
+        "start": Path(start).name,
+        "start_sha256": sha256,
+        "start_labels": labels,
+        "start_licence": licence,
+    }
+
+
 def _has_norm(net: Trainable) -> bool:
     return any(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
-
-
-def _labelled(cities: list[City], quiet: list[list[Image]], size: int, simulated: float) -> Sampler:
-    labelled = LabelledSampler(cities, size)
-    if not simulated:
-        return labelled
-    places = [Place.of([c.before, c.after], c.label) for c in cities]
-    seasons = 1000  # dates of any season: crops come and go
-    return Mixture(
-        labelled, SimulatedSampler(places, quiet, size, kinds=URBAN_KINDS, quiet=0.4, gap=seasons), simulated
-    )
-
-
-def _simulated(cities: list[City], quiet: list[list[Image]], size: int) -> Sampler:
-    return SimulatedSampler([Place.of([c.before, c.after]) for c in cities], quiet, size)
 
 
 def cross_validate(
@@ -194,8 +235,16 @@ def cross_validate(
     Returns the report as trained; the report after calibration, where the threshold and temperature for the cities of
     one run come from the cities of the other runs; and (threshold, temperature) over all, for the final model.
 
-    Raises ConfigError for runs of fewer than two folds.
+    Raises ConfigError for runs of fewer than two folds and for those that hold out no city or others than these,
+    CatalogError if the cities of all other folds have not changed.
     """
+    names = {city.name for city in cities}
+    for run in runs:
+        if not run.held_out or not names.issuperset(run.held_out):
+            held = ", ".join(run.held_out) or "no place"
+            raise ConfigError(
+                f"{run.path}: found {held} held out, expected places of --data: {', '.join(sorted(names))}"
+            )
     raw: dict[str, Histogram] = {}
     maps: dict[str, Map] = {}
     folds = sorted({run.held_out for run in runs})
@@ -205,7 +254,7 @@ def cross_validate(
         predict = predictor(as_model(combined([run for run in runs if run.held_out == held_out]), "fold"))
         for city in cities:
             if city.name in held_out:
-                maps[city.name] = predict(city)
+                maps[city.name] = judged(predict(city), city)
                 raw[city.name] = Histogram.of(maps[city.name], city.label)
     calibrated: dict[str, Histogram] = {}
     for held_out in folds:
@@ -216,6 +265,22 @@ def cross_validate(
                 report = score(lambda _, p=probability: p, [city], pictures)  # type: ignore[misc]
                 calibrated |= report.cities
     return Report(raw), Report(calibrated), Report(raw).pooled.calibration()
+
+
+def protocol(runs: list[Run]) -> str:
+    """Return how the scores of `cross_validate` come about, as cards and tables tell it."""
+    head = f"leave-cities-out cross-validation, {len({run.held_out for run in runs})} folds, {len(runs)} runs in all: "
+    if any(run.start_labels for run in runs):
+        starts = ", ".join(sorted({str(run.start) for run in runs if run.start_labels}))
+        head += (
+            f"not honest: the network they start from ({starts}) has seen labels, perhaps those of the city that it "
+        )
+        head += "is scored on, so the scores flatter"
+    else:
+        head += "labels of a city never reach the network that is scored on it"
+        if any(run.start for run in runs):
+            head += " (the network they start from saw its pixels, without labels)"
+    return f"{head}; threshold and temperature from the cities of the other folds"
 
 
 def shifted(probability: Map, threshold: float, temperature: float) -> Map:

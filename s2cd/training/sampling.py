@@ -94,7 +94,7 @@ class LabelledSampler:
         rows, cols = window(city.label.shape, self._size, rng, centre)
         truth = city.label[rows, cols].astype(np.float32)
         images = [normalised(image, rows, cols) for image in (city.before, city.after)]
-        return Sample(images[0], images[1], truth, np.ones_like(truth), city.background)
+        return Sample(images[0], images[1], truth, city.known[rows, cols].astype(np.float32), city.background)
 
 
 class Mixture:

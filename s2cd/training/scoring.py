@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image as Picture
 
-from s2cd.model import Model
+from s2cd.errors import ModelError
+from s2cd.model import BANDS, Model
 from s2cd.training.baselines import BASELINES
 from s2cd.training.data import City
+from s2cd.training.folders import made
 from s2cd.training.metrics import Histogram, Scores
 
 Map = npt.NDArray[np.float32]
@@ -47,20 +49,46 @@ def _cells(s: Scores) -> str:
 
 
 def score(predict: Callable[[City], Map], cities: Iterable[City], pictures: Path | None = None) -> Report:
-    """Score a map for each city; with `pictures`, write one there for each."""
+    """Score a map for each city; with `pictures`, write one there for each. Raises OutputError for no folder."""
     histograms = {}
     for city in cities:
-        probability = predict(city)
+        probability = judged(predict(city), city)
         histograms[city.name] = Histogram.of(probability, city.label)
         if pictures is not None:
-            pictures.mkdir(parents=True, exist_ok=True)
+            made(pictures)
             picture(probability, city.label).save(pictures / f"{city.name}.png")
     return Report(histograms)
 
 
+def judged(probability: Map, city: City) -> Map:
+    """Return a map of a city, NaN where its label tells nothing."""
+    return np.where(city.known, probability, np.float32(np.nan))
+
+
+def mapping(model: Model) -> Callable[[Map, Map], Map]:
+    """Return what maps two dates, float32 (band, y, x) with all BANDS, with a model: of those it takes its own.
+
+    Raises ModelError for a model of other bands; what it returns raises it for NaN where both dates are observed.
+    """
+    others = set(model.bands) - set(BANDS)
+    if others:
+        raise ModelError(f"model {model.name!r} takes {', '.join(sorted(others))}, expected only {', '.join(BANDS)}")
+    index = [BANDS.index(band) for band in model.bands]
+
+    def predict(before: Map, after: Map) -> Map:
+        dates = before[index], after[index]
+        probability = model.predict(*dates)
+        if np.isnan(probability[np.isfinite(dates).all(axis=(0, 1))]).any():
+            raise ModelError(f"model {model.name!r}: found NaN where both dates are observed, expected a probability")
+        return probability
+
+    return predict
+
+
 def predictor(model: Model) -> Callable[[City], Map]:
-    """Return what scores a model: its maps of a city."""
-    return lambda city: model.predict(city.before.reflectance, city.after.reflectance)
+    """Return what scores a model: its maps of a city. Raises ModelError for a model of other bands than BANDS."""
+    predict = mapping(model)
+    return lambda city: predict(city.before.reflectance, city.after.reflectance)
 
 
 def baseline(name: str) -> Callable[[City], Map]:

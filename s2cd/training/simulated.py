@@ -23,6 +23,7 @@ from s2cd.training.sampling import Sample, augmented, normalised, window
 
 Rng = np.random.Generator
 Mask = npt.NDArray[np.bool_]
+BLOCK = 64  # edge of what a date of a series gives to a mosaic [px]
 RED, NIR, SWIR = BANDS.index("red"), BANDS.index("nir"), BANDS.index("swir16")
 WATER = np.array([0.07, 0.06, 0.04, 0.025, 0.02, 0.012, 0.01], np.float32)
 SOIL = np.array([0.09, 0.11, 0.14, 0.20, 0.22, 0.30, 0.24], np.float32)
@@ -46,15 +47,16 @@ STRONG = Nuisances(gain=0.12, bias=0.15, field=0.25, noise=0.08, shift=1.2, shif
 class Place:
     """The dates of one place and, for each, where it looks built up: float32 (y, x) in [0, 1].
 
-    `label` is what changed between its first two dates, bool (y, x), where that is known.
+    `label` is what changed between its two dates, float32 (y, x) in [0, 1], NaN where that is not known; of a place
+    without a label there may be any number of dates.
     """
 
     images: list[Image]
     built: list[Array]
-    label: Mask | None = None
+    label: Array | None = None
 
     @classmethod
-    def of(cls, images: list[Image], label: Mask | None = None) -> Place:
+    def of(cls, images: list[Image], label: Array | None = None) -> Place:
         """Compute the built-up scores."""
         return cls(images, [built_up(image.reflectance) for image in images], label)
 
@@ -76,10 +78,11 @@ def built_up(reflectance: Array) -> Array:
 
 
 class SimulatedSampler:
-    """Crops of `places` (two dates each) with simulated changes, and of `series` (many dates, small images) without.
+    """Crops of `places` with simulated changes, and of `series` (many dates, small images) without.
 
     quiet  share of the samples that come from `series`
     gap    how many dates two of them lie apart at most
+    size   edge of a crop [px], a multiple of BLOCK where there are `series`
     """
 
     def __init__(
@@ -108,10 +111,11 @@ class SimulatedSampler:
         before, after = (normalised(place.images[i], rows, cols) for i in (first, second))
         truth, weight = np.zeros(before.shape[1:], np.float32), np.ones(before.shape[1:], np.float32)
         if first != second and place.label is not None:
-            truth = place.label[rows, cols].astype(np.float32)
+            label = place.label[rows, cols]
+            truth, weight = np.nan_to_num(label), np.isfinite(label).astype(np.float32)
         elif first != second:
             weight = quiet_weight(before, after)
-        level = 0.0 if first == second else background(place.images[0].sketch, place.images[1].sketch)
+        level = 0.0 if first == second else background(place.images[first].sketch, place.images[second].sketch)
         sample = Sample(before, after, truth, weight, level)
         if rng.random() < (0.85 if place.label is None or first == second else 0.5):
             for _ in range(int(rng.integers(1, 6))):
@@ -171,16 +175,16 @@ class SimulatedSampler:
 
     def _quiet_pair(self, rng: Rng) -> Sample:
         """Return a mosaic of two dates of small images, taken as unchanged."""
-        count = self._size // 64
+        count = self._size // BLOCK
         before, after = (np.empty((len(BANDS), self._size, self._size), np.float32) for _ in range(2))
         for row in range(count):
             for col in range(count):
                 images = self._series[rng.integers(len(self._series))]
                 first = int(rng.integers(len(images) - 1))
                 second = int(rng.integers(first + 1, min(first + self._gap, len(images) - 1) + 1))
-                part = (..., slice(64 * row, 64 * row + 64), slice(64 * col, 64 * col + 64))
+                part = (..., slice(BLOCK * row, BLOCK * (row + 1)), slice(BLOCK * col, BLOCK * (col + 1)))
                 for target, index in ((before, first), (after, second)):
-                    target[part] = normalised(images[index], slice(0, 64), slice(0, 64))
+                    target[part] = normalised(images[index], slice(0, BLOCK), slice(0, BLOCK))
         shape = before.shape[1:]
         return Sample(before, after, np.zeros(shape, np.float32), np.ones(shape, np.float32))
 
