@@ -427,7 +427,7 @@ def test_a_card_tells_what_the_starts_had_seen(catalogue, tmp_path):
 
     leaky = folds("leaky", ["urban", "urban"])
     card = publish("mine", leaky, leaky, cities, tmp_path / "shipped")
-    assert "not honest: the network they start from (urban) has seen labels" in card["scores"]["protocol"]
+    assert "the network they start from (urban) has seen labels; where those" in card["scores"]["protocol"]
     assert card["licence"] == "CC-BY-NC-SA-4.0"
     fresh = folds("fresh", [None, None])
     honest = folds("honest", [str(run.path) for run in fresh])
@@ -437,10 +437,16 @@ def test_a_card_tells_what_the_starts_had_seen(catalogue, tmp_path):
         assert ("saw its pixels, without labels" in card["scores"]["protocol"]) == start
         assert "licence" not in card
     crossed = folds("crossed", [str(run.path) for run in fresh[::-1]])
-    assert "not honest" in protocol(crossed)
+    assert "from (fresh-alba, fresh-brno) has seen labels; where" in protocol(crossed)
+    free = train(
+        catalogue, tmp_path / "free-alba", SMALL, labels=False, size=64, held_out=("alba",), start=str(fresh[0].path)
+    )
+    assert not free.start_may_know
+    last = train(catalogue, tmp_path / "last", SMALL, labels=True, size=64, held_out=("brno",), start=str(free.path))
+    assert last.start_may_know
     grandchild = folds("grandchild", [str(tmp_path / "shipped" / "mine.safetensors")] * 2)
     assert [run.start_licence for run in grandchild] == ["CC-BY-NC-SA-4.0"] * 2
-    assert "not honest: the network they start from (mine.safetensors)" in protocol(grandchild)
+    assert "the network they start from (mine.safetensors) has seen labels; where" in protocol(grandchild)
     free = train(catalogue, tmp_path / "free", SMALL, labels=False, size=64, start="urban")
     card = publish("free", [free], [], cities, tmp_path / "shipped")
     assert card["scores"]["protocol"].startswith("in sample")
@@ -466,6 +472,7 @@ def test_the_command_line_fits_and_scores(catalogue, tmp_path):
     result = runner.invoke(main, ["score", *data, *runs, "--pictures", str(tmp_path / "pictures")])
     assert result.exit_code == 0, result.output
     assert "| **pooled** |" in result.output
+    assert "3 folds, 3 runs in all: labels of a city never reach the network that is scored on it; " in result.output
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
     for arguments in ([], ["--disturbed"]):
         result = runner.invoke(main, ["score", *data, *arguments])

@@ -141,10 +141,8 @@ def _reports(
         opened = [Run.open(p) for p in runs]
         raw, calibrated, (threshold, temperature) = cross_validate(opened, cities, pictures)
         final = f"over all cities: threshold {threshold:.3f}, temperature {temperature:.3f}"
-        return {
-            f"As trained ({protocol(opened)})": raw,
-            f"Calibrated on the cities of the other folds ({final})": calibrated,
-        }
+        click.echo(f"\n{protocol(opened)}")
+        return {"As trained": raw, f"Calibrated on the cities of the other folds ({final})": calibrated}
     if method:
         return {method: score(baseline(method), cities, pictures)}
     if model:

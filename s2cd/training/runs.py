@@ -33,7 +33,9 @@ NETWORKS = ("s2cd", "fc-siam-diff")
 POOL = (3.0, 6.0)  # weights of the background and of the magnitude beside a network trained without labels
 HALF_POOL = (POOL[0] / 2, POOL[1] / 2)  # beside one that learns from labels what they leave open; calibrated alike
 
-NO_START = {"start": None, "start_sha256": None, "start_labels": False, "start_licence": None}
+NO_START: dict[str, Any] = {
+    "start": None, "start_sha256": None, "start_labels": False, "start_held_out": [], "start_licence": None
+}  # fmt: skip
 
 Trainable = ChangeNet | Committee | FCSiamDiff
 
@@ -42,13 +44,14 @@ Trainable = ChangeNet | Committee | FCSiamDiff
 class Run:
     """A finished training: `held_out` are the cities whose labels and pixels it did not see.
 
-    norm           whether its network still has batch normalisation
-    labels         whether it was trained on labels
-    kind           which of NETWORKS it is
-    start          whose weights it started from, by name, None for random ones
-    start_sha256   of these weights (hex), None for random ones
-    start_labels   whether they had seen labels, if only of cities that are held out here
-    start_licence  of these weights, where their card tells one
+    norm            whether its network still has batch normalisation
+    labels          whether it was trained on labels
+    kind            which of NETWORKS it is
+    start           whose weights it started from, by name, None for random ones
+    start_sha256    of these weights (hex), None for random ones
+    start_labels    whether they had seen labels
+    start_held_out  cities of which they had seen none
+    start_licence   of these weights, where their card tells one
     """
 
     path: Path
@@ -59,6 +62,7 @@ class Run:
     start: str | None
     start_sha256: str | None
     start_labels: bool
+    start_held_out: tuple[str, ...]
     start_licence: str | None
 
     @classmethod
@@ -66,13 +70,25 @@ class Run:
         """Read the run at `path`. Raises ConfigError if there is none."""
         try:
             described = json.loads((path / "run.json").read_text())
-            names = ("norm", "labels", "network", "start", "start_sha256", "start_labels", "start_licence")
-            return cls(path, tuple(described["held_out"]), *(described[name] for name in names))
+            held_out, start_held_out = (tuple(described[name]) for name in ("held_out", "start_held_out"))
+            norm, labels, kind, start = (described[name] for name in ("norm", "labels", "network", "start"))
+            digest, seen, licence = (described[f"start_{name}"] for name in ("sha256", "labels", "licence"))
+            return cls(path, held_out, norm, labels, kind, start, digest, seen, start_held_out, licence)
         except KeyError as error:
             raise ConfigError(f"{path / 'run.json'}: found no {error}, expected a run of this version") from None
         except (OSError, ValueError, TypeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"{path}: found no run, expected a folder that `fit` wrote: run.json: {reason}") from None
+
+    @property
+    def unlearnt(self) -> list[str]:
+        """Cities whose labels reached its weights in no way: held out here and, where that saw labels, by its start."""
+        return [name for name in self.held_out if not self.start_labels or name in self.start_held_out]
+
+    @property
+    def start_may_know(self) -> bool:
+        """Whether its start may have seen labels of a city that is held out here."""
+        return self.start_labels and not set(self.held_out).issubset(self.start_held_out)
 
     @property
     def weights(self) -> Path:
@@ -176,7 +192,7 @@ def train(
     made(out)
     material = Material.load(data, series, labels=labels, held_out=held_out, size=size)
     torch.manual_seed(plan.seed)
-    net, origin = _first(start, held_out) if start else (_fresh(kind, labels=labels), NO_START)
+    net, origin = _first(start) if start else (_fresh(kind, labels=labels), NO_START)
     description = {"held_out": list(held_out), "labels": labels, "plan": asdict(plan), "size": size, **origin}
     description |= {"norm": _has_norm(net), "simulated": simulated if labels else 1.0, "blend": blend}
     description |= {"network": "fc-siam-diff" if isinstance(net, FCSiamDiff) else NETWORKS[0], **material.digests()}
@@ -194,33 +210,26 @@ def _fresh(kind: str, *, labels: bool) -> Trainable:
     return ChangeNet(norm=True).pool(*HALF_POOL) if labels else ChangeNet(norm=True)
 
 
-def _first(start: str, held_out: tuple[str, ...]) -> tuple[Trainable, dict[str, Any]]:
-    """Return the network that training starts from, and what is told of it.
+def _first(start: str) -> tuple[Trainable, dict[str, Any]]:
+    """Return the network that training starts from, and what a run tells of it.
 
-    A shipped or trained model has its normalisation folded and its calibration. Labels that the start has seen count
-    unless it held out what is held out here. Raises ConfigError for what is no run, ModelError for what is no model.
+    A shipped or trained model has its normalisation folded and its calibration. Raises ConfigError for what is no run,
+    ModelError for what is no model.
     """
+    told: dict[str, Any] = {"start": Path(start).name}
     if start not in list_models() and Path(start).is_dir():
         run = Run.open(Path(start))
-        elsewhere = held_out and set(held_out) <= set(run.held_out)
-        labels, licence = run.start_labels or (run.labels and not elsewhere), run.start_licence
-        return run.network(), _told(start, hashlib.sha256(run.weights.read_bytes()).hexdigest(), labels, licence)
+        network, told["start_sha256"] = run.network(), hashlib.sha256(run.weights.read_bytes()).hexdigest()
+        told |= {"start_labels": run.labels or run.start_labels, "start_held_out": run.unlearnt}
+        return network, told | {"start_licence": run.start_licence}
     model = load_model(start, "cpu")
     path = WEIGHTS / f"{start}.safetensors" if start in list_models() else Path(start)
     if path.suffix != ".safetensors":
         raise ModelError(f"start {start}: found an exported model, expected a shipped one, .safetensors or a run")
     history = model.card.get("training")  # a card that tells none: the model may have seen any labels
     labels = not history or any(run.get("labels") or run.get("start_labels") for run in history)
-    return network_of(load_file(path)), _told(start, model.hash, labels, model.card.get("licence"))
-
-
-def _told(start: str, sha256: str, labels: bool, licence: str | None) -> dict[str, Any]:
-    return {
-        "start": Path(start).name,
-        "start_sha256": sha256,
-        "start_labels": labels,
-        "start_licence": licence,
-    }
+    told |= {"start_sha256": model.hash, "start_labels": labels, "start_held_out": []}
+    return network_of(load_file(path)), told | {"start_licence": model.card.get("licence")}
 
 
 def _has_norm(net: Trainable) -> bool:
@@ -270,17 +279,15 @@ def cross_validate(
 def protocol(runs: list[Run]) -> str:
     """Return how the scores of `cross_validate` come about, as cards and tables tell it."""
     head = f"leave-cities-out cross-validation, {len({run.held_out for run in runs})} folds, {len(runs)} runs in all: "
-    if any(run.start_labels for run in runs):
-        starts = ", ".join(sorted({str(run.start) for run in runs if run.start_labels}))
-        head += (
-            f"not honest: the network they start from ({starts}) has seen labels, perhaps those of the city that it "
+    tail = "; threshold and temperature from the cities of the other folds"
+    doubtful = sorted({str(run.start) for run in runs if run.start_may_know})
+    if doubtful:
+        return (
+            f"{head}the network they start from ({', '.join(doubtful)}) has seen labels; where those of the city "
+            f"scored are among them, the scores flatter{tail}"
         )
-        head += "is scored on, so the scores flatter"
-    else:
-        head += "labels of a city never reach the network that is scored on it"
-        if any(run.start for run in runs):
-            head += " (the network they start from saw its pixels, without labels)"
-    return f"{head}; threshold and temperature from the cities of the other folds"
+    seen = " (the network they start from saw its pixels, without labels)" if any(run.start for run in runs) else ""
+    return f"{head}labels of a city never reach the network that is scored on it{seen}{tail}"
 
 
 def shifted(probability: Map, threshold: float, temperature: float) -> Map:
