@@ -16,7 +16,7 @@ from rio_cogeo.cogeo import cog_validate
 
 from s2cd.catalog import search
 from s2cd.catalog.duplicates import reduce_duplicates
-from s2cd.errors import CatalogError, ConfigError
+from s2cd.errors import CatalogError, ConfigError, OutputError, ReadError
 from s2cd.simulate import CHANGE_KINDS, HARVEST, simulate, truth_between
 
 BANDS = ("blue", "green", "red", "nir", "nir08", "swir16", "swir22")
@@ -223,18 +223,83 @@ def test_mirrored_landscape_keeps_the_grids_together(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, "outside 1 to 10980"),
-        ({"size": (20, 10981)}, "outside 1 to 10980"),
+        ({"size": 0}, "size 0: expected a whole number from 1 to 10980"),
+        ({"size": (20, 10981)}, "size 10981: expected"),
+        ({"size": 32.0}, "size 32.0: expected"),
+        ({"size": "32"}, "size '32': expected"),
         ({"tile": "99XXX"}, "unknown tile '99XXX'"),
-        ({"dates": 0}, "expected one or more"),
-        ({"start": "soon"}, "'soon' is not a date"),
+        ({"dates": 0}, "dates 0: expected a whole number of at least 1"),
+        ({"seed": -1}, "seed -1: expected"),
+        ({"orbits": 51}, "orbits 51: expected one or more"),
+        ({"orbits": ()}, "expected one or more"),
+        ({"orbits": (0,)}, "orbit 0: expected"),
+        ({"start": "soon"}, "date 'soon': expected"),
+        ({"start": "9999-12-31"}, "expected acquisitions from 2015-06-23 to 2100-01-01"),
+        ({"step_days": 1e9}, "expected acquisitions from 2015-06-23 to 2100-01-01"),
+        ({"step_days": float("nan")}, "step_days nan: expected a number of at least 5"),
+        ({"step_days": 1}, "step_days 1: expected a number of at least 5"),
         ({"draw_size": 33}, "not an even number"),
+        ({"blocksize": 0}, "blocksize 0: expected"),
+        ({"blocksize": 100}, "blocksize 100: expected a multiple of 16"),
     ],
 )
 def test_impossible_arguments(tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
-        simulate(tmp_path / "out", **options)
+        simulate(tmp_path / "out", **{"size": 32, **options})
     assert not (tmp_path / "out").exists()
+
+
+def test_no_two_acquisitions_share_an_id(tmp_path):
+    neighbours = {"size": 32, "dates": 2, "orbits": (51, 53), "step_days": 5}
+    with pytest.raises(ConfigError, match="orbits 51 and 53 would both be S2B_31UDS_20220719_0_L2A"):
+        simulate(tmp_path / "out", start="2022-07-14T12:00:00", **neighbours)
+    items = items_of(simulate(tmp_path / "out", start="2022-07-10", **neighbours))
+    assert len({item["id"] for item in items}) == 2
+
+
+def test_a_start_in_another_time_zone_is_the_same_moment(tmp_path):
+    east, utc = "2021-04-10T23:00:00+12:00", "2021-04-10T11:00:00"
+    a, b = (items_of(simulate(tmp_path / t[-5:], size=16, dates=1, start=t)) for t in (east, utc))
+    assert a[0]["id"] == b[0]["id"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot write the series in .*file/out"):
+        simulate(tmp_path / "file" / "out", size=16, dates=1)
+
+
+def test_a_series_goes_on_over_what_an_interrupted_one_left(tmp_path):
+    (item,) = items_of(simulate(tmp_path, size=64, dates=1))
+    (item["folder"] / "B04.tif").write_bytes(b"II*\0\x08\0\0\0" + bytes(64))
+    whole = read(items_of(simulate(tmp_path, size=64, dates=1))[0], "red")
+    assert (whole > 0).all()
+
+
+@pytest.mark.parametrize("kinds", [("constuction",), "burn", ("burn", "fire")])
+def test_truth_of_unknown_kinds(clear, kinds):
+    with pytest.raises(ConfigError, match="expected a sequence of construction, clear-cut, burn, flood, harvest"):
+        truth_between(clear.parent, "2021-01-01", "2022-01-01", kinds=kinds)
+
+
+def test_truth_of_an_unknown_date(clear):
+    with pytest.raises(ConfigError, match="date 'someday': expected"):
+        truth_between(clear.parent, "someday", "2022-01-01")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"events": [{"id": 1, "kind": "burn", "date": "soon", "end": null}]}'])
+def test_truth_of_damaged_events(tmp_path, text):
+    simulate(tmp_path, size=32, dates=2)
+    (tmp_path / "truth" / "events.json").write_text(text)
+    with pytest.raises(CatalogError, match=r"events.json: not the events of a simulated series"):
+        truth_between(tmp_path, "2021-01-01", "2022-01-01")
+
+
+def test_truth_without_its_raster(tmp_path):
+    simulate(tmp_path, size=32, dates=2)
+    (tmp_path / "truth" / "events.tif").unlink()
+    with pytest.raises(ReadError, match=r"cannot read .*events.tif"):
+        truth_between(tmp_path, "2021-01-01", "2022-01-01")
 
 
 def test_truth_of_another_folder(tmp_path):

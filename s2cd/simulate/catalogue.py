@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rasterio
 from rasterio import Affine
+from rasterio.io import MemoryFile
 from rasterio.warp import transform as warp_points
 
 from s2cd.catalog.bands import band_info
@@ -86,12 +86,10 @@ class Cut:
 def cut_of(tile: str, shape: tuple[int, int]) -> Cut:
     """Place a cut in the middle of a tile, aligned to 60 m so that every resolution shares its corner.
 
-    Raises ConfigError for a tile that is not in TILES and for a size beyond 10980 pixels.
+    Raises ConfigError for a tile that is not in TILES.
     """
     if tile not in TILES:
         raise ConfigError(f"unknown tile {tile!r}, expected one of {', '.join(TILES)}")
-    if max(shape) > FULL_TILE or min(shape) < 1:
-        raise ConfigError(f"size {shape} is outside 1 to {FULL_TILE}")
     epsg, west, north = TILES[tile]
     row, col = ((FULL_TILE - n) // 2 // 6 * 6 for n in shape)
     return Cut(tile, epsg, west + 10.0 * col, north - 10.0 * row, shape)
@@ -166,25 +164,27 @@ class Writer:
 
     def write_cog(self, path: Path, pixels: IntArray, gsd: int, resampling: str = "average") -> None:
         """Write one layer (y, x) as a COG with overviews, nodata 0."""
-        with rasterio.open(
-            path,
-            "w",
-            driver="COG",
-            width=pixels.shape[1],
-            height=pixels.shape[0],
-            count=1,
-            dtype=pixels.dtype,
-            crs=f"EPSG:{self.cut.epsg}",
-            transform=Affine(*self.cut.transform(gsd)),
-            nodata=0,
-            compress="DEFLATE",
-            level=1,
-            predictor=2,
-            blocksize=self.blocksize,
-            overview_resampling=resampling,
-            num_threads="ALL_CPUS",
-        ) as out:
-            out.write(pixels, 1)
+        profile = {
+            "driver": "COG",
+            "width": pixels.shape[1],
+            "height": pixels.shape[0],
+            "count": 1,
+            "dtype": pixels.dtype,
+            "crs": f"EPSG:{self.cut.epsg}",
+            "transform": Affine(*self.cut.transform(gsd)),
+            "nodata": 0,
+            "compress": "DEFLATE",
+            "level": 1,
+            "predictor": 2,
+            "blocksize": self.blocksize,
+            "overview_resampling": resampling,
+            "num_threads": "ALL_CPUS",
+        }
+        # Through memory: GDAL reports no full disk, and cannot overwrite what an interrupted write left.
+        with MemoryFile() as file:
+            with file.open(**profile) as out:
+                out.write(pixels, 1)
+            path.write_bytes(file.getbuffer())
 
     def write_collection(self) -> Path:
         """Write catalog.json, a STAC Collection that links to all items written so far."""

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
+from rasterio.errors import RasterioError
 from scipy.ndimage import binary_opening, label
 
-from s2cd.errors import CatalogError
+from s2cd.errors import CatalogError, ConfigError, ReadError
 from s2cd.simulate import spectra
 from s2cd.simulate.ground import Ground, fabric
 from s2cd.simulate.spectra import Cover
@@ -218,25 +219,41 @@ def truth_between(
     A pixel changed if an event of one of the `kinds` was in effect at exactly one of the dates. "harvest" may be
     among the kinds: then fields cut between the dates count too. Dates without a time zone are UTC.
 
-    Raises CatalogError if `out_dir` holds no simulated series.
+    Raises ConfigError for a kind or a date that is none, CatalogError if `out_dir` holds no simulated series or its
+    events cannot be understood, ReadError if its rasters cannot be read.
     """
+    if not set(kinds) <= {*CHANGE_KINDS, HARVEST}:
+        raise ConfigError(f"kinds {kinds!r}: expected a sequence of {', '.join((*CHANGE_KINDS, HARVEST))}")
+    first, last = sorted((as_utc(t0), as_utc(t1)))
     folder = Path(out_dir) / "truth"
-    try:
-        events = json.loads((folder / "events.json").read_text())["events"]
-    except FileNotFoundError:
-        raise CatalogError(f"no truth in {out_dir}: not a folder written by s2cd.simulate") from None
-    first, last = sorted((_utc(t0), _utc(t1)))
-    changed_ids = [e["id"] for e in events if e["kind"] in kinds and _in_effect(e, first) != _in_effect(e, last)]
-    with rasterio.open(folder / "events.tif") as source:
-        changed = np.isin(source.read(1), changed_ids)
+    changed_ids = _changed_ids(folder / "events.json", kinds, first, last)
+    changed = np.isin(_read(folder / "events.tif"), changed_ids)
     if HARVEST in kinds:
-        with rasterio.open(folder / "harvest.tif") as source:
-            changed |= _harvested(source.read(1), first, last)
+        changed |= _harvested(_read(folder / "harvest.tif"), first, last)
     return changed.astype(np.uint8)
 
 
-def _in_effect(event: dict, when: datetime) -> bool:
-    return _utc(event["date"]) <= when and (event["end"] is None or when < _utc(event["end"]))
+def _changed_ids(path: Path, kinds: Sequence[str], first: datetime, last: datetime) -> list[int]:
+    """Numbers of the events that were in effect at exactly one of two moments."""
+
+    def in_effect(event: dict, when: datetime) -> bool:
+        return as_utc(event["date"]) <= when and (event["end"] is None or when < as_utc(event["end"]))
+
+    try:
+        events = json.loads(path.read_text())["events"]
+        return [e["id"] for e in events if e["kind"] in kinds and in_effect(e, first) != in_effect(e, last)]
+    except FileNotFoundError:
+        raise CatalogError(f"no truth in {path.parent.parent}: not a folder written by s2cd.simulate") from None
+    except (OSError, ValueError, LookupError, TypeError, ConfigError) as error:
+        raise CatalogError(f"{path}: not the events of a simulated series: {error!r}") from None
+
+
+def _read(path: Path) -> IntArray:
+    try:
+        with rasterio.open(path) as source:
+            return source.read(1)
+    except RasterioError as error:
+        raise ReadError(str(path), str(error)) from None
 
 
 def _harvested(day: IntArray, first: datetime, last: datetime) -> IntArray:
@@ -248,6 +265,13 @@ def _harvested(day: IntArray, first: datetime, last: datetime) -> IntArray:
     return done
 
 
-def _utc(when: datetime | str) -> datetime:
-    moment = datetime.fromisoformat(when) if isinstance(when, str) else when
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+def as_utc(when: datetime | str) -> datetime:
+    """Return a moment in UTC, which it is in where it names no time zone.
+
+    Raises ConfigError for what is neither a datetime nor a date as ISO 8601 has it.
+    """
+    try:
+        moment = datetime.fromisoformat(when) if isinstance(when, str) else when
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, AttributeError, OverflowError):
+        raise ConfigError(f"date {when!r}: expected a datetime or a text like '2021-04-10'") from None

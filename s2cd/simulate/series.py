@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
 
-from s2cd.errors import ConfigError
+from s2cd.errors import ConfigError, OutputError
 from s2cd.simulate.acquisition import Overpass, observe, overpasses, swath
-from s2cd.simulate.catalogue import FULL_TILE, Cut, Product, Writer, cut_of, mirrored
-from s2cd.simulate.changes import draw_events, events_document, truth_rasters
+from s2cd.simulate.catalogue import FULL_TILE, Cut, Product, Writer, cut_of, item_name, mirrored
+from s2cd.simulate.changes import as_utc, draw_events, events_document, truth_rasters
 from s2cd.simulate.ground import draw_ground
 
 START = "2021-04-10"
+_MISSION = (datetime(2015, 6, 23, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC))
+_REPEAT_DAYS = 5
 
 
 def simulate(
@@ -43,37 +47,40 @@ def simulate(
     dates        number of acquisitions, about `step_days` apart from `start`, the `orbits` taking turns; the last
                  two are of baseline 05.00: the last but one carries the offset of +1000 in its pixels, the last
                  had it taken out while `raster:bands` still states it, as both happens in the archive
-    orbits       relative orbits; the second sees only part of the cut (nodata towards the south-east)
+    orbits       relative orbits, 1 to 143; the second sees only part of the cut (nodata towards the south-east)
+    start        earliest date of the first acquisition, 2015-06-23 or later
+    step_days    5 or more, as the two satellites repeat an orbit
     clouds       False leaves every sky clear
+    blocksize    rows and columns of a block of the COGs, a multiple of 16
     draw_size    draw a landscape of that many (even) rows and columns and continue it by mirror images
     reprocessed  deliver the first acquisition a second time, as baseline 05.00 with the offset in its pixels
     split        deliver the second acquisition as two halves of one datatake
 
-    Raises ConfigError for a size, tile, date or number of dates that cannot be.
+    Raises ConfigError for an argument that cannot be and for dates on which one platform would pass twice a day,
+    which one id would stand for; OutputError if `out_dir` cannot be written.
     """
-    shape = (size, size) if isinstance(size, int) else size
+    rows, columns = size if isinstance(size, tuple) and len(size) == 2 else (size, size)
+    shape = (_whole("size", rows, 1, FULL_TILE), _whole("size", columns, 1, FULL_TILE))
     cut = cut_of(tile, shape)
-    first = _parse_start(start)
-    if dates < 1 or not orbits:
-        raise ConfigError(f"{dates} dates in orbits {tuple(orbits)}: expected one or more of each")
-    if draw_size is not None and (draw_size < 2 or draw_size % 2):
-        raise ConfigError(f"draw_size {draw_size} is not an even number: 20 m pixels would not repeat with it")
-    drawn = (min(shape[0], draw_size), min(shape[1], draw_size)) if draw_size else shape
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    lonlat = cut.lonlat([shape[1] / 2], [shape[0] / 2])[0]
-    plan = overpasses(dates, orbits, first, step_days, (lonlat[0], lonlat[1]), clouds)
-    rng = np.random.default_rng(seed)
+    drawn = _drawn_shape(shape, draw_size)
+    if _whole("blocksize", blocksize, 16, 4096) % 16:
+        raise ConfigError(f"blocksize {blocksize!r}: expected a multiple of 16")
+    plan = _plan(cut, _whole("dates", dates, 1), orbits, start, step_days, clouds)
+    rng = np.random.default_rng(_whole("seed", seed, 0))
     ground = draw_ground(rng, drawn)
     events = draw_events(rng, ground, [p.time for p in plan])
-    writer = Writer(folder, cut, blocksize)
-    for number, overpass in enumerate(plan):
-        image, scl = observe(np.random.default_rng([seed, number]), ground, events, overpass)
-        edge = swath(shape, overpass, shape[1])
-        for product in _products(number, plan, overpass, cut, reprocessed, split):
-            writer.write(product, image, scl, edge)
-    _write_truth(writer, truth_rasters(ground, events), events_document(events))
-    return writer.write_collection()
+    writer = Writer(Path(out_dir), cut, blocksize)
+    try:
+        writer.folder.mkdir(parents=True, exist_ok=True)
+        for number, overpass in enumerate(plan):
+            image, scl = observe(np.random.default_rng([seed, number]), ground, events, overpass)
+            edge = swath(shape, overpass, shape[1])
+            for product in _products(number, plan, overpass, cut, reprocessed, split):
+                writer.write(product, image, scl, edge)
+        _write_truth(writer, truth_rasters(ground, events), events_document(events))
+        return writer.write_collection()
+    except OSError as error:
+        raise OutputError(f"cannot write the series in {out_dir}: {error}") from None
 
 
 def simulate_full_tile(out_dir: str | Path, dates: int = 6, seed: int = 0, orbits: Sequence[int] = (51,)) -> Path:
@@ -85,11 +92,46 @@ def simulate_full_tile(out_dir: str | Path, dates: int = 6, seed: int = 0, orbit
     return simulate(out_dir, size=FULL_TILE, dates=dates, seed=seed, orbits=orbits, draw_size=2746)
 
 
-def _parse_start(start: str) -> datetime:
-    try:
-        return datetime.fromisoformat(start).replace(tzinfo=UTC)
-    except ValueError:
-        raise ConfigError(f"start {start!r} is not a date like {START}") from None
+def _whole(name: str, value: object, lowest: int, highest: int | None = None) -> int:
+    if isinstance(value, int | np.integer) and lowest <= value and (highest is None or value <= highest):
+        return int(value)
+    limits = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+    raise ConfigError(f"{name} {value!r}: expected a whole number {limits}")
+
+
+def _drawn_shape(shape: tuple[int, int], draw_size: int | None) -> tuple[int, int]:
+    if draw_size is None:
+        return shape
+    if _whole("draw_size", draw_size, 2) % 2:
+        raise ConfigError(f"draw_size {draw_size} is not an even number: 20 m pixels would not repeat with it")
+    return min(shape[0], draw_size), min(shape[1], draw_size)
+
+
+def _plan(
+    cut: Cut, dates: int, orbits: Sequence[int], start: str, step_days: float, clouds: bool
+) -> Sequence[Overpass]:
+    """Plan the overpasses; raises ConfigError for dates outside of the mission and for two that one id stands for."""
+    if not isinstance(orbits, Sequence) or not orbits:
+        raise ConfigError(f"orbits {orbits!r}: expected one or more relative orbits, such as (51, 94)")
+    orbits = [_whole("orbit", orbit, 1, 143) for orbit in orbits]
+    if not isinstance(step_days, Real) or not step_days >= _REPEAT_DAYS:  # "not >=": NaN too
+        raise ConfigError(f"step_days {step_days!r}: expected a number of at least {_REPEAT_DAYS}")
+    first = as_utc(start)
+    earliest, latest = _MISSION
+    if first < earliest or step_days * (dates - 1) > (latest - first) / timedelta(days=1):
+        raise ConfigError(
+            f"start {start!r}, {dates} dates, {step_days:g} days apart: "
+            f"expected acquisitions from {earliest:%Y-%m-%d} to {latest:%Y-%m-%d}"
+        )
+    middle = cut.lonlat([cut.shape[1] / 2], [cut.shape[0] / 2])[0]
+    plan = overpasses(dates, orbits, first, step_days, (middle[0], middle[1]), clouds)
+    for before, after in pairwise(plan):
+        if (name := item_name(Product(before), cut)) == item_name(Product(after), cut):
+            raise ConfigError(
+                f"orbits {before.orbit} and {after.orbit} would both be {name}: "
+                "expected orbits, step_days or start for which no platform passes twice a day"
+            )
+    return plan
 
 
 def _products(
