@@ -16,7 +16,7 @@ from PIL import Image
 from s2cd.catalog import search
 from s2cd.catalog.scene import Scene
 from s2cd.config import RunConfig
-from s2cd.errors import ConfigError
+from s2cd.errors import ConfigError, OutputError
 from s2cd.outputs.quicklook import paint_probability, side_by_side
 from s2cd.runner import Progress, Report, run
 from s2cd.simulate import CHANGE_KINDS, HARVEST, simulate, truth_between
@@ -42,32 +42,45 @@ class Score:
 def simulate_catalogue(out: str | Path, size: int = 1024, dates: int = 8, seed: int = 0) -> Path:
     """Return the simulated catalogue in `out`, drawn now unless it is there already.
 
-    Raises ConfigError if one of another size, number of dates or seed is there.
+    Raises ConfigError if one of another size, number of dates or seed is there, OutputError if `out` cannot be used.
     """
-    folder, asked = Path(out) / "scenes", {"size": size, "dates": dates, "seed": seed}
+    folder, asked = Path(out) / "scenes", json.dumps({"size": size, "dates": dates, "seed": seed})
     ready, drawn = folder / "catalog.json", folder / "demo.json"
-    if not ready.exists():
-        ready = simulate(folder, size=size, dates=dates, seed=seed)
-        drawn.write_text(json.dumps(asked))
-    found = json.loads(drawn.read_text()) if drawn.exists() else asked
+    try:
+        if not ready.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            drawn.write_text(asked)  # before the catalogue, so that none is there without it
+            simulate(folder, size=size, dates=dates, seed=seed)
+        found = " ".join(drawn.read_text().split()) if drawn.exists() else asked
+    except (OSError, UnicodeError) as error:
+        raise OutputError(f"{folder} cannot be used: {error}") from None
     if found != asked:
-        told, wanted = (", ".join(f"{name} {value}" for name, value in which.items()) for which in (found, asked))
-        raise ConfigError(f"{folder}: found scenes of {told}, expected {wanted}: remove the folder or choose another")
+        raise ConfigError(f"{folder}: found scenes of {found}, expected {asked}: remove the folder or choose another")
     return ready
 
 
 def run_demo(
     out: str | Path, catalog: Path, cluster: str = "local", progress: Progress | None = None
 ) -> tuple[Report, list[Score], Path]:
-    """Map the changes in the simulated `catalog`; return the report, the scores and the path of a picture."""
+    """Map the changes in the simulated `catalog`; return the report, the scores and the path of a picture.
+
+    Raises OutputError if no map could be made or the picture cannot be written.
+    """
     maps = Path(out) / "maps"
     report = run(RunConfig(catalog=str(catalog), out=str(maps), cluster=cluster), progress=progress)
     scenes = {f"{s.time:%Y%m%dT%H%M%S}": s for s in search(str(catalog))}
     names = sorted(r.name for r in report.maps if r.status != "failed")
+    if not names:
+        why = next((r.error for r in report.maps if r.error), "no two dates make a pair")
+        raise OutputError(f"{maps} holds no map to score: {why}")
     scores = [score_map(catalog.parent, maps, name, scenes) for name in names]
     best = max(scores, key=lambda s: np.nan_to_num(s.f1))
     picture = Path(out) / "demo.png"
-    draw(catalog.parent, maps, best.name, scenes).save(picture)
+    drawing = draw(catalog.parent, maps, best.name, scenes)
+    try:
+        drawing.save(picture)
+    except OSError as error:
+        raise OutputError(f"{picture} cannot be written: {error}") from None
     return report, scores, picture
 
 

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from s2cd.catalog import freeze
 from s2cd.cli import main
+from s2cd.demo import simulate_catalogue
 from s2cd.outputs import validate
 from s2cd.simulate import simulate
 
@@ -165,7 +166,26 @@ def test_a_demo_is_not_taken_for_another(tmp_path):
     for arguments, code in ((["--size", "64", "--dates", "3"], 0), (["--size", "96", "--dates", "3"], 1)):
         result = invoke("demo", "--out", tmp_path, *arguments, "-q")
         assert result.exit_code == code, result.output
-    assert "found scenes of size 64, dates 3, seed 0, expected size 96, dates 3, seed 0" in result.stderr
+    assert 'found scenes of {"size": 64, "dates": 3, "seed": 0}, expected {"size": 96, "dates": 3, ' in result.stderr
+    (tmp_path / "scenes" / "demo.json").write_text("{")
+    result = invoke("demo", "--out", tmp_path, "--size", "64", "--dates", "3", "-q")
+    assert 'found scenes of {, expected {"size": 64' in result.stderr
+
+
+def test_a_demo_whose_scenes_are_damaged_says_so(tmp_path):
+    demo = ("demo", "--out", tmp_path, "--size", "64", "--dates", "3", "-q")
+    simulate_catalogue(tmp_path, size=64, dates=3)
+    red = next((tmp_path / "scenes").glob("*/B04.tif"))
+    red.unlink()
+    result = invoke(*demo)
+    assert result.exit_code == 1
+    assert re.search(r"^error: .*maps holds no map to score: cannot read .*B04.tif", result.stderr, re.MULTILINE)
+
+
+def test_a_demo_that_cannot_write_says_so(tmp_path):
+    (tmp_path / "file").touch()
+    result = invoke("demo", "--out", tmp_path / "file", "-q")
+    assert re.fullmatch(r"error: .*file/scenes cannot be used: .*\n", result.stderr)
 
 
 def test_models_list_and_show():
