@@ -42,12 +42,16 @@ class Score:
 def simulate_catalogue(out: str | Path, size: int = 1024, dates: int = 8, seed: int = 0) -> Path:
     """Return the simulated catalogue in `out`, drawn now unless it is there already.
 
-    Raises ConfigError if one of another size, number of dates or seed is there, OutputError if `out` cannot be used.
+    Raises ConfigError if one of another size, number of dates or seed is there, or maps of one that is gone, which
+    would be kept; OutputError if `out` cannot be used.
     """
     folder, asked = Path(out) / "scenes", json.dumps({"size": size, "dates": dates, "seed": seed})
     ready, drawn = folder / "catalog.json", folder / "demo.json"
+    advice = f"remove {out} or choose another folder"
     try:
         if not ready.exists():
+            if (maps := Path(out) / "maps").exists():
+                raise ConfigError(f"{maps}: found maps without their scenes, expected none: {advice}")
             folder.mkdir(parents=True, exist_ok=True)
             drawn.write_text(asked)  # before the catalogue, so that none is there without it
             simulate(folder, size=size, dates=dates, seed=seed)
@@ -55,7 +59,7 @@ def simulate_catalogue(out: str | Path, size: int = 1024, dates: int = 8, seed: 
     except (OSError, UnicodeError) as error:
         raise OutputError(f"{folder} cannot be used: {error}") from None
     if found != asked:
-        raise ConfigError(f"{folder}: found scenes of {found}, expected {asked}: remove the folder or choose another")
+        raise ConfigError(f"{folder}: found scenes of {found}, expected {asked}: {advice}")
     return ready
 
 

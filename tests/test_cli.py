@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,6 +171,9 @@ def test_a_demo_is_not_taken_for_another(tmp_path):
     (tmp_path / "scenes" / "demo.json").write_text("{")
     result = invoke("demo", "--out", tmp_path, "--size", "64", "--dates", "3", "-q")
     assert 'found scenes of {, expected {"size": 64' in result.stderr
+    shutil.rmtree(tmp_path / "scenes")
+    result = invoke("demo", "--out", tmp_path, "--size", "96", "--dates", "3", "-q")
+    assert "maps: found maps without their scenes, expected none: remove" in result.stderr
 
 
 def test_a_demo_whose_scenes_are_damaged_says_so(tmp_path):
