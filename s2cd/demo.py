@@ -19,7 +19,7 @@ from s2cd.config import RunConfig
 from s2cd.errors import ConfigError, OutputError
 from s2cd.outputs.quicklook import paint_probability, side_by_side
 from s2cd.runner import Progress, Report, run
-from s2cd.simulate import CHANGE_KINDS, HARVEST, simulate, truth_between
+from s2cd.simulate import CHANGE_KINDS, DRAW_SIZE, HARVEST, simulate, truth_between
 from s2cd.thumbnails import thumbnail
 
 THRESHOLD = 0.5
@@ -42,6 +42,8 @@ class Score:
 def simulate_catalogue(out: str | Path, size: int = 1024, dates: int = 8, seed: int = 0) -> Path:
     """Return the simulated catalogue in `out`, drawn now unless it is there already.
 
+    Beyond 2746 pixels the landscape is continued by mirror images, so that any size takes at most 4 GB of memory.
+
     Raises ConfigError if one of another size, number of dates or seed is there, or maps of one that is gone, which
     would be kept; OutputError if `out` cannot be used.
     """
@@ -54,7 +56,7 @@ def simulate_catalogue(out: str | Path, size: int = 1024, dates: int = 8, seed: 
                 raise ConfigError(f"{maps}: found maps without their scenes, expected none: {advice}")
             folder.mkdir(parents=True, exist_ok=True)
             drawn.write_text(asked)  # before the catalogue, so that none is there without it
-            simulate(folder, size=size, dates=dates, seed=seed)
+            simulate(folder, size=size, dates=dates, seed=seed, draw_size=DRAW_SIZE)
         found = " ".join(drawn.read_text().split()) if drawn.exists() else asked
     except (OSError, UnicodeError) as error:
         raise OutputError(f"{folder} cannot be used: {error}") from None

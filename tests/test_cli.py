@@ -176,6 +176,14 @@ def test_a_demo_is_not_taken_for_another(tmp_path):
     assert "maps: found maps without their scenes, expected none: remove" in result.stderr
 
 
+def test_a_large_demo_is_continued_by_mirror_images(tmp_path, monkeypatch):
+    monkeypatch.setattr("s2cd.demo.DRAW_SIZE", 32)
+    simulate_catalogue(tmp_path, size=96, dates=1)
+    with rasterio.open(next(tmp_path.rglob("B04.tif"))) as red:
+        pixels = red.read(1)
+    assert np.array_equal(pixels[:32], pixels[32:64][::-1])
+
+
 def test_a_demo_whose_scenes_are_damaged_says_so(tmp_path):
     demo = ("demo", "--out", tmp_path, "--size", "64", "--dates", "3", "-q")
     simulate_catalogue(tmp_path, size=64, dates=3)
