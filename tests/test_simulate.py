@@ -302,6 +302,7 @@ def test_truth_without_its_raster(tmp_path):
         truth_between(tmp_path, "2021-01-01", "2022-01-01")
 
 
-def test_truth_of_another_folder(tmp_path):
-    with pytest.raises(CatalogError, match=r"no truth in .*not a folder written by"):
-        truth_between(tmp_path, "2021-01-01", "2021-02-01")
+def test_truth_of_another_folder(tmp_path, clear):
+    for place in (tmp_path, clear):
+        with pytest.raises(CatalogError, match=r"no truth in .*not a folder written by"):
+            truth_between(place, "2021-01-01", "2021-02-01")

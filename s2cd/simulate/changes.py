@@ -242,7 +242,7 @@ def _changed_ids(path: Path, kinds: Sequence[str], first: datetime, last: dateti
     try:
         events = json.loads(path.read_text())["events"]
         return [e["id"] for e in events if e["kind"] in kinds and in_effect(e, first) != in_effect(e, last)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CatalogError(f"no truth in {path.parent.parent}: not a folder written by s2cd.simulate") from None
     except (OSError, ValueError, LookupError, TypeError, ConfigError) as error:
         raise CatalogError(f"{path}: not the events of a simulated series: {error!r}") from None
