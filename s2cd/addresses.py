@@ -7,7 +7,9 @@ from base64 import b64encode
 from urllib.parse import unquote, urlsplit
 
 # An address within a text, with what may be secret: the user before @, and the query. urllib3 says "url: /path?query".
-_ADDRESS = re.compile(r"(://|url: /)(?:[^\s/'\"]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*?)?(?=[:;,.)]?(?:[\s'\"]|$))")
+# Quotes may be part of both: the one around an address is the last before a blank.
+_END = r"(?=['\"]?[:;,.)\]}]*(?:\s|$))"
+_ADDRESS = re.compile(rf"(://|url: /)(?:[^\s/]*@)?([^\s?#'\"]*)(?:[?#]\S*?{_END})?")
 
 
 def local_path(href: str) -> str:
@@ -34,6 +36,16 @@ def login_headers(url: str) -> dict[str, str]:
         return {}
     login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
     return {"Authorization": f"Basic {b64encode(login.encode()).decode()}"}
+
+
+def with_login(href: str, base: str) -> str:
+    """Return an href with the user and password of `base` where it leads to the same server and states none."""
+    try:
+        parts, known = urlsplit(href), urlsplit(base)
+    except ValueError:  # no address at all
+        return href
+    same = (parts.scheme, parts.netloc) == (known.scheme, known.netloc.rpartition("@")[2])
+    return parts._replace(netloc=known.netloc).geturl() if same and known.username is not None else href
 
 
 def without_secrets(text: str) -> str:

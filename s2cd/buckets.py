@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import os
+from typing import Any
 
-# Who names a server by http:// wants it read and written so.
-ALLOW_HTTP = True
 # What obstore takes from the environment: keys, regions and servers of S3, Azure and Google.
-_PREFIXES = ("AWS_", "AZURE_", "GOOGLE_")
+_PREFIXES = {
+    **dict.fromkeys(("s3", "s3a"), "AWS_"),
+    **dict.fromkeys(("az", "azure", "abfs", "abfss"), "AZURE_"),
+    "gs": "GOOGLE_",
+}
+# What it takes from there of connections, unless it is told anything of them.
+_CONNECTION = (
+    "allow_invalid_certificates",
+    "connect_timeout",
+    "proxy_ca_certificate",
+    "proxy_excludes",
+    "proxy_url",
+    "timeout",
+    "user_agent",
+)
 
 
 def s3_endpoint() -> dict[str, str]:
@@ -24,7 +37,18 @@ def s3_endpoint() -> dict[str, str]:
     return {"endpoint": endpoint if "://" in endpoint else f"{scheme}://{endpoint}"}
 
 
+def client_options(scheme: str, **usual: str) -> dict[str, Any]:
+    """Return what obstore is told of connections to the store of a URL's `scheme`.
+
+    The environment goes before what is `usual`. A server that is named by http:// is read and written so.
+    """
+    prefix = _PREFIXES.get(scheme, "")
+    stated = {name: os.environ.get(f"{prefix}{name.upper()}") for name in _CONNECTION} if prefix else {}
+    return {"allow_http": True, **usual, **{name: value for name, value in stated.items() if value is not None}}
+
+
 def environment_digest() -> str:
     """Return a digest that changes when keys are renewed: clients that are kept belong to one, and tell no key."""
-    found = sorted((name, value) for name, value in os.environ.items() if name.startswith(_PREFIXES))
+    prefixes = tuple(_PREFIXES.values())
+    found = sorted((name, os.environ.get(name)) for name in os.environ if name.startswith(prefixes))
     return hashlib.sha256(repr(found).encode()).hexdigest()

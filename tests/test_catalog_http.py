@@ -16,6 +16,7 @@ from service_addresses import service
 from s2cd.catalog import freeze, scene_to_item, search, static
 from s2cd.catalog.api import search_api
 from s2cd.catalog.filters import make_filter
+from s2cd.catalog.items import resolve_href
 from s2cd.catalog.providers import PROVIDERS
 from s2cd.catalog.ranges import HttpSource
 from s2cd.errors import CatalogError
@@ -52,6 +53,9 @@ def test_user_and_password_of_an_address_open_its_server_and_are_told_to_no_othe
     window = (slice(100, 110), slice(7, 30))
     near, far = (read_window(band_source(s[0], "red"), found[0].assets["red"].grid, window) for s in (local, found))
     assert np.array_equal(near, far)
+    assert resolve_href(f"{server.url}/a.tif", f"{place}/catalog.json") == f"{place}/a.tif"
+    for elsewhere in ("http://other.org/a.tif", "http://[::1/a.tif", server.url.replace("http:", "https:")):
+        assert resolve_href(elsewhere, f"{place}/catalog.json") == elsewhere
     with pytest.raises(CatalogError, match=f"^{server.url}/oscd/catalog.json: server answered 401"):
         search(f"{server.url.replace('//', '//me:wrong@')}/oscd/catalog.json")
     with FaultServer(shared_data) as other:

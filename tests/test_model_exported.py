@@ -32,6 +32,14 @@ class Distance(nn.Module):
         return 1 - torch.exp(-10 * nn.functional.avg_pool2d(difference, 3, 1, 1))
 
 
+class Streak(nn.Module):
+    """Logits that look far along rows, and nowhere else."""
+
+    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        difference = (before - after).abs().mean(dim=1, keepdim=True)
+        return nn.functional.avg_pool2d(difference, (1, 65), 1, (0, 32))
+
+
 class SmoothIndex(nn.Module):
     """Difference of a smoothed vegetation index, which is 0/0 around each pixel without observation."""
 
@@ -156,6 +164,7 @@ def test_a_wrong_description_is_named(program, tmp_path, fields, message):
     [
         (SmoothIndex(), {"scale": 1.0}, r"mine\.pt2 gives NaN at 24 of 511 pixels of two dates of random reflectance"),
         (Distance(), {"halo": 0}, r"mine\.pt2: results differ by up to 0\.\d+ between .* a halo of 0 pixels"),
+        (Streak(), {"scale": 1.0, "output": "logits"}, r"results differ by up to .* a halo of 4 pixels"),
         (Centred(), {"scale": 1.0, "output": "logits"}, "what looks at the whole block, such as a mean, makes maps"),
         (Detected(), {"scale": 1.0, "output": "logits"}, r"returns torch\.int64 .*, expected torch\.float32"),
     ],

@@ -110,6 +110,12 @@ def test_hrefs_lose_what_may_be_secret(href, expected):
         ("exceeded with url: /y.tif?sig=1 (Caused by 'x')", "exceeded with url: /y.tif (Caused by 'x')"),
         ("failed: 'http://a:b@h:80', s3://c/d#1.", "failed: 'http://h:80', s3://c/d."),
         ("/data/what?.tif: does not exist", "/data/what?.tif: does not exist"),
+        ("http://me:it's@h.org/y.json: server answered 401", "http://h.org/y.json: server answered 401"),
+        (
+            "found 'http://h.org/y.tif?sig='X'&b=\"1\"', expected another",
+            "found 'http://h.org/y.tif', expected another",
+        ),
+        ('{"href": "http://h.org/y.tif?sig=1"}, s3://b/c', '{"href": "http://h.org/y.tif"}, s3://b/c'),
     ],
 )
 def test_texts_lose_what_may_be_secret(text, expected):

@@ -9,8 +9,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from outputs_support import INFO, make_grid, make_pair, random_codes
@@ -72,6 +75,45 @@ def test_a_file_in_the_way_is_named(tmp_path, below):
     file.write_text("x")
     with pytest.raises(OutputError, match=f"{file}{below} cannot be"):
         check_writable(f"{file}{below}")
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """Answers for any server, and keeps what it was asked for."""
+
+    seen: ClassVar[list[tuple[str, str]]] = []
+
+    def do_PUT(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(200, b"")
+
+    def do_GET(self):
+        self.answer(206, b"{}")
+
+    def answer(self, status, body):
+        self.seen.append((self.command, self.path))
+        self.send_response(status)
+        for name, value in {"ETag": '"1"', "Content-Length": len(body), "Content-Range": "bytes 0-1/2"}.items():
+            self.send_header(name, str(value))
+        self.send_header("Last-Modified", "Thu, 26 Nov 2026 07:00:00 GMT")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_buckets_are_reached_as_the_environment_says(monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = "http://store.example"
+        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(f"AWS_{name}", "x")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        monkeypatch.setenv("AWS_PROXY_URL", f"http://127.0.0.1:{server.server_port}")
+        open_store("s3://maps/x").put("a.json", b"{}")
+        assert s3_source("maps", "x/a.json", {"endpoint": address, "region": "us-east-1"}).fetch(0, 2) == b"{}"
+        server.shutdown()
+    assert Proxy.seen == [("PUT", f"{address}/maps/x/a.json"), ("GET", f"{address}/maps/x/a.json")]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urljoin
 
 from s2cd import radiometry
-from s2cd.addresses import local_path
+from s2cd.addresses import local_path, with_login
 from s2cd.catalog.bands import BANDS, SCL, canonical_band
 from s2cd.catalog.providers import infer_provider
 from s2cd.catalog.scene import Asset, Grid, Scene
@@ -364,6 +364,8 @@ def resolve_href(href: str, base: str | None) -> str:
     """Resolve `href` against the document at `base`, a path or a URL; local results are absolute paths."""
     if href.startswith("file://"):
         return local_path(href)
+    if "://" in href and base is not None:
+        return with_login(href, base)
     if "://" in href or href.startswith("/") or base is None:
         return href
     if "://" in base:

@@ -23,7 +23,7 @@ import urllib3
 from obstore.store import S3Store
 
 from s2cd.addresses import login_headers
-from s2cd.buckets import ALLOW_HTTP, environment_digest
+from s2cd.buckets import client_options, environment_digest
 from s2cd.catalog.static import RETRIED_STATUS, Retry
 
 HEAD_BYTES = 1 << 16
@@ -298,10 +298,6 @@ def _s3_store(bucket: str, config: tuple[tuple[str, str], ...], _environment: st
     return S3Store(
         bucket,
         config=dict(config),  # type: ignore[arg-type]
-        client_options={
-            "timeout": f"{READ_TIMEOUT:g}s",
-            "connect_timeout": f"{CONNECT_TIMEOUT:g}s",
-            "allow_http": ALLOW_HTTP,
-        },
+        client_options=client_options("s3", timeout=f"{READ_TIMEOUT:g}s", connect_timeout=f"{CONNECT_TIMEOUT:g}s"),  # type: ignore[arg-type]
         retry_config={"max_retries": QUICK_RETRIES},
     )

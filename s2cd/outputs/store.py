@@ -19,7 +19,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from s2cd.addresses import local_path, public_href
-from s2cd.buckets import ALLOW_HTTP, environment_digest, s3_endpoint
+from s2cd.buckets import client_options, environment_digest, s3_endpoint
 from s2cd.errors import OutputError
 from s2cd.outputs.layout import is_ours, media_type
 
@@ -115,8 +115,9 @@ class Store:
 
 
 def _remote(url: str) -> ObjectStore:
-    config = s3_endpoint() if urlsplit(url).scheme in {"s3", "s3a"} else {}
-    return from_url(url, config=config or None, client_options={"allow_http": ALLOW_HTTP})  # type: ignore[call-overload]
+    scheme = urlsplit(url).scheme
+    config = s3_endpoint() if scheme in {"s3", "s3a"} else {}
+    return from_url(url, config=config or None, client_options=client_options(scheme))  # type: ignore[call-overload]
 
 
 def open_store(out: str) -> Store:
