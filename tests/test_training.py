@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -326,7 +327,7 @@ def test_mistakes_on_the_command_line_end_in_one_line(copy, tmp_path):
     assert said("fit", "--out", out, "--size", "100") == "error: size: found 100, expected a multiple of 64"
     assert said("fit", "--out", out, "--size", "192").endswith("found 137 x 141 pixels, expected at least 192 x 192")
     assert said("fit", "--out", copy / "catalog.json" / "x").endswith("Not a directory, expected a folder to write to")
-    assert said(*fit, "--folds", "4").endswith("4, expected at most 3, the number of places")
+    assert said(*fit, "--folds", "4").endswith("4, expected at most 3, the number of places to hold out")
     assert said(*fit, "--blend", "0.5").endswith("found 0.5 without a start, expected one whose weights are the rest")
     assert said(*fit, "--rate", "-1") == "error: rate: found -1, expected a positive number"
     assert "'--seed': -1 is not in the range" in said(*fit, "--seed", "-1")
@@ -485,6 +486,29 @@ def test_the_command_line_fits_and_scores(catalogue, tmp_path):
             result.output
         )
         assert re.search(r"^\| brdf \| 0\.\d{5} \|", result.output, re.M)
+
+
+def test_folds_without_labels_hold_out_what_can_be_scored(tmp_path):
+    data = made(tmp_path / "data", ("alba", "brno", "como", "dijon"))
+    (data / "labels" / "dijon.tif").unlink()
+
+    def called(command: str, *options: str) -> str:
+        result = CliRunner().invoke(main, [command, "--data", str(data), *options])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    held: dict[str, list[tuple[str, ...]]] = {"--labels": [], "--label-free": []}
+    small = ["--steps", "1", "--batch-size", "1", "--size", "64", "--threads", "1", "--folds", "2"]
+    for labels, fold in itertools.product(held, "01"):
+        called("fit", labels, "--fold", fold, "--out", str(tmp_path / (labels + fold)), *small)
+        held[labels].append(Run.open(tmp_path / (labels + fold)).held_out)
+    assert held["--label-free"] == held["--labels"]
+    assert sorted(sum(held["--labels"], ())) == ["alba", "brno", "como"]
+    runs = [option for fold in "01" for option in ("--runs", str(tmp_path / f"--label-free{fold}"))]
+    assert "| **pooled** |" in called("score", *runs)
+    shutil.rmtree(data / "labels")
+    called("fit", "--label-free", "--out", str(tmp_path / "unlabelled"), *small)
+    assert len(Run.open(tmp_path / "unlabelled").held_out) == 2
 
 
 def test_the_network_compared_with_is_trained_by_the_same_command_and_not_shipped(catalogue, tmp_path):

@@ -17,7 +17,7 @@ from s2cd.training.baselines import BASELINES
 from s2cd.training.cards import publish
 from s2cd.training.data import City, load_cities
 from s2cd.training.fitting import Plan
-from s2cd.training.material import place_names
+from s2cd.training.material import fold_places
 from s2cd.training.robustness import of_baseline, of_model, table
 from s2cd.training.runs import NETWORKS, Run, cross_validate, fold_cities, protocol, train
 from s2cd.training.scoring import Report, baseline, predictor, score
@@ -79,7 +79,7 @@ def fit(
         raise click.BadParameter(f"{fold}, expected less than --folds {folds}", param_hint="--fold")
     if start and kind != NETWORKS[0]:
         raise click.UsageError(f"--network {kind} does not start from --start {start}, expected one of the two")
-    held_out = _held_out(place_names(data, labels=labels), folds, fold) if folds > 1 else ()
+    held_out = _held_out(fold_places(data, labels=labels), folds, fold) if folds > 1 else ()
     plan = Plan(steps=steps, batch_size=batch_size, rate=rate, seed=seed)
     train(
         data,
@@ -99,7 +99,8 @@ def fit(
 
 def _held_out(names: list[str], folds: int, fold: int) -> tuple[str, ...]:
     if folds > len(names):
-        raise click.BadParameter(f"{folds}, expected at most {len(names)}, the number of places", param_hint="--folds")
+        found = f"{folds}, expected at most {len(names)}, the number of places to hold out"
+        raise click.BadParameter(found, param_hint="--folds")
     return fold_cities(names, folds, fold)
 
 

@@ -83,7 +83,7 @@ def load_cities(root: Path) -> list[City]:
     """
     cities = []
     for place, (grid, images) in _load(root).items():
-        path = root / "labels" / f"{place}.tif"
+        path = label_path(root, place)
         if not path.is_file():
             continue
         if len(images) != 2:
@@ -99,6 +99,11 @@ def load_cities(root: Path) -> list[City]:
     if not cities:
         raise CatalogError(f"{root}: no labelled pair found, expected labels/<place>.tif beside the catalogue")
     return cities
+
+
+def label_path(root: Path, place: str) -> Path:
+    """Return where the label of a place lies, if it has one."""
+    return root / "labels" / f"{place}.tif"
 
 
 def load_series(root: Path) -> dict[str, list[Image]]:

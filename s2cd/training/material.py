@@ -9,14 +9,20 @@ from pathlib import Path
 import numpy as np
 
 from s2cd.errors import CatalogError, ConfigError
-from s2cd.training.data import City, Image, digest, load_cities, load_series
+from s2cd.training.data import City, Image, digest, label_path, load_cities, load_series
 from s2cd.training.sampling import LabelledSampler, Mixture, Sampler
 from s2cd.training.simulated import BLOCK, URBAN_KINDS, Place, SimulatedSampler
 
 
-def place_names(data: Path, *, labels: bool) -> list[str]:
-    """Return the places of a catalogue that a training with, or without, labels can use. Raises as `Material.load`."""
-    return [city.name for city in load_cities(data)] if labels else list(load_series(data))
+def fold_places(data: Path, *, labels: bool) -> list[str]:
+    """Return the places of a catalogue that folds hold out: those with a label, as a fold is scored by it.
+
+    Without `labels`, all where none has one. Raises CatalogError and ReadError as `Material.load`.
+    """
+    if labels:
+        return [city.name for city in load_cities(data)]
+    places = list(load_series(data))
+    return [place for place in places if label_path(data, place).is_file()] or places
 
 
 @dataclass(frozen=True)
