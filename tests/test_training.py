@@ -365,7 +365,7 @@ def test_series_smaller_than_a_block_are_refused_and_labels_are_not_asked_for_in
 SMALL = Plan(steps=2, batch_size=2)
 
 
-def test_a_folder_keeps_to_one_training(copy, tmp_path):
+def test_a_folder_keeps_to_one_training(catalogue, copy, tmp_path):
     small: dict[str, Any] = {"labels": True, "size": 64}
     out = tmp_path / "run"
     train(copy, out, SMALL, held_out=("como",), **small)
@@ -384,9 +384,27 @@ def test_a_folder_keeps_to_one_training(copy, tmp_path):
     with pytest.raises(ConfigError, match="found data_sha256 .*, expected"):
         train(copy, out, SMALL, held_out=("como",), **small)
     assert before == [(out / name).read_bytes() for name in ("run.json", "network.safetensors", "checkpoint.pt")]
+    shutil.copy(catalogue / "labels" / "alba.tif", copy / "labels" / "alba.tif")
     (out / "checkpoint.pt").write_bytes(before[2][:5000])
     with pytest.raises(ModelError, match=r"checkpoint\.pt: cannot be read, delete it to begin again"):
         train(copy, out, SMALL, held_out=("como",), **small)
+    (out / "checkpoint.pt").unlink()
+    with pytest.raises(ConfigError, match=r"run\.json is of another training, choose another folder: found held_out"):
+        train(copy, out, SMALL, held_out=("alba",), **small)
+    assert before[:2] == [(out / name).read_bytes() for name in ("run.json", "network.safetensors")]
+    train(copy, out, SMALL, held_out=("como",), **small)
+    assert (out / "curve.csv").read_text().count("\n") == 2
+    (out / "run.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"run\.json: cannot be read, delete it to go on"):
+        train(copy, out, SMALL, held_out=("como",), **small)
+
+
+def test_a_training_goes_on_from_the_same_start_under_another_name(catalogue, tmp_path):
+    start = train(catalogue, tmp_path / "first", SMALL, labels=True, size=64).path
+    out = tmp_path / "run"
+    weights = train(catalogue, out, SMALL, labels=True, size=64, start=str(start)).weights.read_bytes()
+    moved = start.rename(tmp_path / "second")
+    assert train(catalogue, out, SMALL, labels=True, size=64, start=str(moved)).weights.read_bytes() == weights
 
 
 def test_a_network_that_diverges_ends_its_training_and_is_not_shipped(catalogue, tmp_path):
@@ -445,6 +463,11 @@ def test_a_card_tells_what_the_starts_had_seen(catalogue, tmp_path):
     assert not free.start_may_know
     last = train(catalogue, tmp_path / "last", SMALL, labels=True, size=64, held_out=("brno",), start=str(free.path))
     assert last.start_may_know
+    again = train(
+        catalogue, tmp_path / "again", SMALL, labels=True, size=64, held_out=("alba",), start=str(leaky[0].path)
+    )
+    assert leaky[0].held_out == again.held_out == ("alba",)
+    assert again.start_may_know  # urban, two starts ago, has seen alba
     grandchild = folds("grandchild", [str(tmp_path / "shipped" / "mine.safetensors")] * 2)
     assert [run.start_licence for run in grandchild] == ["CC-BY-NC-SA-4.0"] * 2
     assert "the network they start from (mine.safetensors) has seen labels; where" in protocol(grandchild)

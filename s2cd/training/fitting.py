@@ -86,6 +86,8 @@ def fit(
     step, checkpoint = 0, out / "checkpoint.pt"
     if checkpoint.is_file():
         step = _resume(checkpoint, net, optimizer, average, description)
+    else:
+        (out / "curve.csv").unlink(missing_ok=True)
     fast = fast_bfloat16(place)
     saved, losses, begin = time.monotonic(), [], time.monotonic()
     while step < plan.steps:
@@ -116,6 +118,17 @@ def fit(
             saved = time.monotonic()
     net.load_state_dict(average)
     return net.cpu().eval()
+
+
+def require_same(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless the description `found` at `path` is of the training `expected`."""
+    found, expected = ({**d, **d.get("plan", {})} for d in (found, expected))
+    aside = {"plan"}
+    if found.get("start_sha256") == expected.get("start_sha256"):
+        aside.add("start")  # the same weights, whatever they are called
+    differ = [f"{k} {found.get(k)}, expected {v}" for k, v in expected.items() if k not in aside and found.get(k) != v]
+    if differ:
+        raise ConfigError(f"{path} is of another training, choose another folder: found {'; '.join(differ)}")
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -150,10 +163,7 @@ def _resume(path: Path, net: nn.Module, optimizer: Any, average: dict, descripti
     except Exception as error:  # torch.load raises nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path}: cannot be read, delete it to begin again: {reason}") from None
-    found, expected = ({**d, **d.get("plan", {})} for d in (found, description))
-    differ = [f"{k} {found.get(k)}, expected {v}" for k, v in expected.items() if k != "plan" and found.get(k) != v]
-    if differ:
-        raise ConfigError(f"{path} is of another training, choose another folder: found {'; '.join(differ)}")
+    require_same(path, found, description)
     net.load_state_dict(state["net"])
     optimizer.load_state_dict(state["optimizer"])
     for name, value in state["average"].items():

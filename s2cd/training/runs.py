@@ -21,7 +21,7 @@ from s2cd.model.network import HALO, STRIDE, ChangeNet, Committee, network_of
 from s2cd.model.registry import WEIGHTS, Model, list_models, load_model
 from s2cd.training.data import City
 from s2cd.training.fcsiam import FCSiamDiff
-from s2cd.training.fitting import Plan, fit
+from s2cd.training.fitting import Plan, fit, require_same
 from s2cd.training.folders import made
 from s2cd.training.material import Material
 from s2cd.training.metrics import Histogram
@@ -196,12 +196,24 @@ def train(
     description = {"held_out": list(held_out), "labels": labels, "plan": asdict(plan), "size": size, **origin}
     description |= {"norm": _has_norm(net), "simulated": simulated if labels else 1.0, "blend": blend}
     description |= {"network": "fc-siam-diff" if isinstance(net, FCSiamDiff) else NETWORKS[0], **material.digests()}
+    _require_free(out / "run.json", description)
     first = {name: value.clone() for name, value in net.state_dict().items()}
     trained = fit(net, material.sampler(size, simulated), plan, out, description, device=device).state_dict()
     mixed = {k: v.lerp(first[k], 1 - blend) if v.is_floating_point() else v for k, v in trained.items()}
     save_file({k: v.contiguous() for k, v in mixed.items()}, out / "network.safetensors")
     (out / "run.json").write_text(json.dumps(description, indent=1))
     return Run.open(out)
+
+
+def _require_free(path: Path, description: dict[str, Any]) -> None:
+    """Raise ConfigError for a run.json that is of another training than `description`, or of none."""
+    if not path.is_file():
+        return
+    try:
+        found = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read, delete it to go on: {error}") from None
+    require_same(path, found, description)
 
 
 def _fresh(kind: str, *, labels: bool) -> Trainable:
