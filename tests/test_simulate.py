@@ -61,10 +61,10 @@ def test_same_arguments_same_files(tmp_path):
     assert not np.array_equal(read(items_of(a)[0], "red"), read(items_of(other)[0], "red"))
 
 
-@pytest.mark.parametrize("size", [(17, 19), (1, 1), (101, 64)])
+@pytest.mark.parametrize("size", [(17, 19), (1, 1), [101, 64]])
 def test_odd_sizes(tmp_path, size):
     item = items_of(simulate(tmp_path, size=size, dates=1))[0]
-    assert read(item, "red").shape == size
+    assert read(item, "red").shape == tuple(size)
     half = tuple(-(-n // 2) for n in size)
     assert read(item, "swir16").shape == read(item, "scl").shape == half
     assert item["assets"]["swir16"]["proj:shape"] == list(half)
@@ -236,8 +236,14 @@ def test_mirrored_landscape_keeps_the_grids_together(tmp_path):
         ({"start": "soon"}, "date 'soon': expected"),
         ({"start": "9999-12-31"}, "expected acquisitions from 2015-06-23 to 2100-01-01"),
         ({"step_days": 1e9}, "expected acquisitions from 2015-06-23 to 2100-01-01"),
-        ({"step_days": float("nan")}, "step_days nan: expected a number of at least 5"),
-        ({"step_days": 1}, "step_days 1: expected a number of at least 5"),
+        ({"step_days": float("nan")}, "step_days nan: expected a finite number above 0"),
+        ({"step_days": 0}, "step_days 0: expected a finite number above 0"),
+        ({"step_days": 4, "orbits": (51,)}, "orbits 51 and 51 would both be S2A_31UDS_20210430_0_L2A: expected"),
+        ({"step_days": 1}, "orbits 94 and 94 would both be S2A_31UDS_20210413_0_L2A: expected"),
+        (
+            {"step_days": 2, "orbits": (51, 94, 137), "dates": 6, "start": "2021-04-12"},
+            "would follow .*: expected orbits, step_days and start in order of time",
+        ),
         ({"draw_size": 33}, "not an even number"),
         ({"blocksize": 0}, "blocksize 0: expected"),
         ({"blocksize": 100}, "blocksize 100: expected a multiple of 16"),
@@ -255,6 +261,14 @@ def test_no_two_acquisitions_share_an_id(tmp_path):
         simulate(tmp_path / "out", start="2022-07-14T12:00:00", **neighbours)
     items = items_of(simulate(tmp_path / "out", start="2022-07-10", **neighbours))
     assert len({item["id"] for item in items}) == 2
+
+
+@pytest.mark.parametrize("step_days", [2.5, 3])
+def test_orbits_that_take_turns_are_seen_more_often_than_each(tmp_path, step_days):
+    items = items_of(simulate(tmp_path, size=16, dates=6, step_days=step_days))
+    days = [item["properties"]["datetime"] for item in items]
+    assert len({item["id"] for item in items}) == len(days) == 6
+    assert days == sorted(days)
 
 
 def test_a_start_in_another_time_zone_is_the_same_moment(tmp_path):

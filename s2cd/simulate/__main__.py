@@ -18,7 +18,7 @@ from s2cd.simulate.series import START, simulate, simulate_full_tile
 @click.option("--seed", type=click.IntRange(0), default=0, help="Another seed, another landscape.")
 @click.option("--tile", default="31UDS", help="MGRS tile the cut lies in.")
 @click.option("--start", default=START, help="Earliest date of the first acquisition.")
-@click.option("--step-days", type=click.FloatRange(5), default=22.5, help="Days between acquisitions.")
+@click.option("--step-days", type=click.FloatRange(0, min_open=True), default=22.5, help="Days between acquisitions.")
 @click.option("--clouds/--no-clouds", default=True, help="Whether there are clouds.")
 @click.option("--full-tile", is_flag=True, help="10980 x 10980 px for benchmarks; --dates, --seed and --orbit apply.")
 def main(out: str, full_tile: bool, **options: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from math import inf
 from numbers import Real
 from pathlib import Path
 
@@ -19,13 +20,12 @@ from s2cd.simulate.ground import draw_ground
 START = "2021-04-10"
 DRAW_SIZE = 2746  # even, a quarter of a tile: a larger landscape drawn whole takes 0.24 GB a million pixels
 _MISSION = (datetime(2015, 6, 23, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC))
-_REPEAT_DAYS = 5
 
 
 def simulate(
     out_dir: str | Path,
     *,
-    size: int | tuple[int, int] = 1024,
+    size: int | Sequence[int] = 1024,
     dates: int = 8,
     orbits: Sequence[int] = (51, 94),
     seed: int = 0,
@@ -50,17 +50,17 @@ def simulate(
                  had it taken out while `raster:bands` still states it, as both happens in the archive
     orbits       relative orbits, 1 to 143; the second sees only part of the cut (nodata towards the south-east)
     start        earliest date of the first acquisition, 2015-06-23 or later
-    step_days    5 or more, as the two satellites repeat an orbit
+    step_days    more than 0; one orbit is seen every 5 days, so that less needs several orbits
     clouds       False leaves every sky clear
     blocksize    rows and columns of a block of the COGs, a multiple of 16
     draw_size    draw a landscape of that many (even) rows and columns and continue it by mirror images
     reprocessed  deliver the first acquisition a second time, as baseline 05.00 with the offset in its pixels
     split        deliver the second acquisition as two halves of one datatake
 
-    Raises ConfigError for an argument that cannot be and for dates on which one platform would pass twice a day,
-    which one id would stand for; OutputError if `out_dir` cannot be written.
+    Raises ConfigError for an argument that cannot be, for acquisitions that would share an id (of one platform and
+    day) and for some that would not follow each other in time; OutputError if `out_dir` cannot be written.
     """
-    rows, columns = size if isinstance(size, tuple) and len(size) == 2 else (size, size)
+    rows, columns = size if isinstance(size, tuple | list) and len(size) == 2 else (size, size)
     shape = (_whole("size", rows, 1, FULL_TILE), _whole("size", columns, 1, FULL_TILE))
     cut = cut_of(tile, shape)
     drawn = _drawn_shape(shape, draw_size)
@@ -111,12 +111,12 @@ def _drawn_shape(shape: tuple[int, int], draw_size: int | None) -> tuple[int, in
 def _plan(
     cut: Cut, dates: int, orbits: Sequence[int], start: str, step_days: float, clouds: bool
 ) -> Sequence[Overpass]:
-    """Plan the overpasses; raises ConfigError for dates outside of the mission and for two that one id stands for."""
+    """Plan the overpasses; raises ConfigError for dates outside of the mission and as `_require_succession`."""
     if not isinstance(orbits, Sequence) or not orbits:
         raise ConfigError(f"orbits {orbits!r}: expected one or more relative orbits, such as (51, 94)")
     orbits = [_whole("orbit", orbit, 1, 143) for orbit in orbits]
-    if not isinstance(step_days, Real) or not step_days >= _REPEAT_DAYS:  # "not >=": NaN too
-        raise ConfigError(f"step_days {step_days!r}: expected a number of at least {_REPEAT_DAYS}")
+    if not isinstance(step_days, Real) or not 0 < step_days < inf:  # not NaN either
+        raise ConfigError(f"step_days {step_days!r}: expected a finite number above 0")
     first = as_utc(start)
     earliest, latest = _MISSION
     if first < earliest or step_days * (dates - 1) > (latest - first) / timedelta(days=1):
@@ -126,13 +126,24 @@ def _plan(
         )
     middle = cut.lonlat([cut.shape[1] / 2], [cut.shape[0] / 2])[0]
     plan = overpasses(dates, orbits, first, step_days, (middle[0], middle[1]), clouds)
-    for before, after in pairwise(plan):
-        if (name := item_name(Product(before), cut)) == item_name(Product(after), cut):
-            raise ConfigError(
-                f"orbits {before.orbit} and {after.orbit} would both be {name}: "
-                "expected orbits, step_days or start for which no platform passes twice a day"
-            )
+    _require_succession(plan, cut)
     return plan
+
+
+def _require_succession(plan: Sequence[Overpass], cut: Cut) -> None:
+    """Raise ConfigError for two acquisitions that one id would stand for, and for one before its predecessor."""
+    orbits: dict[str, int] = {}
+    for overpass in plan:
+        name = item_name(Product(overpass), cut)
+        if name in orbits:
+            raise ConfigError(
+                f"orbits {orbits[name]} and {overpass.orbit} would both be {name}: "
+                "expected orbits, step_days and start that give each acquisition an id of its own"
+            )
+        orbits[name] = overpass.orbit
+    for (before, after), (first, second) in zip(pairwise(plan), pairwise(orbits), strict=True):
+        if after.time < before.time:
+            raise ConfigError(f"{second} would follow {first}: expected orbits, step_days and start in order of time")
 
 
 def _products(
