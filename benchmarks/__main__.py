@@ -68,6 +68,8 @@ def run(data: str, size: int, dates: int, source: str, work: str, short: bool, p
     if short and not parts:
         results["compare"] = suite.compare(settings, 1, click.echo)
     path = None if short else suite.save("run", settings, results, before)
+    if settings.size < suite.Settings.size:
+        click.echo(f"Times and memory are of {settings.size} px; their targets are for {suite.Settings.size} px.")
     click.echo(table(results))
     if path:
         click.echo(f"recorded in {path.name}")

@@ -51,7 +51,7 @@ class Node:
     read     of one date, by one core: measured ("decode alone")
     encode   of one map, by one core: measured ("encode alone")
     survey   of one date, by one core: measured
-    network  of one pair, by the device: 0.16 s were measured on an H100, without the transfers
+    network  of one pair, by the device: assumed; 0.14 to 0.25 s were measured, without the transfers
     """
 
     cores: int = 16

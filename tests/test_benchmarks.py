@@ -129,6 +129,8 @@ def test_what_was_measured_on_a_gpu_is_told_with_its_machine(tmp_path):
     suite.save(
         "run", settings, {"archive": {"size": 9, "rows": [{"from": "here", "seconds_per_map": 1.0}]}}, 0.0, tmp_path
     )
+    small = suite.Settings("", "", size=99)
+    suite.save("run", small, {"archive": {"size": 8, "rows": []}}, 0.0, tmp_path)  # newer, but not of the whole tile
     path = suite.save("gpu", settings, {"gpu": gpu}, 0.0, tmp_path)
     document = json.loads(path.read_text())
     document["machine"]["device"] = "a card"
@@ -136,11 +138,12 @@ def test_what_was_measured_on_a_gpu_is_told_with_its_machine(tmp_path):
     write_report(tmp_path)
     page = (tmp_path / "report.md").read_text()
     why = "missed ([why](../../docs/performance.md#where-targets-are-missed-and-why))"
-    assert f"| end to end on one H200-class GPU, a map | <= 1.0 s | 2.06 s | {why} |" in page
-    assert f"| GPU busy | >= 60 % | 10% | {why} |" in page
+    assert f"| end to end on one H200-class GPU, a map, a worker | <= 1.0 s | 2.06 s | {why} |" in page
+    assert f"| GPU busy, a worker | >= 60 % | 10% | {why} |" in page
     assert "## On a GPU: a card, " in page
     assert "| a worker | 2.06 | 10% | 15.3 | 12.9 | 18.1 | 1.140 |" in page
     assert "| 1024 | 66 | 90 |" in page
+    assert ", 9 px, 6 dates, source auto" in page
 
 
 def test_a_driver_that_does_not_answer_is_asked_again(monkeypatch):

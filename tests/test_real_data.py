@@ -12,7 +12,9 @@ import pytest
 import rasterio
 
 import s2cd
+from s2cd.model.device import fast_bfloat16
 from s2cd.outputs import validate
+from s2cd.training.data import load_cities
 
 
 def s2cd_command(*arguments):
@@ -81,3 +83,22 @@ def test_flanders_gives_a_map_for_each_consecutive_pair_of_clear_dates(shared_da
         chain = sorted(n.split("_")[3:] for n in names if orbit in n)
         assert all(a[1] == b[0] for a, b in pairwise(chain))
     assert "left out: S2_31UDS_" in result.stdout
+
+
+@pytest.mark.parametrize(("name", "largest", "share"), [("generic", 0.045, 0.01), ("urban", 0.02, 1e-4)])
+def test_bfloat16_is_as_close_to_float32_as_documented(shared_data, name, largest, share):
+    """docs/performance.md; the target, 0.01 at most, is missed. Beihai is the worst city."""
+    model = s2cd.load_model(name, device="cpu")
+    if not fast_bfloat16(model.device):
+        pytest.skip("this processor has no fast bfloat16, so float32 is used")
+    (pair,) = (city for city in load_cities(shared_data / "oscd") if city.name == "beihai")
+    dates = pair.before.reflectance, pair.after.reflectance
+    found = model.predict(*dates)
+    model._engine._bfloat16 = False
+    try:
+        expected = model.predict(*dates)
+    finally:
+        model._engine._bfloat16 = True
+    difference = np.abs(found - expected)[np.isfinite(expected)]
+    assert 0 < difference.max() <= largest
+    assert (difference > 0.01).mean() <= share
