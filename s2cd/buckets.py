@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig
 
 # What obstore takes from the environment: keys, regions and servers of S3, Azure and Google.
 _PREFIXES = {
@@ -37,14 +40,15 @@ def s3_endpoint() -> dict[str, str]:
     return {"endpoint": endpoint if "://" in endpoint else f"{scheme}://{endpoint}"}
 
 
-def client_options(scheme: str, **usual: str) -> dict[str, Any]:
+def client_options(scheme: str, **usual: str) -> ClientConfig:
     """Return what obstore is told of connections to the store of a URL's `scheme`.
 
     The environment goes before what is `usual`. A server that is named by http:// is read and written so.
     """
     prefix = _PREFIXES.get(scheme, "")
     stated = {name: os.environ.get(f"{prefix}{name.upper()}") for name in _CONNECTION} if prefix else {}
-    return {"allow_http": True, **usual, **{name: value for name, value in stated.items() if value is not None}}
+    known = {name: value for name, value in stated.items() if value is not None}
+    return cast("ClientConfig", {"allow_http": True, **usual, **known})
 
 
 def environment_digest() -> str:

@@ -25,7 +25,6 @@ from torch import Tensor
 from s2cd.addresses import local_path
 from s2cd.catalog import access
 from s2cd.catalog.scene import Grid
-from s2cd.clusters.lost import give_up, given_up
 from s2cd.inflate import (
     ALIGNED,
     CHECKSUM,
@@ -39,6 +38,7 @@ from s2cd.inflate import (
     inflater,
     nvcomp,
 )
+from s2cd.lost import give_up, given_up
 from s2cd.model.device import current, failed
 from s2cd.reader import (
     CACHES,

@@ -24,10 +24,10 @@ from rasterio.transform import Affine
 
 from s2cd.catalog.access import is_local
 from s2cd.catalog.scene import Grid, Scene
-from s2cd.clusters.lost import give_up
 from s2cd.cube import common_grid, cube_grid, parts_of
 from s2cd.device_reader import read_dates
 from s2cd.errors import ConfigError, GridError
+from s2cd.lost import give_up
 from s2cd.masks import Mask
 from s2cd.model import EncodedDate, Model, ModelRef
 from s2cd.model.device import current, failed, to_host, with_memory

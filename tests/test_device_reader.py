@@ -18,8 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_inference import run_codes
 
-from s2cd import device_reader, reader
-from s2cd.clusters import lost
+from s2cd import device_reader, lost, reader
 from s2cd.device_reader import DeviceReader, block_file, read_dates
 from s2cd.inflate import DamageError, InflateError, Packed, adler32, offsets, send
 from s2cd.masks import Mask

@@ -388,6 +388,9 @@ def test_a_folder_keeps_to_one_training(catalogue, copy, tmp_path):
     (out / "checkpoint.pt").write_bytes(before[2][:5000])
     with pytest.raises(ModelError, match=r"checkpoint\.pt: cannot be read, delete it to begin again"):
         train(copy, out, SMALL, held_out=("como",), **small)
+    torch.save({"step": 2}, out / "checkpoint.pt")
+    with pytest.raises(ModelError, match=r"checkpoint\.pt: found no description, as of an earlier version; delete it"):
+        train(copy, out, SMALL, held_out=("como",), **small)
     (out / "checkpoint.pt").unlink()
     with pytest.raises(ConfigError, match=r"run\.json is of another training, choose another folder: found held_out"):
         train(copy, out, SMALL, held_out=("alba",), **small)

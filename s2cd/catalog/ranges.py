@@ -298,6 +298,6 @@ def _s3_store(bucket: str, config: tuple[tuple[str, str], ...], _environment: st
     return S3Store(
         bucket,
         config=dict(config),  # type: ignore[arg-type]
-        client_options=client_options("s3", timeout=f"{READ_TIMEOUT:g}s", connect_timeout=f"{CONNECT_TIMEOUT:g}s"),  # type: ignore[arg-type]
+        client_options=client_options("s3", timeout=f"{READ_TIMEOUT:g}s", connect_timeout=f"{CONNECT_TIMEOUT:g}s"),
         retry_config={"max_retries": QUICK_RETRIES},
     )

@@ -55,7 +55,7 @@ class _Program:
     def decode(self, a: Features, b: Features, background: Tensor | float = 1.0) -> Tensor:
         try:
             result = self._call(a[0], b[0])
-        except Exception as error:
+        except Exception as error:  # a program of the user's may raise anything
             if isinstance(error, RuntimeError) and (out_of_memory(error) or failed(a[0].device)):
                 raise  # the engine knows what to do
             raise self._refused(
@@ -70,7 +70,7 @@ class _Program:
         try:
             with torch.inference_mode():
                 result = self._call(a, b)
-        except Exception as error:
+        except Exception as error:  # likewise
             raise self._refused(error, a, f"expected to take all multiples of the stride, {stride}") from None
         self._require_image(result, a)
         return result[0, 0].float()

@@ -117,7 +117,7 @@ class Store:
 def _remote(url: str) -> ObjectStore:
     scheme = urlsplit(url).scheme
     config = s3_endpoint() if scheme in {"s3", "s3a"} else {}
-    return from_url(url, config=config or None, client_options=client_options(scheme))  # type: ignore[call-overload]
+    return from_url(url, config=config or None, client_options=client_options(scheme))  # type: ignore[arg-type]
 
 
 def open_store(out: str) -> Store:

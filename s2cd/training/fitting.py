@@ -159,11 +159,12 @@ def _save(path: Path, net: nn.Module, optimizer: Any, average: dict, description
 def _resume(path: Path, net: nn.Module, optimizer: Any, average: dict, description: Mapping[str, Any]) -> int:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["description"]
     except Exception as error:  # torch.load raises nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path}: cannot be read, delete it to begin again: {reason}") from None
-    require_same(path, found, description)
+    if not isinstance(state, dict) or "description" not in state:
+        raise ModelError(f"{path}: found no description, as of an earlier version; delete it to begin again")
+    require_same(path, state["description"], description)
     net.load_state_dict(state["net"])
     optimizer.load_state_dict(state["optimizer"])
     for name, value in state["average"].items():
