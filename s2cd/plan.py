@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, islice, product
 from typing import Any
 
-from s2cd import catalog, outputs
+from s2cd import outputs
+from s2cd.catalog.filters import make_filter
+from s2cd.catalog.packed import Packed, grouped
 from s2cd.catalog.scene import Scene
+from s2cd.catalog.search import found_scenes
 from s2cd.clusters.profiles import load_profile
 from s2cd.config import RunConfig
 from s2cd.cube import common_grid
@@ -26,7 +29,12 @@ class FieldOfView:
     """All scenes of one tile and relative orbit that metadata let pass, in order of time."""
 
     name: str
-    scenes: tuple[Scene, ...]
+    dates: Packed[Scene]
+
+    @property
+    def scenes(self) -> tuple[Scene, ...]:
+        """The scenes, unpacked at each call: a run holds those of a few fields of view at a time."""
+        return tuple(self.dates)
 
 
 @dataclass(frozen=True)
@@ -35,13 +43,13 @@ class Plan:
 
     config: RunConfig
     fields: tuple[FieldOfView, ...]
-    left_out: tuple[LeftOut, ...]
+    left_out: Collection[LeftOut]
     finished: frozenset[str]
 
     @property
-    def scenes(self) -> list[Scene]:
-        """Every scene that takes part."""
-        return [scene for view in self.fields for scene in view.scenes]
+    def scenes(self) -> Collection[Scene]:
+        """Every scene that takes part; those of one field of view in memory at a time."""
+        return _ScenesOf(self.fields)
 
     def map_of(self, pair: Pair) -> str | None:
         """Return the name of the pair's finished map, None if there is none that shows every piece of its dates.
@@ -67,6 +75,22 @@ class Plan:
         return pieces == 2 or outputs.count_inputs(self.config.out, name) >= pieces
 
 
+class _ScenesOf(Collection[Scene]):
+    """The scenes of fields of view, unpacked as they are asked for."""
+
+    def __init__(self, fields: Sequence[FieldOfView]):
+        self._fields = fields
+
+    def __len__(self) -> int:
+        return sum(len(view.dates) for view in self._fields)
+
+    def __iter__(self) -> Iterator[Scene]:
+        return chain.from_iterable(view.dates for view in self._fields)
+
+    def __contains__(self, scene: object) -> bool:
+        return any(scene == other for other in self)
+
+
 def make_plan(config: RunConfig, scenes: Iterable[Scene] | None = None) -> Plan:
     """Search the catalogue (or take `scenes`) and decide which dates are compared, by metadata alone.
 
@@ -74,24 +98,26 @@ def make_plan(config: RunConfig, scenes: Iterable[Scene] | None = None) -> Plan:
     GridError if the scenes of one tile lie on different grids.
     """
     mask_of(config)
-    found = list(scenes) if scenes is not None else search_scenes(config)
-    kept, left_out = select_scenes(found, max_cloud=config.max_cloud)
-    fields = []
-    for series in fields_of_view(kept, "any" if config.orbit == "any" else "same"):
-        if len(series) > 1:
-            fields.append(FieldOfView(view_name(series, config), tuple(series)))
-        else:
-            left_out.append(LeftOut(series[0].id, "the only date left of its tile and orbit"))
-    if not fields:
-        reasons = "; ".join(f"{item.what}: {item.reason}" for item in left_out[:3])
-        raise NoScenesError(
-            f"{config.catalog}: {len(found)} scenes found, but no two dates of one tile and orbit ({reasons})"
-        )
-    for view in fields:
-        for scene in view.scenes:
-            for key in extra_assets(config.mask):
+    fields: list[FieldOfView] = []
+    left_out: Packed[LeftOut] = Packed()
+    count = 0
+    for _, found in grouped(search_scenes(config) if scenes is None else scenes, lambda scene: scene.tile):
+        count += len(found)
+        kept, unused = select_scenes(found, max_cloud=config.max_cloud)
+        for series in fields_of_view(kept, "any" if config.orbit == "any" else "same"):
+            if len(series) == 1:
+                unused.append(LeftOut(series[0].id, "the only date left of its tile and orbit"))
+                continue
+            for scene, key in product(series, extra_assets(config.mask)):
                 require_asset(scene, key)
-    return Plan(config, tuple(fields), tuple(left_out), frozenset(outputs.finished(config.out)))
+            fields.append(FieldOfView(view_name(series, config), Packed(series)))
+        left_out.extend(unused)
+    if not fields:
+        reasons = "; ".join(f"{item.what}: {item.reason}" for item in islice(left_out, 3))
+        raise NoScenesError(
+            f"{config.catalog}: {count} scenes found, but no two dates of one tile and orbit ({reasons})"
+        )
+    return Plan(config, tuple(fields), left_out, frozenset(outputs.finished(config.out)))
 
 
 def mask_of(config: RunConfig) -> Mask:
@@ -124,22 +150,22 @@ def describe_plan(plan: Plan) -> PlanTable:
     chunks: dict[str, None] = {}  # in order, each once
     left_out = list(plan.left_out)
     for view in plan.fields:
-        pairs = pairs_of(view, plan.config)
+        scenes, pairs = view.scenes, pairs_of(view, plan.config)
         left_out += pairs.left_out
-        grid = common_grid(view.scenes[:1], model.bands)
+        grid = common_grid(scenes[:1], model.bands)
         sizes = task_sizes(plan.config, grid.shape, len(pairs), model, workers)
         tiling = Tiling(grid.shape, sizes.chunk, model.halo)
         chunks[_explain(plan.config, tiling, sizes, workers)] = None
         units = -(-len(pairs) // (sizes.dates - 1))
-        tasks += units * tiling.blocks[0] * tiling.blocks[1] + len(pairs) + len(view.scenes)
+        tasks += units * tiling.blocks[0] * tiling.blocks[1] + len(pairs) + len(scenes)
         total += len(pairs)
-        decoded += sum(_decoded_bytes(scene, model.bands, mask.band) for scene in view.scenes)
+        decoded += sum(_decoded_bytes(scene, model.bands, mask.band) for scene in scenes)
         rows.append(
             {
                 "field of view": view.name,
-                "dates": len(view.scenes),
-                "first": f"{view.scenes[0].time:%Y-%m-%d}",
-                "last": f"{view.scenes[-1].time:%Y-%m-%d}",
+                "dates": len(scenes),
+                "first": f"{scenes[0].time:%Y-%m-%d}",
+                "last": f"{scenes[-1].time:%Y-%m-%d}",
                 "pairs": len(pairs),
                 "finished": sum(plan.map_of(pair) is not None for pair in pairs),
                 "pixels": f"{grid.shape[0]} x {grid.shape[1]}",
@@ -156,17 +182,11 @@ def describe_plan(plan: Plan) -> PlanTable:
     return PlanTable(total, rows, notes, left_out)
 
 
-def search_scenes(config: RunConfig) -> list[Scene]:
-    """Search the catalogue that `config` names, once. Raises CatalogError and NoScenesError."""
-    return catalog.search(
-        config.catalog,
-        bbox=config.bbox,
-        datetime=config.datetime,
-        tiles=config.tiles,
-        collection=config.collection,
-        orbit=config.orbit if isinstance(config.orbit, int) else None,
-        extra=extra_assets(config.mask),
-    )
+def search_scenes(config: RunConfig) -> Iterator[Scene]:
+    """Search the catalogue that `config` names, once. Raises CatalogError and NoScenesError when it comes to them."""
+    orbit = config.orbit if isinstance(config.orbit, int) else None
+    wanted = make_filter(config.bbox, config.datetime, config.tiles, orbit)
+    return found_scenes(config.catalog, wanted, config.collection, extra_assets(config.mask))
 
 
 def pairs_of(view: FieldOfView, config: RunConfig, valid_fractions: dict[str, float] | None = None) -> PairList:

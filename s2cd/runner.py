@@ -132,7 +132,7 @@ def run(
         require_model_bands(plan, model)
         require_same_recipe(config, model, plan.finished)
         outputs.save_run(config.out, config.dump(), plan.scenes)
-        report = Report(config.out, left_out=list(plan.left_out))
+        report = Report(config.out)
         with outputs.cataloguing(config.out) as listed, ExitStack() as stack:
             workers = Workers()
             if client is None:
@@ -147,6 +147,7 @@ def run(
             with client.as_current():
                 submission.run()
     submission.look_for_maps(listed)
+    report.left_out[:0] = plan.left_out
     report.seconds = time.monotonic() - started
     outputs.save_report(config.out, asdict(report) | {"out": public_href(config.out)})
     return report
@@ -187,7 +188,7 @@ class _Submission:
         self.progress = progress
         self.pending: dict[Future, tuple[_Unit, Pair]] = {}
         self.interrupted = threading.Event()
-        self.steps = sum(len(view.scenes) - 1 for view in plan.fields)  # pairs, before pixels rule out dates
+        self.steps = sum(len(view.dates) - 1 for view in plan.fields)  # pairs, before pixels rule out dates
         self.total = 0
         self.submitted = 0
         self.places: dict[str, str] = {}  # where each map was written
@@ -231,7 +232,8 @@ class _Submission:
         return self.client.map(survey_scene, inputs, mask=context.mask, model=context.ref, priority=10, pure=False)
 
     def _units_of(self, view: FieldOfView, futures: list[Future]) -> Iterator[_Unit]:
-        surveys, errors = self._results(view.scenes, futures)
+        scenes = view.scenes
+        surveys, errors = self._results(scenes, futures)
         pairs = self._pairs(view, surveys, errors)
         maps = [self.plan.map_of(pair) for pair in pairs]
         todo = [pair for pair, name in zip(pairs, maps, strict=True) if name is None]
@@ -240,7 +242,7 @@ class _Submission:
             self._remove_outdated(pair, name)
         self.total += len(todo)
         context = self.context
-        grid = common_grid(view.scenes[:1], context.model.bands)
+        grid = common_grid(scenes[:1], context.model.bands)
         sizes = task_sizes(context.config, grid.shape, len(todo), context.model, context.workers)
         for start in range(0, len(todo), sizes.dates - 1):
             yield _Unit(view.name, tuple(todo[start : start + sizes.dates - 1]), surveys, sizes)

@@ -93,7 +93,7 @@ def _map_what_is_new(config: RunConfig, client: Client | None, progress: Progres
     maps = _by_view(finished, config)
     mapped = {name: {t for pair in pairs for t in times_of(pair)} for name, pairs in maps.items()}
     try:
-        found = search_scenes(_since(config, seen, mapped))
+        found = list(search_scenes(_since(config, seen, mapped)))
     except NoScenesError:
         return Report(config.out)
     kept, _ = select_scenes(found, max_cloud=config.max_cloud)

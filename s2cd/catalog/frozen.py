@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -11,7 +11,7 @@ from io import SEEK_END, BytesIO
 from itertools import islice
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from uuid import uuid4
 
 import rustac
@@ -20,6 +20,7 @@ from arro3.io import read_parquet
 from rustac.store import LocalStore
 
 from s2cd.catalog.items import scene_from_item, scene_to_item
+from s2cd.catalog.packed import grouped
 from s2cd.catalog.scene import Scene
 from s2cd.catalog.static import fetch, is_url
 from s2cd.errors import CatalogError, NoScenesError, OutputError, S2cdError
@@ -34,7 +35,7 @@ def freeze(scenes: Iterable[Scene], path: str | PathLike[str]) -> None:
 
     Raises NoScenesError without scenes and OutputError if the file cannot be written.
     """
-    scenes = tuple(scenes)
+    scenes = scenes if isinstance(scenes, Collection) else tuple(scenes)
     if not scenes:
         raise NoScenesError(f"{fspath(path)}: no scenes to freeze, expected at least one")
     target = Path(path).absolute()
@@ -49,7 +50,7 @@ def freeze(scenes: Iterable[Scene], path: str | PathLike[str]) -> None:
         raise OutputError(f"{target}: cannot be written: {error}") from error
 
 
-async def _write(scenes: Sequence[Scene], path: Path) -> None:
+async def _write(scenes: Collection[Scene], path: Path) -> None:
     """Write the items of `scenes`; columns and their types follow from the first batch, so that must show them all."""
     examples = _examples(_all_items(scenes))
     rest = (item for number, item in enumerate(_all_items(scenes)) if number not in examples)
@@ -83,23 +84,40 @@ def _fields(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[Any, ...]]
         yield (*path, type(value))
 
 
-def read_frozen(path: str | PathLike[str]) -> list[Scene]:
-    """Read every scene of a stac-geoparquet file. Raises CatalogError if it is none."""
+class _Stored(NamedTuple):
+    """A scene of a frozen file, and the ids of those that it is a part or another edition of."""
+
+    scene: Scene
+    part_of: str | None
+    edition_of: str | None
+
+
+def read_frozen(path: str | PathLike[str]) -> Iterator[Scene]:
+    """Yield every scene of a stac-geoparquet file, tile by tile. Raises CatalogError if it is none."""
     source = fspath(path)
     if not is_url(source) and not Path(source).is_file():
         raise CatalogError(f"{source}: does not exist")
     base = source if "://" in source else str(Path(source).absolute())
+    stored = (
+        _Stored(scene_from_item(item, base=base), *map(item["properties"].get, (PART_OF, EDITION_OF)))
+        for item in _read(source)
+    )
+    for _, scenes in grouped(stored, lambda s: s.scene.tile):
+        yield from _together(scenes)
+
+
+def _together(stored: Iterable[_Stored]) -> list[Scene]:
+    """Put the scenes of a tile together with their parts and editions."""
     wholes: list[Scene] = []
     parts: dict[str, list[Scene]] = {}
     editions: dict[str, list[Scene]] = {}
-    for item in _read(source):
-        scene, stated = scene_from_item(item, base=base), item["properties"]
-        if (whole := stated.get(PART_OF)) is not None:
-            parts.setdefault(whole, []).append(scene)
+    for scene, part_of, edition_of in stored:
+        if part_of is not None:
+            parts.setdefault(part_of, []).append(scene)
             continue
         wholes.append(scene)
-        if (newer := stated.get(EDITION_OF)) is not None:
-            editions.setdefault(newer, []).append(scene)
+        if edition_of is not None:
+            editions.setdefault(edition_of, []).append(scene)
     wholes = [replace(scene, parts=tuple(parts.get(scene.id, ()))) for scene in wholes]
     by_id = {scene.id: scene for scene in wholes}
     others = {scene.id for found in editions.values() for scene in found}

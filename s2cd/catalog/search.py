@@ -62,18 +62,32 @@ def search(
     """
     wanted = make_filter(bbox, datetime, tiles, orbit, max_cloud)
     kept_bands = None if bands is None else {canonical_band(b) for b in bands} | {"scl", *extra}
+    passed = [_with_bands(s, kept_bands) for s in found_scenes(source, wanted, collection, extra)]
+    if bands is not None:
+        _require_bands(passed, bands)
+    return sorted(passed, key=lambda s: (s.tile, s.time, s.id))
+
+
+def found_scenes(
+    source: str | PathLike[str], wanted: Filter, collection: str | None = None, extra: Collection[str] = ()
+) -> Iterator[Scene]:
+    """Yield what `search` finds as it arrives, with all bands, so that a continent's scenes need not be held at once.
+
+    Raises CatalogError and NoScenesError as `search` does, when it comes to them.
+    """
     address = local_path(fspath(source))
-    passed: list[Scene] = []
+    none = True
     failed: list[Scene] = []
     for scene in _read_scenes(address, wanted, collection, extra):
         if collection and scene.collection != collection:
             continue
-        (failed if wanted.rejects(scene) else passed).append(_with_bands(scene, kept_bands))
-    if not passed:
+        if not wanted.rejects(scene):
+            none, failed = False, []
+            yield scene
+        elif none:
+            failed.append(scene)
+    if none:
         raise NoScenesError(_why_none(address, wanted, failed))
-    if bands is not None:
-        _require_bands(passed, bands)
-    return sorted(passed, key=lambda s: (s.tile, s.time, s.id))
 
 
 def load_scenes(source: str | PathLike[str]) -> list[Scene]:
@@ -105,7 +119,7 @@ def _read_local(source: str, extra: Collection[str]) -> Iterator[Scene]:
         kind = source.partition("://")[0]
         raise CatalogError(f"{source}: found an address of kind {kind}://, expected a path, http(s):// or file://")
     if source.endswith(_PARQUET):
-        return iter(read_frozen(source))
+        return read_frozen(source)
     path = Path(source).absolute()
     if not path.exists():
         known = ", ".join(PROVIDERS)
