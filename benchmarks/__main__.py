@@ -92,23 +92,19 @@ def compare(data: str, size: int, dates: int, source: str, work: str, rounds: in
 @click.option("--tiles", type=click.IntRange(1, 5000), default=europe.TILES, show_default=True)
 @click.option("--nodes", multiple=True, type=click.IntRange(1, 1024), default=(64,), show_default=True)
 @click.option("--motion", type=float, default=0.001, show_default=True, help="Stretch of every sleep; 1 is real time.")
-@click.option("--read", type=float, help="Core-seconds to decode a date; by default as recorded.")
-@click.option("--encode", type=float, help="Core-seconds to encode a map; by default as recorded.")
-@click.option("--network", type=float, default=europe.Node.network, show_default=True, help="Device seconds a pair.")
-@click.option("--chunk", type=int, help="Edge of a chunk in pixels; by default as a run chooses it.")
+@click.option("--read", type=float, help="Core-seconds to read a date; by default as recorded on a GPU's host.")
+@click.option("--device", type=float, help="Seconds of the GPU a pair; by default as recorded.")
 def europe_command(
     tiles: int,
     nodes: tuple[int, ...],
     motion: float,
     read: float | None,
-    encode: float | None,
-    network: float,
-    chunk: int | None,
+    device: float | None,
 ) -> None:
     """Run the task stream of Europe's year through a real scheduler; its tasks sleep."""
     before = load()
-    node = europe.measured_node(suite.RESULTS, network=network, read=read, encode=encode)
-    runs = [europe.simulate(tiles, count, node, motion=motion, chunk=chunk or "auto") for count in nodes]
+    node = europe.measured_node(suite.RESULTS, device=device, read=read)
+    runs = [europe.simulate(tiles, count, node, motion=motion) for count in nodes]
     click.echo(europe.describe(runs))
     path = suite.save(f"europe-{tiles}tiles", suite.Settings("", ""), {"europe": {"runs": runs}}, before)
     click.echo(f"recorded in {path.name}")

@@ -2,7 +2,7 @@
 
 Real are the plan, the runner, its graphs, the client, the scheduler and the messages between them. Simulated are the
 catalogue (drawn from the orbits, the revisit and the clouds of Europe) and what tasks do: they sleep (see
-`benchmarks.nodes`) for the time that reading and encoding were measured to take, and the network is assumed to take.
+`benchmarks.nodes`) for the time that reading, the GPU and encoding were measured to take on one node.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from s2cd.catalog.bands import BANDS, SCL
 from s2cd.catalog.scene import Asset, Grid, Scene
 from s2cd.clusters.start import SCHEDULING
 from s2cd.config import RunConfig
+from s2cd.sizes import Workers
 
 TILES = 1300
 YEAR = datetime(2023, 1, 1, tzinfo=UTC)
@@ -48,22 +49,25 @@ GSD = {band.common_name: band.gsd for band in BANDS} | {SCL: 20}
 class Node:
     """What one node is taken to be, and its times for a full tile in seconds.
 
-    read     of one date, by one core: measured ("decode alone")
-    encode   of one map, by one core: measured ("encode alone")
-    survey   of one date, by one core: measured
-    network  of one pair, by the device: assumed; 0.14 to 0.25 s were measured, without the transfers
+    cores   of the host, a thread each
+    read    of one date, by one core: from the file to the GPU, and what is computed on the host meanwhile
+    encode  of one map, by one core
+    survey  of one date, by one core
+    device  of one pair: how long the GPU was busy
+    memory  of the GPU, in bytes
     """
 
     cores: int = 16
-    read: float = 10.0
-    encode: float = 4.0
-    survey: float = 0.5
-    network: float = 0.25
+    read: float = 1.0
+    encode: float = 5.7
+    survey: float = 0.15
+    device: float = 0.5
+    memory: float = 141e9
 
     def pairs_per_hour(self) -> tuple[float, str]:
         """What the node could do if it never waited, and what bounds it."""
         host = (self.read + self.encode + self.survey) / self.cores
-        return 3600 / max(host, self.network), "decode and encode" if host > self.network else "network"
+        return 3600 / max(host, self.device), "its cores" if host > self.device else "its GPU"
 
 
 def catalogue(tiles: int, seed: int = 0) -> Iterator[Scene]:
@@ -116,11 +120,12 @@ def _scene(tile: str, orbit: int, time: datetime, cloud: float, grids: dict[int,
     )
 
 
-def simulate(tiles: int, count: int, node: Node, *, motion: float, chunk: int | str = "auto") -> dict[str, Any]:
+def simulate(tiles: int, count: int, node: Node, *, motion: float) -> dict[str, Any]:
     """Run the task stream of `tiles` tiles on `count` simulated nodes; return times, loads and memory.
 
-    `motion` stretches every sleep: 1 is real time. The scheduler runs in a process of its own, the driver in this
-    one, the nodes in two more.
+    `motion` stretches every sleep: 1 is real time, and with more each node asks for less of what all have in common,
+    of which the scheduler's, the driver's and this machine's time is. The scheduler runs in a process of its own, the
+    driver in this one, the nodes in two more.
     """
     environment = {f"S2CD_BENCH_{what.upper()}": str(getattr(node, what) * motion) for what in nodes.TIMES}
     rows: list[dict[str, float]] = []
@@ -131,7 +136,7 @@ def simulate(tiles: int, count: int, node: Node, *, motion: float, chunk: int | 
             stack.enter_context(_started("benchmarks.nodes", address, str(part), str(node.cores), extra=environment))
         client = stack.enter_context(Client(address))
         client.wait_for_workers(count)
-        stack.enter_context(_simulated_tasks())
+        stack.enter_context(_simulated_tasks(Workers(count, count * node.cores, device=node.memory / node.cores)))
         driver = psutil.Process()
         begin = [_cpu(driver), _cpu(scheduler), time.perf_counter()]
 
@@ -143,77 +148,95 @@ def simulate(tiles: int, count: int, node: Node, *, motion: float, chunk: int | 
                     {"fields": done, "driver_mb": figures[0] / 1e6, "scheduler_mb": figures[1] / 1e6, "s": seconds}
                 )
 
-        config = RunConfig(catalog="synthetic", out=out, device="cpu", chunk=chunk, quicklook=False)
+        config = RunConfig(catalog="synthetic", out=out, device="cpu", quicklook=False)
         report = runner.run(config, client, scenes=catalogue(tiles), progress=look)
         spent = [_cpu(driver) - begin[0], _cpu(scheduler) - begin[1], time.perf_counter() - begin[2]]
     pairs = report.count("written")
     if pairs < len(report.maps):
         failed = next(m for m in report.maps if m.status != "written")
         raise BenchmarkError(f"{len(report.maps) - pairs} simulated maps were not written, the first: {failed.error}")
-    working = rows[-1]["s"] - rows[0]["s"]
+    working = spent[2] - rows[0]["s"]
     rate, bound = node.pairs_per_hour()
     return {
         "tiles": tiles,
         "nodes": count,
         "motion": motion,
-        "chunk": chunk,
         "pairs": pairs,
         "wall_s": spent[2],
         "before_first_task_s": rows[0]["s"],
         "driver_cpu_ms_per_pair": 1000 * spent[0] / pairs,
         "scheduler_cpu_ms_per_pair": 1000 * spent[1] / pairs,
-        "busy": pairs * motion / (count * rate / 3600) / working,
+        "driver_busy": spent[0] / spent[2],
+        "scheduler_busy": spent[1] / spent[2],
+        "pairs_per_hour": 3600 * motion * pairs / working,
+        "busy": 3600 * motion * pairs / working / (count * rate),
         "bound_of_a_node": bound,
         "node": asdict(node),
         "memory": rows,
     }
 
 
-def measured_node(results: Path, *, network: float, read: float | None = None, encode: float | None = None) -> Node:
-    """Return a node with the recorded times of a full tile, or the given ones."""
-    recorded = Node()
-    for path in sorted(results.glob("*-run-10980px.json")):
-        document = json.loads(path.read_text())
-        stages, dates = document["parts"].get("stages"), document["settings"]["dates"]
-        if stages:
-            recorded = replace(recorded, read=stages["decode"] / dates, encode=stages["encode"] / (dates - 1))
-    return replace(recorded, network=network, read=read or recorded.read, encode=encode or recorded.encode)
+def measured_node(results: Path, *, device: float | None = None, read: float | None = None) -> Node:
+    """Return the node that the newest recording of a GPU tells of, where it made a map in the shortest time.
+
+    Raises BenchmarkError where none is recorded.
+    """
+    recorded = [json.loads(path.read_text()) for path in sorted(results.glob("*-run-*px.json"))]
+    newest = next((d for d in reversed(recorded) if "gpu" in d["parts"]), None)
+    if newest is None:
+        raise BenchmarkError(f"{results}: found no recorded run on a GPU, expected one: benchmarks run --part gpu")
+    run = min(newest["parts"]["gpu"]["runs"], key=lambda r: r["seconds_per_map"])
+    stages, maps = run["stages_cpu_s"], run["maps"]
+    dates = (maps + 1) * run["decoded_over_needed"]  # as often as they were read
+    beside = stages["decode"] + stages["mask"] + stages["network"]
+    return Node(
+        cores=newest["machine"]["cores"],
+        read=beside / dates if read is None else read,
+        encode=(run["worker_cpu_s"] - beside - stages["survey"]) / maps,
+        survey=stages["survey"] / (maps + 1),
+        device=run["gpu_busy"] * run["wall_s"] / maps if device is None else device,
+    )
 
 
 def describe(runs: list[dict[str, Any]]) -> str:
     """Say what runs of the simulation mean, in Markdown."""
-    node = Node(**runs[0]["node"])
+    node = Node(**runs[-1]["node"])
     rate, bound = node.pairs_per_hour()
-    widest, longest = (max(runs, key=lambda r: r[what]) for what in ("nodes", "pairs"))
-    central = 3.6e6 / max(widest["scheduler_cpu_ms_per_pair"], widest["driver_cpu_ms_per_pair"])
-    name = "scheduler" if widest["scheduler_cpu_ms_per_pair"] >= widest["driver_cpu_ms_per_pair"] else "driver"
+    longest = max(runs, key=lambda r: r["pairs"])
     lines = [
-        f"A node: {node.cores} cores; a full tile takes {node.read:.1f} core-s to read and decode a date and "
-        f"{node.encode:.1f} core-s to encode a map (measured), {node.network:g} s of the device a pair (assumed): "
-        f"{rate:,.0f} pairs an hour, bound by {bound}.",
+        f"A node: a GPU and {node.cores} cores, as measured: for a full tile {node.read:.2f} core-s to read a date, "
+        f"{node.encode:.1f} core-s to encode a map, {node.device:.2f} s of the GPU a pair: {rate:,.0f} pairs an hour "
+        f"where nothing waits, bound by {bound}.",
         "",
-        "| nodes | pairs an hour, at most | bound by |",
-        "|---|---|---|",
+        "| nodes | tiles | pairs | sleeps stretched | wall s | plan s | pairs an hour | of what the nodes can |"
+        " scheduler, ms a pair | busy | driver, ms a pair | busy |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for count in (1, 8, 64):
-        lines.append(f"| {count} | {min(count * rate, central):,.0f} | {bound if count * rate < central else name} |")
-    heads = ("simulated", "tiles", "pairs", "chunk", "motion", "wall s", "plan s", "driver, ms a pair")
-    heads = (*heads, "scheduler, ms a pair", "of what the nodes can")
-    lines += ["", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for r in runs:
+    for r in sorted(runs, key=lambda r: (r["nodes"], r["motion"])):
+        kept_busy = r["motion"] >= 1  # with shorter sleeps the nodes are not what a run waits for
         cells = (
-            f"{r['nodes']} nodes",
-            f"{r['tiles']}",
-            f"{r['pairs']}",
-            f"{r['chunk']}",
+            f"{r['nodes']}",
+            f"{r['tiles']:,}",
+            f"{r['pairs']:,}",
             f"{r['motion']:g}",
-            f"{r['wall_s']:.0f}",
+            f"{r['wall_s']:,.0f}",
             f"{r['before_first_task_s']:.0f}",
-            f"{r['driver_cpu_ms_per_pair']:.1f}",
+            f"{r['pairs_per_hour']:,.0f}" if r["motion"] == 1 else "",
+            f"{r['busy']:.0%}" if kept_busy else "",
             f"{r['scheduler_cpu_ms_per_pair']:.1f}",
-            f"{r['busy']:.0%}",
+            f"{r['scheduler_busy']:.0%}",
+            f"{r['driver_cpu_ms_per_pair']:.1f}",
+            f"{r['driver_busy']:.0%}",
         )
         lines.append(f"| {' | '.join(cells)} |")
+    widest = max((r for r in runs if r["motion"] >= 1), key=lambda r: r["nodes"], default=None)
+    if widest:
+        most = 3.6e6 / max(widest["scheduler_cpu_ms_per_pair"], widest["driver_cpu_ms_per_pair"])
+        lines += [
+            "",
+            f"Busy as on {widest['nodes']} nodes, the scheduler and the driver, a core each, can serve {most:,.0f} "
+            f"pairs an hour: {most / rate:.0f} nodes that never wait.",
+        ]
     lines += ["", f"Memory while {longest['tiles']} tiles run, MB:", ""]
     lines += ["| fields of view | driver | scheduler |", "|---|---|---|"]
     rows = longest["memory"]
@@ -223,9 +246,10 @@ def describe(runs: list[dict[str, Any]]) -> str:
 
 
 @contextlib.contextmanager
-def _simulated_tasks() -> Iterator[None]:
-    """The runner as it is, but for the three functions that its tasks call."""
+def _simulated_tasks(workers: Workers) -> Iterator[None]:
+    """The runner as it is, but for the three functions that its tasks call, and for what the workers say they have."""
     with (
+        mock.patch.object(runner.Workers, "of_client", return_value=workers),
         mock.patch.object(runner, "survey_scene", nodes.survey_scene),
         mock.patch.object(runner, "write_pair", nodes.write_pair),
         mock.patch.object(inference, "_infer_block", nodes.infer_block),

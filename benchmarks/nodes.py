@@ -1,6 +1,7 @@
-"""Simulated nodes: Dask workers that sleep as long as reading, the network and encoding would take.
+"""Simulated nodes: Dask workers that sleep as long as reading, the GPU and encoding would take.
 
-Each process holds many workers, each with the threads of one node and one device that takes one call at a time.
+Each process holds many workers, each with as many tasks at a time as a node has threads, and one device that takes one
+call at a time. Tasks are coroutines: a thousand threads that sleep would fight for Python's lock.
 """
 
 from __future__ import annotations
@@ -8,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import threading
-import time
 from collections import defaultdict
 from typing import Any
 
@@ -26,34 +25,34 @@ from s2cd.survey import Survey
 
 # What a real node does with cores of its own and many simulated ones must share: watching their process twice a second.
 QUIET = {"distributed.admin.system-monitor.interval": "60s", "distributed.worker.profile.enabled": False}
-TIMES = ("survey", "read", "network", "encode")
-_devices: dict[str, threading.Lock] = defaultdict(threading.Lock)
+TIMES = ("survey", "read", "device", "encode")
+_devices: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
 
-def _sleep(what: str, amount: float) -> None:
-    time.sleep(float(os.environ[f"S2CD_BENCH_{what.upper()}"]) * amount)
+async def _sleep(what: str, amount: float) -> None:
+    await asyncio.sleep(float(os.environ[f"S2CD_BENCH_{what.upper()}"]) * amount)
 
 
-def survey_scene(scene: Any, mask: Any, model: Any) -> Survey:
+async def survey_scene(scene: Any, mask: Any, model: Any) -> Survey:
     """Take the place of `s2cd.survey.survey_scene`."""
-    _sleep("survey", 1)
+    await _sleep("survey", 1)
     bands = len(scene.sources)
     sketch = np.zeros((bands, 172, 172), np.float16)  # as large as that of a full tile
     return Survey(scene.id, 0.9, np.ones((bands, 2), np.float32), np.zeros(bands, np.float32), sketch)
 
 
-def infer_block(row: int, col: int, *, series: Any, tiling: Any, **_: Any) -> Block:
+async def infer_block(row: int, col: int, *, series: Any, tiling: Any, **_: Any) -> Block:
     """Take the place of `s2cd.inference._infer_block`: dates are read one after another, then compared."""
     share = 1 / (tiling.blocks[0] * tiling.blocks[1])
-    _sleep("read", len(series.dates) * share)
-    with _devices[get_worker().address]:
-        _sleep("network", len(series.pairs) * share)
+    await _sleep("read", len(series.dates) * share)
+    async with _devices[get_worker().address]:
+        await _sleep("device", len(series.pairs) * share)
     return Block(np.zeros((len(series.pairs), 1, 1), np.uint16), None)
 
 
-def write_pair(blocks: list[list[Block]], *, pair: Pair, config: RunConfig, **_: Any) -> dict[str, Any]:
+async def write_pair(blocks: list[list[Block]], *, pair: Pair, config: RunConfig, **_: Any) -> dict[str, Any]:
     """Take the place of `s2cd.runner.write_pair`; the map is empty, its item no more than the catalogue needs."""
-    _sleep("encode", 1)
+    await _sleep("encode", 1)
     store = open_store(config.out)
     store.put(path_of(pair.name, ".tif"), b"")
     store.put(path_of(pair.name, ".json"), b'{"bbox": [0, 0, 1, 1]}')

@@ -51,6 +51,11 @@ class Plan:
         """Every scene that takes part; those of one field of view in memory at a time."""
         return _ScenesOf(self.fields)
 
+    @property
+    def steps(self) -> int:
+        """How many pairs there are, before pixels rule out dates."""
+        return sum(len(view.dates) - 1 for view in self.fields)
+
     def map_of(self, pair: Pair) -> str | None:
         """Return the name of the pair's finished map, None if there is none that shows every piece of its dates.
 
@@ -153,7 +158,7 @@ def describe_plan(plan: Plan) -> PlanTable:
         scenes, pairs = view.scenes, pairs_of(view, plan.config)
         left_out += pairs.left_out
         grid = common_grid(scenes[:1], model.bands)
-        sizes = task_sizes(plan.config, grid.shape, len(pairs), model, workers)
+        sizes = task_sizes(plan.config, grid.shape, plan.steps, model, workers)
         tiling = Tiling(grid.shape, sizes.chunk, model.halo)
         chunks[_explain(plan.config, tiling, sizes, workers)] = None
         units = -(-len(pairs) // (sizes.dates - 1))

@@ -188,7 +188,7 @@ class _Submission:
         self.progress = progress
         self.pending: dict[Future, tuple[_Unit, Pair]] = {}
         self.interrupted = threading.Event()
-        self.steps = sum(len(view.dates) - 1 for view in plan.fields)  # pairs, before pixels rule out dates
+        self.steps = plan.steps
         self.total = 0
         self.submitted = 0
         self.places: dict[str, str] = {}  # where each map was written
@@ -243,7 +243,7 @@ class _Submission:
         self.total += len(todo)
         context = self.context
         grid = common_grid(scenes[:1], context.model.bands)
-        sizes = task_sizes(context.config, grid.shape, len(todo), context.model, context.workers)
+        sizes = task_sizes(context.config, grid.shape, self.steps, context.model, context.workers)
         for start in range(0, len(todo), sizes.dates - 1):
             yield _Unit(view.name, tuple(todo[start : start + sizes.dates - 1]), surveys, sizes)
 

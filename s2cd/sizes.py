@@ -107,7 +107,7 @@ class Sizes:
 
 
 def task_sizes(config: RunConfig, shape: tuple[int, int], pairs: int, model: Model, workers: Workers) -> Sizes:
-    """Choose what `config` leaves open, for a field of view of `shape` pixels and `pairs` pairs.
+    """Choose what `config` leaves open, for fields of view of `shape` pixels that have `pairs` pairs in all.
 
     A chunk is a multiple of the network's stride, no larger than half a thread's memory holds, on the host or on the
     device; a series has no more dates than a fifth of all memory holds maps, and few enough to keep all threads busy.

@@ -195,16 +195,34 @@ def test_europe_draws_about_100_000_pairs_and_its_tasks_run():
     assert result["memory"][0]["driver_mb"] > 0
 
 
-def test_the_report_keeps_the_newest_run_of_europe_of_each_size(tmp_path):
+def test_the_report_keeps_the_newest_run_of_europe_of_each_number_of_nodes_and_speed(tmp_path):
     def record(day, **changes):
-        run = {"tiles": 2, "nodes": 4, "pairs": 50, "scheduler_cpu_ms_per_pair": 8.0, **changes}
+        run = {"tiles": 2, "nodes": 4, "motion": 1.0, "pairs": 50, "scheduler_cpu_ms_per_pair": 8.0, **changes}
         part = {"europe": {"runs": [run]}}
         (tmp_path / f"2026010{day}-europe.json").write_text(json.dumps({"date": f"2026-01-0{day}", "parts": part}))
 
     record(1)
-    record(2, nodes=64, scheduler_cpu_ms_per_pair=20.0)
-    record(3, scheduler_cpu_ms_per_pair=9.0)
+    record(2, motion=8.0, scheduler_cpu_ms_per_pair=20.0)
+    record(3, tiles=9, scheduler_cpu_ms_per_pair=9.0)
     parts, origins = latest(tmp_path)
-    found = {(run["tiles"], run["nodes"]): run["scheduler_cpu_ms_per_pair"] for run in parts["europe"]["runs"]}
-    assert found == {(2, 4): 9.0, (2, 64): 20.0}
+    found = {(run["tiles"], run["motion"]): run["scheduler_cpu_ms_per_pair"] for run in parts["europe"]["runs"]}
+    assert found == {(9, 1.0): 9.0, (2, 8.0): 20.0}
     assert [d["date"] for d in origins["europe"]] == ["2026-01-02", "2026-01-03"]
+
+
+def test_a_simulated_node_takes_the_times_of_the_newest_recorded_gpu(tmp_path):
+    run = {
+        "wall_s": 40.0, "maps": 20, "seconds_per_map": 2.0, "worker_cpu_s": 164.4, "decoded_over_needed": 1.0,
+        "gpu_busy": 0.5, "stages_cpu_s": {"decode": 21.0, "mask": 10.5, "network": 10.5, "encode": 9.0, "survey": 2.1},
+    }  # fmt: skip
+    slower = {**run, "seconds_per_map": 3.0, "gpu_busy": 0.1}
+    for day, parts in enumerate(({"gpu": {"runs": [slower]}}, {"gpu": {"runs": [slower, run]}}, {"engine": {}})):
+        document = {"machine": {"cores": 8}, "parts": parts}
+        (tmp_path / f"2026010{day}T0000-run-10980px.json").write_text(json.dumps(document))
+    node = europe.measured_node(tmp_path)
+    assert node == europe.Node(cores=8, read=2.0, encode=pytest.approx(6.015), survey=0.1, device=1.0)
+    rate, bound = node.pairs_per_hour()
+    assert (round(rate), bound) == (3549, "its cores")
+    assert europe.measured_node(tmp_path, device=2.0).pairs_per_hour() == (1800, "its GPU")
+    with pytest.raises(suite.BenchmarkError, match="found no recorded run on a GPU"):
+        europe.measured_node(tmp_path / "none")

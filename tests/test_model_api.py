@@ -200,7 +200,7 @@ def shipped_cost(name: str) -> dict[str, float]:
 @pytest.mark.parametrize(("name", "flop"), [("generic", 20_000), ("urban", 40_000)])
 def test_cost_is_within_the_budget(name, flop):
     found = shipped_cost(name)
-    assert 2 * found["encode"] + found["decode"] <= flop
+    assert 2 * found["encode_flop_a_pixel"] + found["decode_flop_a_pixel"] <= flop
     assert found["parameters"] <= 2_000_000
     assert found == load_model(name, device="cpu").card["cost"]
     assert HALO <= 64

@@ -257,16 +257,17 @@ def network_of(weights: Mapping[str, Tensor], *, norm: bool = False) -> ChangeNe
 
 
 def cost(net: ChangeNet | Committee) -> dict[str, float]:
-    """Return the arithmetic per 10 m pixel [FLOP, a multiply-add is 2] of `encode` and `decode`, and `parameters`."""
+    """Return the arithmetic of `encode` and `decode` [FLOP per 10 m pixel, a multiply-add is 2], and `parameters`."""
     if isinstance(net, Committee):
         costs = [cost(member) for member in net.networks]
         return {what: sum(part[what] for part in costs) for what in costs[0]}
-    total = {"encode": 0.0, "decode": 0.0}
+    total = dict.fromkeys(("encode_flop_a_pixel", "decode_flop_a_pixel"), 0.0)
     for name, conv in net.named_modules():
         if not isinstance(conv, nn.Conv2d):
             continue
         part, *rest = name.split(".")
         level = {"stem": 0, "head": 0, "bottom": len(net.mix)}.get(part)
         level = int(rest[0]) + (part == "down") if level is None else level
-        total["encode" if part in {"stem", "down", "blocks"} else "decode"] += conv.weight.numel() / 4**level / 2
+        what = "encode" if part in {"stem", "down", "blocks"} else "decode"
+        total[f"{what}_flop_a_pixel"] += conv.weight.numel() / 4**level / 2
     return {**total, "parameters": sum(p.numel() for p in net.parameters())}

@@ -68,7 +68,8 @@ def publish(name: str, runs: list[Run], folds: list[Run], cities: list[City], fo
         how = "in sample: scored and calibrated on the places that it was trained on, so the scores flatter"
     else:
         threshold, temperature = unlabelled_calibration(as_model(net, name), cities)
-        raw = report = score(predictor(as_model(net, name, threshold, temperature)), cities)
+        raw = score(predictor(as_model(net, name)), cities)
+        report = score(predictor(as_model(net, name, threshold, temperature)), cities)
         how = (
             f"no labels in training, nor in the calibration, which takes {CHANGED:.1%} of all pixels for changed; "
             "the weights of the pool were chosen by F1 on these cities; best F1 picks the threshold on their labels too"

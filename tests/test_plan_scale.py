@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
+from itertools import groupby, islice
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,8 +16,9 @@ from s2cd.catalog import freeze, load_scenes
 from s2cd.catalog.packed import WAITING, Packed, grouped
 from s2cd.config import RunConfig
 from s2cd.errors import NoScenesError
-from s2cd.plan import make_plan
+from s2cd.plan import describe_plan, make_plan
 
+PROFILE = str(Path(__file__).parents[1] / "cluster" / "slurm.yaml")  # 8 jobs of 8 threads
 RECORDS = st.lists(st.tuples(st.sampled_from("abc"), st.integers()), max_size=4 * WAITING)
 
 
@@ -74,3 +77,11 @@ def test_a_plan_counts_what_was_found_but_cannot_be_compared(tmp_path):
     config = RunConfig(catalog="given", out=str(tmp_path / "out"), max_cloud=0)
     with pytest.raises(NoScenesError, match=r"given: \d+ scenes found, but no two dates .*cloud cover .* above 0 %"):
         make_plan(config, (scene for scene in catalogue(1) if scene.cloud_cover > 0))
+
+
+def test_dates_share_a_task_where_other_fields_of_view_keep_the_workers_busy(tmp_path):
+    config = RunConfig(catalog="given", out=str(tmp_path / "out"), cluster=PROFILE, max_cloud=100)
+    tiles = [[*islice(scenes, 6)] for _, scenes in groupby(catalogue(2), lambda s: (s.tile, s.orbit))][:2]
+    alone, together = (describe_plan(make_plan(config, scenes)).notes[1] for scenes in (tiles[0], tiles[0] + tiles[1]))
+    assert ", 5 dates a task (auto)" in alone
+    assert ", 6 dates a task (auto)" in together
