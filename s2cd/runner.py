@@ -188,6 +188,8 @@ class _Submission:
         self.progress = progress
         self.pending: dict[Future, tuple[_Unit, Pair]] = {}
         self.interrupted = threading.Event()
+        self.ended = threading.Event()  # a map ended since the last look
+        self.asked, self.threads = -math.inf, dict[str, int]()
         self.steps = plan.steps
         self.total = 0
         self.submitted = 0
@@ -219,7 +221,7 @@ class _Submission:
         for done, view in enumerate(self.plan.fields):
             ahead.append((view, self._survey(view.scenes)))
             self.progress("survey", done, len(self.plan.fields))
-            if len(ahead) > 1 + len(self.client.nthreads()) // 8:
+            if len(ahead) > 1 + len(self._threads()) // 8:
                 yield from self._units_of(*ahead.popleft())
         while ahead:
             yield from self._units_of(*ahead.popleft())
@@ -274,20 +276,22 @@ class _Submission:
         graph, maps = _unit_graph(unit, self.context)
         # As a layer: of a plain dictionary Dask would hash every argument of every task.
         layer = HighLevelGraph({str(maps[0]): graph}, {str(maps[0]): set()})
-        workers = [unit.place] if unit.place else sorted(self.client.nthreads())
+        workers = [unit.place] if unit.place else sorted(self._threads())
         self.submitted += 1
         # Dask takes what comes within a moment as equally urgent: two units side by side would hold memory for both.
         urgency = {"priority": -self.submitted, "allow_other_workers": True}
         with dask.annotate(workers=places(graph, maps, workers).get, **urgency):
             futures = self.client.get(layer, maps, sync=False)
         self.pending.update(zip(futures, ((unit, pair) for pair in unit.pairs), strict=True))
+        for future in futures:
+            future.add_done_callback(lambda _: self.ended.set())
 
     def _collect(self) -> None:
         """Wait for the next maps; a date that cannot be read takes only its own pairs with it."""
-        done = self._wait(list(self.pending), "FIRST_COMPLETED")
+        done = self._first()
         broken = {id(self.pending[future][0]) for future in done if future.status != "finished"}
         siblings = [future for future, (unit, _) in self.pending.items() if id(unit) in broken]
-        done |= self._wait(siblings, "ALL_COMPLETED") if siblings else set()
+        done |= self._wait(siblings) if siblings else set()
         again: dict[int, tuple[_Unit, list[Pair]]] = {}
         for future in done:
             unit, pair = self.pending.pop(future)
@@ -308,18 +312,34 @@ class _Submission:
 
     def _results(self, scenes: Iterable[Scene], futures: list[Future]) -> tuple[dict[str, Survey], dict[str, str]]:
         """Surveys by scene id, and what kept others from being read."""
-        self._wait(futures, "ALL_COMPLETED")
+        self._wait(futures)
         ended = dict(zip((scene.id for scene in scenes), futures, strict=True))
         surveys = {name: future.result() for name, future in ended.items() if future.status == "finished"}
         return surveys, {name: _message(future.exception()) for name, future in ended.items() if name not in surveys}
 
-    def _wait(self, futures: list[Future], return_when: str) -> set[Future]:
-        """Return those that ended. Raises KeyboardInterrupt, within a moment, after an interrupt."""
+    def _first(self) -> set[Future]:
+        """Return the maps that ended, once there are some: Dask's own wait looks at each one that is under way anew."""
+        while True:
+            self.ended.clear()
+            if done := [future for future in self.pending if future.status != "pending"]:
+                return self._wait(done)
+            self.ended.wait(HEED)
+            if self.interrupted.is_set():
+                raise KeyboardInterrupt
+
+    def _wait(self, futures: list[Future]) -> set[Future]:
+        """Return all of them when they have ended. Raises KeyboardInterrupt, within a moment, after an interrupt."""
         while True:
             if self.interrupted.is_set():
                 raise KeyboardInterrupt
             with suppress(TimeoutError):
-                return set(wait(futures, timeout=HEED, return_when=return_when).done)
+                return set(wait(futures, timeout=HEED).done)
+
+    def _threads(self) -> dict[str, int]:
+        """Threads by worker, asked for now and then: each question is a message to the scheduler and back."""
+        if time.monotonic() > self.asked + HEED:
+            self.asked, self.threads = time.monotonic(), self.client.nthreads()
+        return self.threads
 
     def _written(self, pair: Pair, figures: dict[str, Any]) -> None:
         self.places[pair.name] = figures.pop("place")
@@ -347,7 +367,7 @@ class _Submission:
         self.report.maps.append(MapRecord(pair.name, "failed", error=error))
 
     def _units_at_a_time(self) -> int:
-        return units_at_a_time(self.client.nthreads().values(), self.context.workers.threads_a_unit)
+        return units_at_a_time(self._threads().values(), self.context.workers.threads_a_unit)
 
     def _units_under_way(self) -> list[_Unit]:
         return list({id(unit): unit for unit, _ in self.pending.values()}.values())
@@ -357,7 +377,7 @@ class _Submission:
 
         Idle workers still take tasks from it. None, for all workers, where there are fewer units than workers.
         """
-        workers = self.client.nthreads()
+        workers = self._threads()
         if self.steps / (unit.sizes.dates - 1) < len(workers):
             return None
         units = Counter(other.place for other in self._units_under_way())
