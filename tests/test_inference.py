@@ -166,7 +166,8 @@ def test_predict_gives_what_a_run_gives(make_series):
     )
     change = detect_changes(open_cube(scenes), [pair], device="cpu").values[0]
     valid = ~np.isnan(change)
-    np.testing.assert_allclose(MODEL.predict(before, after)[valid], change[valid], atol=1e-4)
+    # Not exactly: numbers and their reflectance are scaled in two ways, and may then round to two values of float16.
+    np.testing.assert_allclose(MODEL.predict(before, after)[valid], change[valid], atol=5e-3)
 
 
 def test_what_changed_in_a_simulated_series_stands_out(tmp_path):

@@ -131,7 +131,7 @@ def test_the_input_of_training_is_that_of_the_model(catalogue):
 
     valid = np.isfinite(reflectance).all(axis=0)
     theirs = network_input(reflectance, model.affine(image.stats), valid, 4, 16)
-    np.testing.assert_allclose(ours.permute(1, 2, 0).numpy(), theirs, atol=2e-5)
+    np.testing.assert_allclose(ours.permute(1, 2, 0).numpy(), theirs, rtol=6e-4, atol=2e-5)  # float16
 
 
 def change(data: Path, name: str, changes: dict[str, Any], asset: str | None = None) -> None:
@@ -413,9 +413,8 @@ def test_a_training_goes_on_from_the_same_start_under_another_name(catalogue, tm
 def test_a_network_that_diverges_ends_its_training_and_is_not_shipped(catalogue, tmp_path):
     with pytest.raises(ModelError, match=r"run: diverged by step \d, .* try a lower rate than 1e\+30"):
         train(catalogue, tmp_path / "run", Plan(steps=3, batch_size=2, rate=1e30), labels=True, size=64)
-    huge = train(catalogue, tmp_path / "huge", Plan(steps=1, batch_size=2, rate=1e30), labels=True, size=64)
-    with pytest.raises(ModelError, match="found NaN where both dates are observed"):
-        publish("mine", [huge], [], load_cities(catalogue), tmp_path)
+    with pytest.raises(ModelError, match="huge: diverged by step 1, "):
+        train(catalogue, tmp_path / "huge", Plan(steps=1, batch_size=2, rate=1e30), labels=True, size=64)
     with pytest.raises(ConfigError, match="rate: found nan, expected a positive number"):
         Plan(rate=float("nan"))
     run = train(catalogue, tmp_path / "good", SMALL, labels=True, size=64)

@@ -124,7 +124,7 @@ class Engine:
 
         return with_memory(encoded)
 
-    def encode_input(self, x: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) -> EncodedDate:
+    def encode_input(self, x: npt.NDArray[np.floating], valid: npt.NDArray[np.bool_]) -> EncodedDate:
         """Return a date encoded, of an input (h, w, channels) on the network's grid."""
         (sent, seen), wait = self._send([x, valid])
         batch = sent.permute(2, 0, 1).unsqueeze(0)  # channels last, without a copy

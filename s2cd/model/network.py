@@ -26,7 +26,7 @@ FINE_BANDS = 4  # the first bands, at 10 m
 COARSE_BANDS = 3  # the others, at 20 m
 INPUTS = 4 * FINE_BANDS + COARSE_BANDS + 1  # the last channel tells where there is an observation
 SMOOTH = 2  # times that logits are averaged over 3 x 3 pixels of 10 m, in inference
-STRIP = 128  # rows of 20 m that the finest level is decoded for at a time on a CPU, so that little memory is touched
+STRIP = 128  # rows of 20 m that a CPU works on at a time at the finest level, so that little memory is touched
 WIDTHS = (16, 32, 48, 64)  # channels at 20, 40, 80 and 160 m
 DEPTHS = (1, 2, 1, 1)  # 3 x 3 convolutions at each level of the encoder
 
@@ -42,6 +42,15 @@ class Unit(nn.Sequential):
         layers += [nn.BatchNorm2d(outputs)] if norm else []
         layers += [nn.ReLU(inplace=True)] if relu else []
         super().__init__(*layers)
+        self.plain = not norm
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Return the unit of `x`; with `add`, ReLU of its sum with that."""
+        if self.plain and _fuses(x):
+            relu = add is not None or isinstance(self[-1], nn.ReLU)
+            return _fused(self.conv, x, add, relu=relu)
+        x = super().forward(x)
+        return x if add is None else functional.relu_(x.add_(add))
 
     @property
     def conv(self) -> nn.Conv2d:
@@ -93,13 +102,22 @@ class ChangeNet(nn.Module):
         self.smooth = 0 if norm else SMOOTH
 
     def encode(self, x: Tensor) -> Features:
-        """Return the features of one date at every level, and the date itself."""
-        features, pixels = [], x
-        x = self.stem(x)
-        for level, block in enumerate(self.blocks):
-            x = block(self.down[level - 1](x) if level else x)
-            features.append(x)
-        return (*features, pixels.half())
+        """Return the features of one date at every level, and the date itself in float16."""
+        pixels, features = x.half(), [self._finest_features(x)]
+        for down, block in zip(self.down, self.blocks[1:], strict=True):
+            features.append(block(down(features[-1])))
+        return (*features, pixels)
+
+    def _finest_features(self, x: Tensor) -> Tensor:
+        """Return the features of a date at 20 m, on a CPU a few rows at a time."""
+        rows, parts, margin = x.shape[2], [], 1 + self.depths[0]
+        strip = rows if self.training or x.is_cuda else STRIP
+        for top in range(0, rows, strip):
+            start = max(0, top - margin)
+            part = x[:, :, start : top + strip + margin]
+            part = self.blocks[0](self.stem(part.to(torch.promote_types(part.dtype, torch.float32))))
+            parts.append(part[:, :, top - start :][:, :, :strip])
+        return torch.cat(parts, dim=2)
 
     def decode(self, a: Features, b: Features, background: Tensor | float = 1.0) -> Tensor:
         """Return the logits of change between two dates, the same whichever comes first.
@@ -112,7 +130,7 @@ class ChangeNet(nn.Module):
         usual = torch.log(torch.as_tensor(background, device=x.device))
         rows, parts = a[0].shape[2], []
         strip = rows if self.training or x.is_cuda else STRIP
-        margin = 2 * -(-(4 + self.smooth) // 4)  # rows that convolution, surroundings and smoothing reach, even
+        margin = 2 * -(-(2 + self.smooth) // 4)  # rows that convolution or surroundings, and smoothing, reach; even
         for top in range(0, rows, strip):
             start, stop = max(0, top - margin), min(top + strip, rows)
             span = (..., slice(start, min(stop + margin, rows)), slice(None))
@@ -123,9 +141,8 @@ class ChangeNet(nn.Module):
 
     def _merged(self, level: int, a: Tensor, b: Tensor, below: Tensor) -> Tensor:
         """Return what a level of the decoder hands up, from its features and from what the level below did."""
-        side = self.lateral[level]((a - b).abs_())
         up = functional.interpolate(below, scale_factor=2.0, mode="nearest")
-        return self.mix[level](functional.relu_(side.add_(up)))
+        return self.mix[level](self.lateral[level]((a - b).abs_(), add=up))
 
     def _finest(self, below: Tensor, dates: list[Tensor], usual: Tensor) -> Tensor:
         """Return the logits of both experts, smoothed, on the 10 m grid."""
@@ -203,6 +220,24 @@ class Committee(nn.Module):
         return Committee(member.folded(temperature, bias) for member in self.networks).eval()
 
 
+def _fuses(x: Tensor) -> bool:
+    """Tell whether oneDNN can add and apply ReLU as it convolves: on CPUs, in inference."""
+    fits = x.device.type == "cpu" and x.dtype != torch.float64
+    return fits and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available()
+
+
+def _fused(conv: nn.Conv2d, x: Tensor, add: Tensor | None, *, relu: bool) -> Tensor:
+    """Return ReLU of (convolution + `add`), in one pass through memory."""
+    kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    assert conv.bias is not None
+    x, weight, bias = x.to(kind), conv.weight.to(kind), conv.bias.to(kind)
+    how = conv.padding, conv.stride, conv.dilation, conv.groups
+    call = torch.ops.mkldnn._convolution_pointwise  # what torch.compile makes of these
+    if add is None:
+        return call(x, weight, bias, *how, "relu" if relu else "none", [], "")
+    return call.binary(x, add.to(kind), weight, bias, *how, "add", 1.0, "relu" if relu else None, [], "")
+
+
 def magnitude(a: Tensor, b: Tensor) -> Tensor:
     """Return the logarithm of the length of the change vector, of each 10 m pixel and of its surroundings of 60 m.
 
@@ -212,17 +247,25 @@ def magnitude(a: Tensor, b: Tensor) -> Tensor:
     difference, seen = (a - b).float(), torch.minimum(a[:, -1:], b[:, -1:]).float()
     if torch.is_autocast_enabled(a.device.type):
         difference = difference.to(torch.get_autocast_dtype(a.device.type))  # once for both kernels
-    quarters, bands = _sums(a.device)
-    around = box(functional.conv2d(difference, bands).float() * seen).square().sum(dim=1, keepdim=True)
-    squares = functional.conv2d(difference.square(), quarters).float() * seen
-    return 0.5 * torch.log(squares + around + 1e-3)
+    quarters, bands, all_bands = _sums(a.device)
+    means = functional.conv2d(difference, bands).float()
+    squares = functional.conv2d(difference.square(), quarters).float()
+    if a.is_cuda or not bool((seen == 1).all()):  # to look would make a GPU wait
+        means, squares = means * seen, squares * seen
+    squares = squares + functional.conv2d(box(means).square_(), all_bands).float()
+    return 0.5 * torch.log(squares + 1e-3)
 
 
 def box(x: Tensor) -> Tensor:
     """Return the mean of 3 x 3 pixels of (n, channels, h, w); the outermost pixels are repeated."""
-    x = functional.pad(x, (1, 1, 1, 1), mode="replicate")
-    x = x[..., :-2] + x[..., 1:-1] + x[..., 2:]
-    return (x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]) / 9
+    for axis in (2, 3):
+        size, total = x.shape[axis], x.clone()
+        for way in (0, 1):  # in place: to pad would take as long as all of this
+            edge = 0 if way else size - 1
+            total.narrow(axis, 1 - way, size - 1).add_(x.narrow(axis, way, size - 1))
+            total.narrow(axis, edge, 1).add_(x.narrow(axis, edge, 1))
+        x = total
+    return x.div_(9)
 
 
 def _shuffled(x: Tensor) -> Tensor:
@@ -235,14 +278,19 @@ def _shuffled(x: Tensor) -> Tensor:
 
 
 @cache
-def _sums(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return kernels of 1 x 1: the sum over the bands of each 10 m pixel, (4, INPUTS), and each band's mean."""
+def _sums(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return kernels of 1 x 1: the sum over the bands of each 10 m pixel, (4, INPUTS); each band's mean; their sum.
+
+    The last gives each 10 m pixel the sum over all bands' means, (4, bands).
+    """
     with torch.inference_mode(False):  # or they could not be used in training
         fine, coarse = torch.eye(4).repeat(1, FINE_BANDS), torch.ones(4, COARSE_BANDS)
         bands = torch.block_diag(*[torch.full((1, 4), 0.25)] * FINE_BANDS, torch.eye(COARSE_BANDS))
         seen = (0, 1)  # the last channel takes no part
         quarters = functional.pad(torch.cat([fine, coarse], dim=1), seen)
-        return quarters[:, :, None, None].to(device), functional.pad(bands, seen)[:, :, None, None].to(device)
+        sums = torch.ones(4, len(bands))
+        quarters, bands, sums = (k[:, :, None, None].to(device) for k in (quarters, functional.pad(bands, seen), sums))
+        return quarters, bands, sums
 
 
 def network_of(weights: Mapping[str, Tensor], *, norm: bool = False) -> ChangeNet | Committee:

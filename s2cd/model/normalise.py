@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 LOW, HIGH = 10.0, 90.0
 SIGMAS = 2.5631  # between the 10th and 90th percentile of a normal distribution
@@ -92,8 +93,10 @@ def background(a: np.ndarray, b: np.ndarray) -> float:
     return max(LEAST_BACKGROUND, float(np.median(difference[seen])) / TYPICAL)
 
 
-def network_input(pixels: Planes, gains: Array, valid: npt.NDArray[np.bool_], fine: int, stride: int) -> Array:
-    """Return float32 (h, w, channels) on the 20 m grid: fine bands as 2 x 2 blocks, coarse bands, observed share.
+def network_input(
+    pixels: Planes, gains: Array, valid: npt.NDArray[np.bool_], fine: int, stride: int
+) -> npt.NDArray[np.float16]:
+    """Return float16 (h, w, channels) on the 20 m grid: fine bands as 2 x 2 blocks, coarse bands, observed share.
 
     `pixels` holds an array (y, x) of any real type for each band: the first `fine` at 10 m, as `valid` is, the others
     at 20 m or replicated from it. Right and bottom are filled up to a multiple of `stride`: as not observed, after an
@@ -104,7 +107,7 @@ def network_input(pixels: Planes, gains: Array, valid: npt.NDArray[np.bool_], fi
         pixels = [np.pad(plane, edge, mode="edge") if plane.shape == shape else plane for plane in pixels]
         valid = np.pad(valid, edge, mode="edge")
     rows, cols = (-(-n // stride) * stride // 2 for n in shape)
-    out = np.empty((rows, cols, 4 * fine + len(pixels) - fine + 1), np.float32)
+    out = torch.empty((rows, cols, 4 * fine + len(pixels) - fine + 1), dtype=torch.float16)  # numpy rounds slowly
     height, width = valid.shape[0] // 2, valid.shape[1] // 2
     coarse = [plane if plane.shape == (height, width) else plane[::2, ::2] for plane in pixels[fine:]]
     out[height:], out[:, width:] = 0, 0
@@ -112,8 +115,10 @@ def network_input(pixels: Planes, gains: Array, valid: npt.NDArray[np.bool_], fi
         span = slice(top, min(top + ROWS, height))
         double = slice(2 * span.start, 2 * span.stop)
         planes = [plane[double] for plane in pixels[:fine]] + [plane[span] for plane in coarse]
-        _interleave(out[span, :width], planes, gains, valid[double], fine)
-    return out
+        strip = np.empty((span.stop - span.start, width, out.shape[2]), np.float32)
+        _interleave(strip, planes, gains, valid[double], fine)
+        out[span, :width] = torch.from_numpy(strip)
+    return out.numpy()
 
 
 def _interleave(

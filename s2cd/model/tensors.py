@@ -22,7 +22,7 @@ def to_input(planes: Sequence[Tensor], gains: Tensor, valid: Tensor, fine: int, 
     level = _even(_scaled(planes[:fine], gains[:fine], valid.shape)).masked_fill_(hidden, 0)
     coarse = [p if p.shape == (height, width) else p[::2, ::2] for p in planes[fine:]]
     low = _scaled(coarse, gains[fine:], (height, width)).masked_fill_(hidden[::2, ::2], 0)
-    out = torch.zeros((rows, cols, 4 * fine + len(coarse) + 1), device=valid.device)
+    out = torch.zeros((rows, cols, 4 * fine + len(coarse) + 1), dtype=torch.float16, device=valid.device)
     inner = out[:height, :width]
     blocks = level.view(fine, height, 2, width, 2).permute(1, 3, 0, 2, 4)
     inner[..., : 4 * fine].unflatten(2, (fine, 2, 2)).copy_(blocks)

@@ -48,6 +48,7 @@ class FCSiamDiff(nn.Module):
 
     def encode(self, x: Tensor) -> Features:
         """Return the features of one date before each pooling, and the last after it."""
+        x = x.float()
         fine = functional.pixel_shuffle(x[:, : 4 * FINE_BANDS], 2)
         coarse = functional.interpolate(x[:, 4 * FINE_BANDS : -1], scale_factor=2.0, mode="nearest")
         x, features = torch.cat([fine, coarse], dim=1), []

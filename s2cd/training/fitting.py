@@ -21,6 +21,7 @@ from s2cd.model.device import choose_device, fast_bfloat16
 from s2cd.training.folders import made
 from s2cd.training.sampling import Sampler, batch
 
+EXPLODED = 1e6  # no weight of a network that works is as large
 Net = TypeVar("Net", bound=nn.Module)
 
 
@@ -112,7 +113,7 @@ def fit(
             log(f"step {step}/{plan.steps}  loss {np.mean(losses):.4f}  {time.monotonic() - begin:.0f} s")
             losses = []
         if time.monotonic() - saved > save_every or step == plan.steps:
-            if not all(value.isfinite().all() for value in average.values()):
+            if not all((value.abs() < EXPLODED).all() for value in average.values()):  # so are NaN and infinity
                 raise _diverged(out, step, plan)
             _save(checkpoint, net, optimizer, average, description, step)
             saved = time.monotonic()
