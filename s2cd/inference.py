@@ -7,7 +7,7 @@ halos. `change_blocks` is what a run uses: a task reads its chunk of several con
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -58,14 +58,15 @@ class Series:
 
 
 @dataclass(frozen=True, slots=True)
-class _Levels:
+class Levels:
     """What two dates are normalised with: the statistics of each, and their common background."""
 
     statistics: tuple[np.ndarray, np.ndarray]
     background: float
 
     @classmethod
-    def of(cls, before: Survey, after: Survey, ref: ModelRef) -> _Levels:
+    def of(cls, before: Survey, after: Survey, ref: ModelRef) -> Levels:
+        """Return the levels of two dates as the model that `ref` names tells them."""
         background = ref.load().background(before.sketch, after.sketch)
         return cls((before.statistics, after.statistics), background)
 
@@ -107,7 +108,7 @@ def detect_changes(
     grid = _require_even_start(cube, list(scenes.values()), network)
     inputs = {i: scene_input(s, network.bands, common_grid([s], network.bands), mask) for i, s in scenes.items()}
     surveys = {i: dask.delayed(survey_scene)(entry, mask, ref) for i, entry in inputs.items()}
-    levels = [dask.delayed(_Levels.of)(surveys[p.before.id], surveys[p.after.id], ref) for p in pairs]
+    levels = [dask.delayed(Levels.of)(surveys[p.before.id], surveys[p.after.id], ref) for p in pairs]
     halo = _halo(network, mask, inputs.values())
     haloed, base = _with_halo(cube, network, halo)
     probability = da.map_blocks(
@@ -142,7 +143,7 @@ class Block(NamedTuple):
 
 def change_blocks(
     pairs: Sequence[Pair],
-    surveys: Mapping[str, Survey],
+    levels: Sequence[Levels],
     ref: ModelRef,
     mask: Mask,
     chunk: int,
@@ -151,20 +152,26 @@ def change_blocks(
 ) -> tuple[dict[Key, Any], list[list[Key]]]:
     """Return a graph for the codes of several pairs of one field of view, each source block read once, and its keys.
 
+    `levels` has an entry for each pair.
+
     The keys lie in rows as the chunks of `chunk` pixels along y and x do; each stands for a `Block` of all pairs.
     With `reasons` the codes tell which date does not show a pixel. Tasks fail with ReadError or GridError where a
     source does.
     """
     network = ref.load()
-    scenes = {s.id: s for pair in pairs for s in (pair.before, pair.after)}
-    ordered = sorted(scenes.values(), key=lambda s: (s.time, s.id))
-    grid = common_grid(ordered, network.bands)
-    order = {scene.id: index for index, scene in enumerate(ordered)}
+    dates = {
+        scene.id: (scene, statistics)
+        for pair, level in zip(pairs, levels, strict=True)
+        for scene, statistics in zip((pair.before, pair.after), level.statistics, strict=True)
+    }
+    ordered = sorted(dates.values(), key=lambda date: (date[0].time, date[0].id))
+    grid = common_grid([scene for scene, _ in ordered], network.bands)
+    order = {scene.id: index for index, (scene, _) in enumerate(ordered)}
     series = Series(
-        dates=tuple(scene_input(s, network.bands, grid, mask) for s in ordered),
-        statistics=tuple(surveys[s.id].statistics for s in ordered),
+        dates=tuple(scene_input(scene, network.bands, grid, mask) for scene, _ in ordered),
+        statistics=tuple(statistics for _, statistics in ordered),
         pairs=tuple((order[p.before.id], order[p.after.id]) for p in pairs),
-        backgrounds=tuple(network.background(surveys[p.before.id].sketch, surveys[p.after.id].sketch) for p in pairs),
+        backgrounds=tuple(level.background for level in levels),
     )
     tiling = Tiling(grid.shape, chunk, _halo(network, mask, series.dates))
     infer = partial(_infer_block, series=series, tiling=tiling, mask=mask, ref=ref, reasons=reasons)
@@ -303,7 +310,7 @@ def _infer_pair(
     *,
     ids: list[tuple[str, str]],
     inputs: dict[str, SceneInput],
-    levels: list[_Levels],
+    levels: list[Levels],
     mask: Mask,
     ref: ModelRef,
     bands: tuple[str, ...],

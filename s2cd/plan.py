@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, product
+from itertools import islice, product
 from typing import Any
 
 from s2cd import outputs
@@ -49,7 +49,7 @@ class Plan:
     @property
     def scenes(self) -> Collection[Scene]:
         """Every scene that takes part; those of one field of view in memory at a time."""
-        return _ScenesOf(self.fields)
+        return Packed.joined(view.dates for view in self.fields)
 
     @property
     def steps(self) -> int:
@@ -78,22 +78,6 @@ class Plan:
         """
         pieces = 2 + len(pair.before.parts) + len(pair.after.parts)
         return pieces == 2 or outputs.count_inputs(self.config.out, name) >= pieces
-
-
-class _ScenesOf(Collection[Scene]):
-    """The scenes of fields of view, unpacked as they are asked for."""
-
-    def __init__(self, fields: Sequence[FieldOfView]):
-        self._fields = fields
-
-    def __len__(self) -> int:
-        return sum(len(view.dates) for view in self._fields)
-
-    def __iter__(self) -> Iterator[Scene]:
-        return chain.from_iterable(view.dates for view in self._fields)
-
-    def __contains__(self, scene: object) -> bool:
-        return any(scene == other for other in self)
 
 
 def make_plan(config: RunConfig, scenes: Iterable[Scene] | None = None) -> Plan:

@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -32,7 +32,7 @@ from s2cd.catalog.scene import Scene
 from s2cd.config import RunConfig
 from s2cd.cube import common_grid
 from s2cd.errors import OutputError, S2cdError, S2cdWarning, ShiftError, ShiftWarning
-from s2cd.inference import change_blocks
+from s2cd.inference import Levels, change_blocks
 from s2cd.maps import LARGEST_SHIFT, write_pair
 from s2cd.masks import Mask
 from s2cd.model import Model, ModelRef, load_model
@@ -97,11 +97,11 @@ class _Context:
 
 @dataclass(frozen=True)
 class _Unit:
-    """Pairs of a few consecutive dates of one field of view, computed together."""
+    """Pairs of a few consecutive dates of one field of view, computed together; `levels` by the name of a pair."""
 
     view: str
     pairs: tuple[Pair, ...]
-    surveys: dict[str, Survey]
+    levels: Mapping[str, Levels]
     sizes: Sizes
     place: str | None = None  # the worker that it was sent to
 
@@ -190,7 +190,7 @@ class _Submission:
         self.interrupted = threading.Event()
         self.ended = threading.Event()  # a map ended since the last look
         self.asked, self.threads = -math.inf, dict[str, int]()
-        self.steps = plan.steps
+        self.left = plan.steps  # pairs without a map, as far as is known
         self.total = 0
         self.submitted = 0
         self.places: dict[str, str] = {}  # where each map was written
@@ -243,11 +243,14 @@ class _Submission:
         for pair, name in zip(pairs, maps, strict=True):
             self._remove_outdated(pair, name)
         self.total += len(todo)
+        self.left -= len(view.dates) - 1 - len(todo)
         context = self.context
         grid = common_grid(scenes[:1], context.model.bands)
-        sizes = task_sizes(context.config, grid.shape, self.steps, context.model, context.workers)
+        sizes = task_sizes(context.config, grid.shape, self.left, context.model, context.workers)
         for start in range(0, len(todo), sizes.dates - 1):
-            yield _Unit(view.name, tuple(todo[start : start + sizes.dates - 1]), surveys, sizes)
+            some = tuple(todo[start : start + sizes.dates - 1])
+            levels = {p.name: Levels.of(surveys[p.before.id], surveys[p.after.id], context.ref) for p in some}
+            yield _Unit(view.name, some, levels, sizes)
 
     def _pairs(self, view: FieldOfView, surveys: dict[str, Survey], errors: dict[str, str]) -> list[Pair]:
         """Pair the dates of a field of view; a date that cannot be read fails its pairs, not the others."""
@@ -378,7 +381,7 @@ class _Submission:
         Idle workers still take tasks from it. None, for all workers, where there are fewer units than workers.
         """
         workers = self._threads()
-        if self.steps / (unit.sizes.dates - 1) < len(workers):
+        if self.left / (unit.sizes.dates - 1) < len(workers):
             return None
         units = Counter(other.place for other in self._units_under_way())
         return min(workers, key=lambda worker: units[worker], default=None)
@@ -392,8 +395,9 @@ def _unit_graph(unit: _Unit, context: _Context) -> tuple[dict[Key, Any], list[Ke
     config = context.config
     bands = context.model.bands
     grid = common_grid([unit.pairs[0].before], bands)
+    levels = [unit.levels[pair.name] for pair in unit.pairs]
     graph, blocks = change_blocks(
-        unit.pairs, unit.surveys, context.ref, context.mask, unit.sizes.chunk, reasons=config.validity
+        unit.pairs, levels, context.ref, context.mask, unit.sizes.chunk, reasons=config.validity
     )
     number = uuid4().hex
     maps: list[Key] = [("write_pair", number, position) for position in range(len(unit.pairs))]

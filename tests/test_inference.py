@@ -21,7 +21,7 @@ from s2cd import reader
 from s2cd.codes import decode_codes
 from s2cd.cube import common_grid, open_cube
 from s2cd.errors import ConfigError, GridError, ReadError
-from s2cd.inference import _aligned_chunks, change_blocks, detect_changes
+from s2cd.inference import Levels, _aligned_chunks, change_blocks, detect_changes
 from s2cd.masks import Mask
 from s2cd.model import ModelRef, load_model, normalise
 from s2cd.pairs import consecutive_pairs
@@ -39,9 +39,14 @@ def surveys_of(scenes):
     return {i.id: survey_scene(i, MASK, REF) for i in inputs}
 
 
+def graph_of(scenes, chunk):
+    surveys, pairs = surveys_of(scenes), consecutive_pairs(scenes)
+    levels = [Levels.of(surveys[pair.before.id], surveys[pair.after.id], REF) for pair in pairs]
+    return change_blocks(pairs, levels, REF, MASK, chunk)
+
+
 def run_codes(scenes, chunk):
-    pairs = consecutive_pairs(scenes)
-    blocks = dask.threaded.get(*change_blocks(pairs, surveys_of(scenes), REF, MASK, chunk))
+    blocks = dask.threaded.get(*graph_of(scenes, chunk))
     return np.block([[block.codes for block in row] for row in blocks])
 
 
@@ -182,10 +187,9 @@ def test_what_changed_in_a_simulated_series_stands_out(tmp_path):
 
 def test_invariant_4_a_failed_read_names_the_asset(make_series):
     scenes = make_series(dates=3)
-    surveys = surveys_of(scenes)
+    graph, keys = graph_of(scenes, 128)
     content = open(scenes[1].assets["nir"].href, "rb").read()
     open(scenes[1].assets["nir"].href, "wb").write(content[: len(content) // 2])
-    graph, keys = change_blocks(consecutive_pairs(scenes), surveys, REF, MASK, 128)
     with pytest.raises(ReadError, match=r"001/nir\.tif"):
         dask.threaded.get(graph, keys)
 
@@ -202,10 +206,10 @@ def test_displacement_is_measured_on_pixels_that_are_read_anyway(make_series, mo
     scenes = make_series(shape=(400, 460), dates=2, change=False)
     with rasterio.open(scenes[1].assets["red"].href, "r+") as file, rasterio.open(scenes[0].assets["red"].href) as red:
         file.write(np.roll(red.read(1), (2, -3), axis=(0, 1)), 1)
-    surveys = surveys_of(scenes)
+    work = graph_of(scenes, 256)
     monkeypatch.setattr(reader, "COUNTS", reader.Counts())
     monkeypatch.setattr(reader, "BLOCKS", reader.BlockCache())
-    rows = dask.threaded.get(*change_blocks(consecutive_pairs(scenes), surveys, REF, MASK, 256))
+    rows = dask.threaded.get(*work)
     assert reader.COUNTS.decoded == unique_bytes(scenes)
     (shift,) = rows[0][0].shifts
     assert (shift.dy, shift.dx) == pytest.approx((2, -3), abs=0.1)
@@ -215,7 +219,7 @@ def test_displacement_is_measured_on_pixels_that_are_read_anyway(make_series, mo
 def test_chunks_are_worked_row_by_row_so_that_few_blocks_are_kept(make_series):
     """Dask orders equal tasks by their keys: random ones would scatter the work, and blocks be decoded again."""
     scenes = make_series(shape=(400, 1500), dates=2)
-    graph, keys = change_blocks(consecutive_pairs(scenes), surveys_of(scenes), REF, MASK, 128)
+    graph, keys = graph_of(scenes, 128)
     graph["map"] = (list, keys)
     priorities = order(graph)
     worked = sorted(graph.keys() - {"map"}, key=priorities.get)
@@ -225,7 +229,7 @@ def test_chunks_are_worked_row_by_row_so_that_few_blocks_are_kept(make_series):
 def test_invariant_7_the_graph_carries_urls_and_a_hash_only(make_series):
     scenes = make_series(shape=(261, 333), dates=3)
     change = detect_changes(open_cube(scenes), consecutive_pairs(scenes), device="cpu")
-    blocks, _ = change_blocks(consecutive_pairs(scenes), surveys_of(scenes), REF, MASK, 128)
+    blocks, _ = graph_of(scenes, 128)
     for collection in (dict(change.data.__dask_graph__()), blocks):
         graph = pickle.dumps(collection)
         assert REF.hash.encode() in graph

@@ -34,6 +34,7 @@ def test_packed_records_come_back(pieces):
     for piece in pieces:
         packed.extend(piece)
     records = [record for piece in pieces for record in piece]
+    assert list(Packed.joined([packed, Packed(), packed])) == 2 * records
     assert (list(packed), list(packed), len(packed)) == (records, records, len(records))
     assert all(record in packed for record in records)
     assert ("d", 0) not in packed

@@ -159,6 +159,16 @@ def test_units_on_a_worker_are_worked_one_after_the_other(make_series, config, c
     assert sum(a != b for a, b in pairwise(units)) <= 3 + 2  # two threads may swap places at the border
 
 
+def test_a_rerun_with_few_pairs_left_has_units_for_all_threads(make_series, config, client, tmp_path):
+    scenes = make_series(dates=7)
+    assert run(config, client, scenes=scenes).count("written") == 6
+    for tiff in sorted((tmp_path / "out").rglob("S2CD_*.tif"))[2:4]:
+        tiff.with_suffix(".json").unlink()
+    with get_task_stream(client) as stream:
+        assert run(config, client, scenes=scenes).count("written") == 2
+    assert len({task["key"][1] for task in stream.data if task["key"][0] == "infer_block"}) == 2
+
+
 def test_the_scheduler_keeps_no_record_of_each_unit(make_series, config, client):
     config = config.model_copy(update={"chunk": 64, "dates_per_task": 3})
     assert run(config, client, scenes=make_series(dates=7)).ok

@@ -29,6 +29,15 @@ class Packed(Collection[T], Generic[T]):
             self._pieces.append(zlib.compress(pickle.dumps(piece, pickle.HIGHEST_PROTOCOL), 1))
             self._count += len(piece)
 
+    @classmethod
+    def joined(cls, parts: Iterable[Packed[T]]) -> Packed[T]:
+        """Return the records of all `parts`, which share what is packed."""
+        whole = cls()
+        for part in parts:
+            whole._pieces += part._pieces
+            whole._count += len(part)
+        return whole
+
     def __len__(self) -> int:
         return self._count
 
