@@ -156,7 +156,7 @@ def simulate(tiles: int, count: int, node: Node, *, motion: float) -> dict[str, 
         failed = next(m for m in report.maps if m.status != "written")
         raise BenchmarkError(f"{len(report.maps) - pairs} simulated maps were not written, the first: {failed.error}")
     working = spent[2] - rows[0]["s"]
-    rate, bound = node.pairs_per_hour()
+    rate, _ = node.pairs_per_hour()
     return {
         "tiles": tiles,
         "nodes": count,
@@ -170,7 +170,6 @@ def simulate(tiles: int, count: int, node: Node, *, motion: float) -> dict[str, 
         "scheduler_busy": spent[1] / spent[2],
         "pairs_per_hour": 3600 * motion * pairs / working,
         "busy": 3600 * motion * pairs / working / (count * rate),
-        "bound_of_a_node": bound,
         "node": asdict(node),
         "memory": rows,
     }

@@ -316,19 +316,24 @@ COLOURS = {"survey": "#bbbbbb", "decode": "#4477aa", "mask": "#66ccee", "network
 
 
 def draw(parts: Parts, path: Path) -> None:
-    """Draw time by stage, the timeline of one run, the peers, and time and memory against dates, tiles and workers."""
+    """Draw time by stage, one run, the peers, a GPU, Europe, and time and memory against dates, tiles and workers."""
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(3, 2, figsize=(11, 9.3), layout="constrained")
+    figure, axes = plt.subplots(4, 2, figsize=(11, 11.6), layout="constrained")
     _draw_timeline(axes[0, 0], parts)
     _draw_stages(axes[0, 1], parts)
     _draw_peers(axes[1, 0], parts)
     _draw_scaling(axes[1, 1], parts)
     _draw_growth(axes[2, 0], parts, "seconds a map", lambda row: row["wall_s"] / row["maps"])
     _draw_growth(axes[2, 1], parts, "peak memory of the whole cluster, GB", lambda row: row["peak_gb"])
+    runs = {run["what"]: run["seconds_per_map"] for run in parts.get("gpu", {}).get("runs", [])}
+    _draw_bars(axes[3, 0], "seconds a map on a GPU", runs, "%.2f")
+    europe = sorted(parts.get("europe", {}).get("runs", []), key=lambda run: run["nodes"])
+    hourly = {str(run["nodes"]): run["pairs_per_hour"] / 1000 for run in europe if run["motion"] == 1}
+    _draw_bars(axes[3, 1], "thousand pairs an hour, by simulated GPU nodes", hourly)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -350,8 +355,8 @@ def _draw_stages(axes: Any, parts: Parts) -> None:
             width = figures.get(stage, 0.0)
             axes.barh(row, width, left=left, color=colour, label=stage if row == "in a run" else None)
             left += width
-    axes.set_xlabel("core-s")
-    axes.legend(fontsize=7, ncols=3)
+    axes.set(xlabel="core-s", ylim=(-0.5, 2))
+    axes.legend(fontsize=7, ncols=len(COLOURS), columnspacing=1, handlelength=1, loc="upper center")
 
 
 def _draw_peers(axes: Any, parts: Parts) -> None:
@@ -364,10 +369,12 @@ def _draw_scaling(axes: Any, parts: Parts) -> None:
     _draw_bars(axes, "seconds of a run by workers", figures)
 
 
-def _draw_bars(axes: Any, title: str, figures: dict[str, float]) -> None:
+def _draw_bars(axes: Any, title: str, figures: dict[str, float], form: str = "%.1f") -> None:
     axes.set_title(title)
     bars = axes.barh(list(figures)[::-1], list(figures.values())[::-1], color="#4477aa")
-    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.bar_label(bars, fmt=form, padding=3)
+    if not figures:
+        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
     axes.margins(x=0.12)
 
 
