@@ -61,7 +61,7 @@ def phase_shift(before: np.ndarray, after: np.ndarray, valid: np.ndarray | None 
     nothing = Shift(float("nan"), float("nan"), 0.0)
     if min(first.shape) < MIN_SIZE or usable.mean() < 0.1:
         return nothing
-    detail, moved = (_detail(image, usable) for image in (first, second))
+    detail, moved = _details(first, second, usable)
     if not detail.any() or not moved.any():
         return nothing
     whole = _whole_pixels(detail, moved)
@@ -71,18 +71,22 @@ def phase_shift(before: np.ndarray, after: np.ndarray, valid: np.ndarray | None 
     return Shift(float(shift[0]), float(shift[1]), _quality(detail, moved, (shift[0], shift[1])))
 
 
-def _detail(image: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """Local contrast of an image, its outliers tamed, 0 where it is not usable.
+def _details(first: np.ndarray, second: np.ndarray, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Local contrast of two images, its outliers tamed, 0 where they are not usable.
 
     The mean around a pixel is that of usable ones: with others in it, the rims of a mask that both dates share would be
     detail that has not moved.
     """
-    weight = ndimage.gaussian_filter(usable.astype(np.float64), 5)
-    mean = ndimage.gaussian_filter(np.where(usable, image, 0), 5) / np.maximum(weight, 1e-6)
+    weight = np.maximum(ndimage.gaussian_filter(usable.astype(np.float64), 5), 1e-6)
     kept = ~ndimage.binary_dilation(~usable, iterations=2)
-    detail = np.where(kept, image - mean, 0)
-    spread = np.median(np.abs(detail[kept])) * 1.4826 if kept.any() else 0
-    return np.clip(detail, -4 * spread, 4 * spread) if spread > 0 else np.zeros_like(detail)
+
+    def detail(image: np.ndarray) -> np.ndarray:
+        mean = ndimage.gaussian_filter(np.where(usable, image, 0), 5) / weight
+        found = np.where(kept, image - mean, 0)
+        spread = np.median(np.abs(found[kept])) * 1.4826 if kept.any() else 0
+        return np.clip(found, -4 * spread, 4 * spread) if spread > 0 else np.zeros_like(found)
+
+    return detail(first), detail(second)
 
 
 def _put_in_place(
@@ -95,7 +99,7 @@ def _put_in_place(
     filled = np.where(usable, second, np.median(second[usable]))
     moved = ndimage.shift(filled, -shift, order=1, mode="nearest")
     both = usable & (ndimage.shift(usable.astype(np.float64), -shift, order=1, mode="constant") > 0.99)
-    return _detail(first, both), _detail(moved, both)
+    return _details(first, moved, both)
 
 
 def _windowed(image: np.ndarray) -> np.ndarray:
