@@ -41,7 +41,7 @@ from s2cd.training.runs import (
     protocol,
     train,
 )
-from s2cd.training.sampling import LabelledSampler, batch, blended, to_tensor
+from s2cd.training.sampling import LabelledSampler, batch, to_tensor
 from s2cd.training.scoring import predictor, score
 from s2cd.training.simulated import Place, SimulatedSampler
 
@@ -225,18 +225,6 @@ def test_samples_are_finite_and_labelled(catalogue, kind):
     assert np.isfinite(before.numpy()).all()
     assert 0 < truth.mean() < 0.6
     assert 0.5 < weight.mean() <= 1
-
-
-def test_blended_samples_lie_between_two_of_the_batch(catalogue):
-    drawn = batch(LabelledSampler(load_cities(catalogue), 64), 6, np.random.default_rng(1))
-    *found, weight = blended(drawn, 0.4, np.random.default_rng(2))
-    rng = np.random.default_rng(2)
-    share, partner = torch.from_numpy(rng.beta(0.4, 0.4, 6).astype(np.float32)), rng.permutation(6)
-    for values, mixture in zip(drawn, found, strict=False):
-        for i, other in enumerate(partner):
-            torch.testing.assert_close(mixture[i], values[i].lerp(values[other], 1 - share[i]))
-    assert ((found[3] > 0) & (found[3] < 1)).any()
-    torch.testing.assert_close(weight, torch.minimum(drawn[-1], drawn[-1][partner]))
 
 
 def test_samples_leave_the_images_as_they_were(catalogue):

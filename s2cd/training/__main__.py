@@ -64,14 +64,13 @@ def main() -> None:
 @click.option("--batch-size", type=click.IntRange(1), default=Plan.batch_size, help="Crops in a step.")
 @click.option("--size", type=click.IntRange(64), default=128, help="Edge of a crop [px], a multiple of 64.")
 @click.option("--rate", type=float, default=Plan.rate, help="Largest learning rate.")
-@click.option("--mixup", type=click.FloatRange(0), default=0.0, help="Mix crops in pairs, by shares Beta(this, this).")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Of all random choices.")
 @click.option("--network", "kind", type=click.Choice(NETWORKS), default=NETWORKS[0], help="What to train.")
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(1), default=2, help="Threads of the arithmetic.")
 def fit(
     data: Path, out: Path, labels: bool, series: tuple[Path, ...], folds: int, fold: int, start: str | None,
-    simulated: float, steps: int, batch_size: int, size: int, rate: float, mixup: float, seed: int,
+    simulated: float, steps: int, batch_size: int, size: int, rate: float, seed: int,
     threads: int, blend: float, kind: str, device: str,
 ) -> None:  # fmt: skip
     """Train one network; interrupted, the same command goes on where it was."""
@@ -81,7 +80,7 @@ def fit(
     if start and kind != NETWORKS[0]:
         raise click.UsageError(f"--network {kind} does not start from --start {start}, expected one of the two")
     held_out = _held_out(fold_places(data, labels=labels), folds, fold) if folds > 1 else ()
-    plan = Plan(steps=steps, batch_size=batch_size, rate=rate, mixup=mixup, seed=seed)
+    plan = Plan(steps=steps, batch_size=batch_size, rate=rate, seed=seed)
     train(
         data,
         out,

@@ -19,7 +19,7 @@ from torch.nn import functional
 from s2cd.errors import ConfigError, ModelError
 from s2cd.model.device import choose_device, fast_bfloat16
 from s2cd.training.folders import made
-from s2cd.training.sampling import Sampler, batch, blended
+from s2cd.training.sampling import Sampler, batch
 
 EXPLODED = 1e6  # no weight of a network that works is as large
 Net = TypeVar("Net", bound=nn.Module)
@@ -33,7 +33,6 @@ class Plan:
     average                          decay of the exponential average of the weights
     overlap                          weight of the Tversky loss beside the cross-entropy
     miss                             weight of a missed pixel in the Tversky loss; a false alarm weighs 1 - miss
-    mixup                            of the shares by which samples are mixed in pairs, see `blended`; 0 mixes none
     """
 
     steps: int = 1500
@@ -43,7 +42,6 @@ class Plan:
     average: float = 0.995
     overlap: float = 1.0
     miss: float = 0.5
-    mixup: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -95,9 +93,7 @@ def fit(
     saved, losses, begin = time.monotonic(), [], time.monotonic()
     while step < plan.steps:
         rng = np.random.default_rng((plan.seed, step))  # so that a resumed run draws what it would have drawn
-        drawn = batch(sampler, plan.batch_size, rng)
-        drawn = blended(drawn, plan.mixup, rng) if plan.mixup else drawn
-        before, after, level, truth, weight = (t.to(place) for t in drawn)
+        before, after, level, truth, weight = (t.to(place) for t in batch(sampler, plan.batch_size, rng))
         for group in optimizer.param_groups:
             group["lr"] = plan.rate * _schedule(step, plan.steps)
         with torch.autocast(place.type, torch.bfloat16, enabled=fast):

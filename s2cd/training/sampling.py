@@ -15,7 +15,6 @@ from s2cd.training.data import City, Image
 from s2cd.training.nuisance import Nuisances, cloud_field, displaced
 
 Rng = np.random.Generator
-Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 LIGHT = Nuisances(
     gain=0.03, bias=0.04, common=0.15, contrast=0.15, field=0.05, noise=0.02, shift=0.5, shift_chance=0.2,
     hidden_chance=0.05,
@@ -143,7 +142,7 @@ def augmented(sample: Sample, rng: Rng, nuisances: Nuisances) -> Sample:
     return Sample(before, after, truth, weight.astype(np.float32), sample.background)
 
 
-def batch(sampler: Sampler, count: int, rng: Rng) -> Batch:
+def batch(sampler: Sampler, count: int, rng: Rng) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return before, after (inputs of the network), background (n, 1, 1, 1), truth and weight (n, 1, y, x)."""
     samples = [sampler.sample(rng) for _ in range(count)]
     levels = [s.background or background(s.before[:, ::3, ::3], s.after[:, ::3, ::3]) for s in samples]
@@ -151,18 +150,3 @@ def batch(sampler: Sampler, count: int, rng: Rng) -> Batch:
     before, after = (to_tensor([getattr(s, name) for s in samples]) for name in ("before", "after"))
     truth, weight = (torch.from_numpy(np.stack([getattr(s, n) for s in samples]))[:, None] for n in ("truth", "weight"))
     return before, after, level, truth, weight
-
-
-def blended(drawn: Batch, mixup: float, rng: Rng) -> Batch:
-    """Return a batch whose samples are blended in pairs, labels too (mixup: Zhang et al., ICLR 2018).
-
-    The shares follow the Beta distribution (mixup, mixup). A pixel counts as that of the two which counts less.
-    """
-    before, after, level, truth, weight = drawn
-    share = torch.from_numpy(rng.beta(mixup, mixup, (len(weight), 1, 1, 1)).astype(np.float32))
-    partner = torch.from_numpy(rng.permutation(len(weight)))
-
-    def blend(x: Tensor) -> Tensor:
-        return share * x + (1 - share) * x[partner]
-
-    return blend(before), blend(after), blend(level), blend(truth), torch.minimum(weight, weight[partner])
