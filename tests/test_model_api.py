@@ -14,7 +14,9 @@ import torch
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 
 from s2cd.codes import encode_codes, split_reasons
 from s2cd.errors import ModelError
@@ -284,7 +286,9 @@ def test_damaged_weights_raise_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "WEIGHTS", tmp_path)
     monkeypatch.setattr(registry, "_cache", {})
     (tmp_path / "cut.json").write_text("{}")
-    for damaged in (good[: len(good) // 2], b"", good[:8] + b"x" * 100):
+    weights = load_tensors(good)
+    weights["stem.0.weight"][0, 0, 0, 0] = float("nan")
+    for damaged in (good[: len(good) // 2], b"", good[:8] + b"x" * 100, save_tensors(weights)):
         (tmp_path / "cut.safetensors").write_bytes(damaged)
         with pytest.raises(ModelError, match="weights of model 'cut' are damaged") as caught:
             load_model("cut")

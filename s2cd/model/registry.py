@@ -287,6 +287,9 @@ def _network(name: str, data: bytes) -> ChangeNet | Committee:
     except (SafetensorError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"weights of model {name!r} are damaged or of another version: {reason}") from None
+    strange = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
+    if strange:  # ReLU may make numbers of NaN
+        raise ModelError(f"weights of model {name!r} are damaged: {strange[0]} is not finite")
     return network.requires_grad_(False)
 
 
