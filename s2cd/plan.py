@@ -137,14 +137,17 @@ def describe_plan(plan: Plan) -> PlanTable:
     workers = Workers.of_profile(load_profile(plan.config.cluster), plan.config.device)
     rows, tasks, total, decoded = [], 0, 0, 0
     chunks: dict[str, None] = {}  # in order, each once
-    left_out = list(plan.left_out)
+    left_out, left = list(plan.left_out), plan.steps
     for view in plan.fields:
         scenes, pairs = view.scenes, pairs_of(view, plan.config)
         left_out += pairs.left_out
+        finished = sum(plan.map_of(pair) is not None for pair in pairs)
+        left -= len(scenes) - 1 - (len(pairs) - finished)  # as a run counts: what is finished needs no unit
         grid = common_grid(scenes[:1], model.bands)
-        sizes = task_sizes(plan.config, grid.shape, plan.steps, model, workers)
+        sizes = task_sizes(plan.config, grid.shape, left, model, workers)
         tiling = Tiling(grid.shape, sizes.chunk, model.halo)
-        chunks[_explain(plan.config, tiling, sizes, workers)] = None
+        if finished < len(pairs):
+            chunks[_explain(plan.config, tiling, sizes, workers)] = None
         units = -(-len(pairs) // (sizes.dates - 1))
         tasks += units * tiling.blocks[0] * tiling.blocks[1] + len(pairs) + len(scenes)
         total += len(pairs)
@@ -156,7 +159,7 @@ def describe_plan(plan: Plan) -> PlanTable:
                 "first": f"{scenes[0].time:%Y-%m-%d}",
                 "last": f"{scenes[-1].time:%Y-%m-%d}",
                 "pairs": len(pairs),
-                "finished": sum(plan.map_of(pair) is not None for pair in pairs),
+                "finished": finished,
                 "pixels": f"{grid.shape[0]} x {grid.shape[1]}",
                 "chunks": f"{tiling.blocks[0]} x {tiling.blocks[1]} of {sizes.chunk}",
             }

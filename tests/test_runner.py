@@ -160,10 +160,14 @@ def test_units_on_a_worker_are_worked_one_after_the_other(make_series, config, c
 
 
 def test_a_rerun_with_few_pairs_left_has_units_for_all_threads(make_series, config, client, tmp_path):
+    (tmp_path / "two.yaml").write_text("kind: local\nthreads: 2\n")
+    config = config.model_copy(update={"cluster": str(tmp_path / "two.yaml")})
     scenes = make_series(dates=7)
+    assert ", 6 dates a task (auto)" in describe_plan(make_plan(config, scenes)).notes[1]
     assert run(config, client, scenes=scenes).count("written") == 6
     for tiff in sorted((tmp_path / "out").rglob("S2CD_*.tif"))[2:4]:
         tiff.with_suffix(".json").unlink()
+    assert ", 2 dates a task (auto)" in describe_plan(make_plan(config, scenes)).notes[1]
     with get_task_stream(client) as stream:
         assert run(config, client, scenes=scenes).count("written") == 2
     assert len({task["key"][1] for task in stream.data if task["key"][0] == "infer_block"}) == 2
