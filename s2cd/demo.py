@@ -44,9 +44,11 @@ def simulate_catalogue(out: str | Path, size: int = 1024, dates: int = 8, seed: 
 
     Beyond 2746 pixels the landscape is continued by mirror images, so that any size takes at most 4 GB of memory.
 
-    Raises ConfigError if one of another size, number of dates or seed is there, or maps of one that is gone, which
-    would be kept; OutputError if `out` cannot be used.
+    Raises ConfigError if `out` is empty, if one of another size, number of dates or seed is there, or maps of one that
+    is gone, which would be kept; OutputError if `out` cannot be used.
     """
+    if not str(out):
+        raise ConfigError(f"out: found {out!r}, expected a folder")
     folder, asked = Path(out) / "scenes", json.dumps({"size": size, "dates": dates, "seed": seed})
     ready, drawn = folder / "catalog.json", folder / "demo.json"
     advice = f"remove {out} or choose another folder"

@@ -198,6 +198,7 @@ def test_a_demo_that_cannot_write_says_so(tmp_path):
     (tmp_path / "file").touch()
     result = invoke("demo", "--out", tmp_path / "file", "-q")
     assert re.fullmatch(r"error: .*file/scenes cannot be used: .*\n", result.stderr)
+    assert invoke("demo", "--out", "", "-q").stderr == "error: out: found '', expected a folder\n"
 
 
 def test_models_list_and_show():
