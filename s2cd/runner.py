@@ -50,7 +50,7 @@ VIEWS = "views"
 HEED = 0.5  # seconds between looks for an interrupt
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MapRecord:
     """What became of one pair: "written", "kept" (finished by an earlier run) or "failed" (`error` says why).
 
