@@ -16,6 +16,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERVAL = 0.2  # s between two looks at the memory
+LISTED = 10  # looks between two at which processes there are, which takes more than a look at their memory
 
 
 class BenchmarkError(RuntimeError):
@@ -58,18 +59,19 @@ def _own() -> float:
 
 
 def _watch(child: subprocess.Popen[bytes]) -> int:
-    peak = 0
-    root = psutil.Process(child.pid)
+    peak, look, tree = 0, 0, [child.pid]
     while child.poll() is None:
-        with contextlib.suppress(psutil.Error):
-            peak = max(peak, tree_memory(root))
+        if look % LISTED == 0:
+            with contextlib.suppress(psutil.Error):
+                tree = [child.pid, *(p.pid for p in psutil.Process(child.pid).children(recursive=True))]
+        peak, look = max(peak, _memory_of(tree)), look + 1
         time.sleep(INTERVAL)
     return peak
 
 
-def tree_memory(root: psutil.Process) -> int:
-    """Bytes of memory of a process and its descendants: what is their own, and the largest share of mapped files."""
-    parts = [_resident(p.pid) for p in (root, *root.children(recursive=True))]
+def _memory_of(tree: list[int]) -> int:
+    """Bytes of memory of these processes: what is their own, and the largest share of mapped files."""
+    parts = [_resident(pid) for pid in tree]
     return sum(own for own, _ in parts) + max(mapped for _, mapped in parts)
 
 
