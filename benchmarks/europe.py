@@ -211,7 +211,7 @@ def describe(runs: list[dict[str, Any]]) -> str:
         " scheduler, ms a pair | busy | driver, ms a pair | busy |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in sorted(runs, key=lambda r: (r["nodes"], r["motion"])):
+    for r in sorted(runs, key=lambda r: (r["nodes"], r["motion"], r["tiles"])):
         kept_busy = r["motion"] >= 1  # with shorter sleeps the nodes are not what a run waits for
         cells = (
             f"{r['nodes']}",

@@ -43,6 +43,20 @@ def _fastest(parts: Parts) -> dict[str, Any]:
     return min(parts["gpu"]["runs"], key=lambda run: run["seconds_per_map"])
 
 
+def _fewest_and_most(parts: Parts) -> list[dict[str, Any]]:
+    """Return the simulations of Europe with the fewest and the most tiles, of those made to see memory."""
+    runs = sorted((run for run in parts["europe"]["runs"] if run["motion"] < 1), key=lambda run: run["tiles"])
+    if len(runs) < 2:
+        raise KeyError("two runs of europe")
+    return [runs[0], runs[-1]]
+
+
+def _growth(parts: Parts) -> float:
+    """Return by how much driver or scheduler, the one that does so more, grow from few tiles to many."""
+    few, many = (run["memory"] for run in _fewest_and_most(parts))
+    return max(max(row[who] for row in many) / max(row[who] for row in few) for who in ("driver_mb", "scheduler_mb"))
+
+
 def _size(part: str) -> Callable[[Parts], str]:
     return lambda parts: f"{parts[part]['size']} px"
 
@@ -97,6 +111,14 @@ TARGETS = (
     Target("memory, 72 dates over 6", "<= 1.10", _spread("dates"), "{:.2f}", lambda v: v <= 1.1, _size("dates")),
     Target("memory, 16 tiles over 1", "<= 1.10", _spread("tiles"), "{:.2f}", lambda v: v <= 1.1, _size("tiles")),
     Target(
+        "memory of driver and scheduler, simulated",
+        "<= 1.10",
+        _growth,
+        "{:.2f}",
+        lambda v: v <= 1.1,
+        lambda p: "{:,} tiles over {:,}".format(*(run["tiles"] for run in reversed(_fewest_and_most(p)))),
+    ),
+    Target(
         "end to end on one H200-class GPU, a map",
         "<= 1.0 s",
         lambda p: _fastest(p)["seconds_per_map"],
@@ -150,9 +172,9 @@ def _has_runs(document: dict[str, Any], part: dict[str, Any]) -> bool:
 
 
 def _with_runs(before: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    """Return the runs of both, the newest of each number of nodes and stretch of time."""
+    """Return the runs of both, the newest of each number of tiles and nodes and stretch of time."""
     runs = [*before.get("runs", []), *part["runs"]]
-    return {"runs": list({(run["nodes"], run["motion"]): run for run in runs}.values())}
+    return {"runs": list({(run["tiles"], run["nodes"], run["motion"]): run for run in runs}.values())}
 
 
 def write_report(results: Path) -> list[Path]:

@@ -195,7 +195,7 @@ def test_europe_draws_about_100_000_pairs_and_its_tasks_run():
     assert result["memory"][0]["driver_mb"] > 0
 
 
-def test_the_report_keeps_the_newest_run_of_europe_of_each_number_of_nodes_and_speed(tmp_path):
+def test_the_report_keeps_the_newest_run_of_europe_of_each_number_of_tiles_and_nodes_and_speed(tmp_path):
     def record(day, **changes):
         run = {"tiles": 2, "nodes": 4, "motion": 1.0, "pairs": 50, "scheduler_cpu_ms_per_pair": 8.0, **changes}
         part = {"europe": {"runs": [run]}}
@@ -204,10 +204,21 @@ def test_the_report_keeps_the_newest_run_of_europe_of_each_number_of_nodes_and_s
     record(1)
     record(2, motion=8.0, scheduler_cpu_ms_per_pair=20.0)
     record(3, tiles=9, scheduler_cpu_ms_per_pair=9.0)
+    record(4, scheduler_cpu_ms_per_pair=7.0)
     parts, origins = latest(tmp_path)
     found = {(run["tiles"], run["motion"]): run["scheduler_cpu_ms_per_pair"] for run in parts["europe"]["runs"]}
-    assert found == {(9, 1.0): 9.0, (2, 8.0): 20.0}
-    assert [d["date"] for d in origins["europe"]] == ["2026-01-02", "2026-01-03"]
+    assert found == {(2, 1.0): 7.0, (9, 1.0): 9.0, (2, 8.0): 20.0}
+    assert [d["date"] for d in origins["europe"]] == ["2026-01-02", "2026-01-03", "2026-01-04"]
+
+
+def test_the_report_tells_by_how_much_driver_and_scheduler_grow_with_tiles():
+    def run(tiles, *memory, motion=0.001):
+        rows = [{"driver_mb": driver, "scheduler_mb": scheduler} for driver, scheduler in memory]
+        return {"tiles": tiles, "motion": motion, "memory": rows}
+
+    many, few, slow = run(30, (90, 40), (75, 66)), run(3, (50, 40), (60, 50)), run(1, (9, 9), motion=6)
+    assert "simulated, 30 tiles over 3 | <= 1.10 | 1.50 | missed" in table({"europe": {"runs": [many, few, slow]}})
+    assert "simulated" not in table({"europe": {"runs": [many, slow]}})
 
 
 def test_a_simulated_node_takes_the_times_of_the_newest_recorded_gpu(tmp_path):
