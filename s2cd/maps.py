@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +67,10 @@ def write_change_maps(
     maps = [write(one.data, change.attrs["pairs"][str(one.pair.values)], grid, ref, config, mask) for one in change]
     with outputs.cataloguing(out) as listed:
         written = dask.compute(*maps)
-    lost = outputs.lost_maps(out, listed, {item["id"]: place for item, place in written})
+    places: defaultdict[str, list[str]] = defaultdict(list)
+    for item, place in written:
+        places[place].append(item["id"])
+    lost = outputs.lost_maps(out, listed, places)
     if lost:
         name, error = next(iter(lost.items()))
         raise OutputError(f"{name}: {error}")

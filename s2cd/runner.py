@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import warnings
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +29,7 @@ from distributed import Client, Future, wait
 from s2cd import outputs
 from s2cd.addresses import public_href
 from s2cd.catalog.scene import Scene
+from s2cd.clusters.environment import return_free_memory
 from s2cd.config import RunConfig
 from s2cd.cube import common_grid
 from s2cd.errors import OutputError, S2cdError, S2cdWarning, ShiftError, ShiftWarning
@@ -132,6 +133,7 @@ def run(
         require_model_bands(plan, model)
         require_same_recipe(config, model, plan.finished)
         outputs.save_run(config.out, config.dump(), plan.scenes)
+        return_free_memory()  # to plan and freeze a continent takes 80 MB that nothing needs again
         report = Report(config.out)
         with outputs.cataloguing(config.out) as listed, ExitStack() as stack:
             workers = Workers()
@@ -193,7 +195,7 @@ class _Submission:
         self.left = plan.steps  # pairs without a map, as far as is known
         self.total = 0
         self.submitted = 0
-        self.places: dict[str, str] = {}  # where each map was written
+        self.places: defaultdict[str, list[str]] = defaultdict(list)  # names of maps, by where they were written
 
     def run(self) -> None:
         """Work through the plan; on an interrupt cancel what is under way and leave finished maps alone."""
@@ -345,12 +347,13 @@ class _Submission:
         return self.threads
 
     def _written(self, pair: Pair, figures: dict[str, Any]) -> None:
-        self.places[pair.name] = figures.pop("place")
-        record = MapRecord(pair.name, "written", **figures)
+        name = pair.name
+        self.places[figures.pop("place")].append(name)
+        record = MapRecord(name, "written", **figures)
         self.report.maps.append(record)
-        self._remove_outdated(pair, pair.name)
+        self._remove_outdated(pair, name)
         if record.shift and math.hypot(*record.shift) > LARGEST_SHIFT:
-            message = f"{pair.name}: the images are displaced by {math.hypot(*record.shift):.2f} pixels, expected 0"
+            message = f"{name}: the images are displaced by {math.hypot(*record.shift):.2f} pixels, expected 0"
             warnings.warn(message, ShiftWarning, stacklevel=2)
 
     def _remove_outdated(self, pair: Pair, name: str | None) -> None:

@@ -18,6 +18,7 @@ import pystac
 import pytest
 import rasterio
 from conftest import GSD
+from dask.callbacks import Callback
 from distributed import Client, get_task_stream
 from fault_server import FaultServer
 
@@ -314,6 +315,18 @@ def test_what_users_did_to_the_array_is_written_as_it_is_or_refused(make_series,
     with pytest.raises(OutputError, match=r"S2CD_31UDS\S+: probabilities from \S+ to 2\S*, expected 0 to 1 or NaN"):
         s2cd.write_change_maps((change + 1).assign_attrs(change.attrs), tmp_path / "more")
     assert not list((tmp_path / "more").rglob("S2CD_*"))
+
+
+def test_a_map_of_the_public_steps_that_is_there_no_more_is_an_error(make_series, tmp_path):
+    def lose(key, *_):
+        if str(key).startswith("_write_array"):
+            next(tmp_path.rglob("S2CD_*.tif")).unlink()
+
+    scenes = make_series(dates=2)
+    change = s2cd.detect_changes(s2cd.open_cube(scenes), s2cd.consecutive_pairs(scenes), device="cpu")
+    message = rf"S2CD_31UDS\S+: written to {tmp_path} on {socket.gethostname()}, but it is there no more"
+    with dask.config.set(scheduler="sync"), Callback(posttask=lose), pytest.raises(OutputError, match=message):
+        s2cd.write_change_maps(change, tmp_path)
 
 
 def test_frozen_scenes_run_again_exactly(make_series, config, client, tmp_path):

@@ -95,11 +95,11 @@ def cataloguing(out: str) -> Iterator[set[str]]:
     listed |= write_catalog(out)
 
 
-def lost_maps(out: str, listed: Collection[str], places: Mapping[str, str]) -> dict[str, str]:
+def lost_maps(out: str, listed: Collection[str], places: Mapping[str, list[str]]) -> dict[str, str]:
     """Return the maps that were written but are not in the folder, by name, each with an error that says so.
 
     listed  names of the maps that the folder's listing shows
-    places  where each map was written, by name, as `place_of` tells it there
+    places  names of the maps that were written, by the place, as `place_of` tells it there
     """
     here = place_of(out)
     return {
@@ -109,7 +109,8 @@ def lost_maps(out: str, listed: Collection[str], places: Mapping[str, str]) -> d
             if place == here
             else f"not found in {here}: expected a folder that both share"
         )
-        for name, place in places.items()
+        for place, names in places.items()
+        for name in names
         # a network folder may list late what another machine wrote, but knows it when asked
         if name not in listed and not is_done(out, name)
     }
