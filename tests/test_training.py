@@ -575,8 +575,10 @@ def test_runs_of_one_start_are_averaged_and_others_form_a_committee(catalogue, t
         return logit(as_model(net, "x").predict(city.before.reflectance, city.after.reflectance).astype(np.float64))
 
     net = combined([*tuned, fresh])
-    expected = (logits(averaged(tuned)) + logits(averaged([fresh]))) / 2
-    np.testing.assert_allclose(logits(net), expected, atol=1e-3)
+    expected = (2 * logits(averaged(tuned)) + logits(averaged([fresh]))) / 3
+    np.testing.assert_allclose(
+        logits(net), expected, atol=0.02
+    )  # a vote is in the weights, which are rounded to bfloat16
     card = publish("mine", [*tuned, fresh], [], load_cities(catalogue), tmp_path / "shipped")
     assert card["architecture"].startswith("mean of 2")
     assert [run["start"] for run in card["training"]] == ["generic", "generic", None]

@@ -1,7 +1,8 @@
 """The network: one encoder for each date, the absolute difference at every scale, a light decoder.
 
 Inside, everything lies on the 20 m grid: the four 10 m bands come as 2 x 2 blocks (16 channels) beside the three
-20 m bands, so that no band is resampled, and the head writes four values per 20 m pixel, one for each 10 m pixel.
+20 m bands, so that no band is resampled. The head writes four values per 20 m pixel, one for each 10 m pixel: these are
+trained, but their mean and the edges in the red band of either date tell more of 10 m pixels (`along_edges`).
 It follows the FC-Siam-diff of Daudt et al. (ICIP 2018) at a ninth of its arithmetic; |a - b| makes the result
 symmetric in time, to the bit.
 
@@ -12,7 +13,7 @@ on nothing beyond `HALO` and a chunk gives what the whole image gives.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 
 import torch
@@ -25,7 +26,8 @@ HALO = 64  # 10 m pixels; at least the radius of the receptive field, a multiple
 FINE_BANDS = 4  # the first bands, at 10 m
 COARSE_BANDS = 3  # the others, at 20 m
 INPUTS = 4 * FINE_BANDS + COARSE_BANDS + 1  # the last channel tells where there is an observation
-SMOOTH = 2  # times that logits are averaged over 3 x 3 pixels of 10 m, in inference
+RED = slice(8, 12)  # channels of the input: the band whose edges the logits follow, four 10 m pixels
+FLAT = 0.3  # variance of that band around a pixel, in squares of its spread, below which edges count less and less
 STRIP = 128  # rows of 20 m that a CPU works on at a time at the finest level, so that little memory is touched
 WIDTHS = (16, 32, 48, 64)  # channels at 20, 40, 80 and 160 m
 DEPTHS = (1, 2, 1, 1)  # 3 x 3 convolutions at each level of the encoder
@@ -99,45 +101,46 @@ class ChangeNet(nn.Module):
         self.head = nn.Conv2d(widths[0], 4, 1)
         self.register_buffer("discount", torch.zeros(()))  # logits by which e times the usual difference counts less
         self.register_buffer("evidence", torch.zeros(()))  # logits that e times the magnitude adds
-        self.smooth = 0 if norm else SMOOTH
 
     def encode(self, x: Tensor) -> Features:
-        """Return the features of one date at every level, and the date itself in float16."""
-        pixels, features = x.half(), [self._finest_features(x)]
+        """Return the features of one date at every level, its `band_means` and its `edges`."""
+        return (*self.levels(x), band_means(x), edges(x))
+
+    def levels(self, x: Tensor) -> list[Tensor]:
+        """Return the features of one date, finest first."""
+        features = [self._finest_features(x)]
         for down, block in zip(self.down, self.blocks[1:], strict=True):
             features.append(block(down(features[-1])))
-        return (*features, pixels)
+        return features
 
     def _finest_features(self, x: Tensor) -> Tensor:
-        """Return the features of a date at 20 m, on a CPU a few rows at a time."""
-        rows, parts, margin = x.shape[2], [], 1 + self.depths[0]
-        strip = rows if self.training or x.is_cuda else STRIP
-        for top in range(0, rows, strip):
-            start = max(0, top - margin)
-            part = x[:, :, start : top + strip + margin]
-            part = self.blocks[0](self.stem(part.to(torch.promote_types(part.dtype, torch.float32))))
-            parts.append(part[:, :, top - start :][:, :, :strip])
-        return torch.cat(parts, dim=2)
+        """Return the features of a date at 20 m."""
+
+        def features(part: Tensor) -> Tensor:
+            return self.blocks[0](self.stem(part.to(torch.promote_types(part.dtype, torch.float32))))
+
+        return _by_strips(x, lambda rows: features(x[:, :, rows]), 1 + self.depths[0], whole=self.training)
 
     def decode(self, a: Features, b: Features, background: Tensor | float = 1.0) -> Tensor:
         """Return the logits of change between two dates, the same whichever comes first.
 
         `background` is `s2cd.model.normalise.background` of each of the n pairs, (n, 1, 1, 1), or of all.
         """
-        x = self.bottom((a[-2] - b[-2]).abs_())
+        logits = self.vote(a, b, background)
+        return shuffled(logits) if self.training else finished(logits, a[-1], b[-1])
+
+    def vote(self, a: Features, b: Features, background: Tensor | float = 1.0) -> Tensor:
+        """Return the logits that `decode` finishes: (n, 1, h, w) on the 20 m grid, in training those of 10 m pixels."""
+        x = self.bottom((a[-3] - b[-3]).abs_())
         for level in reversed(range(1, len(self.mix))):
             x = self._merged(level, a[level], b[level], x)
         usual = torch.log(torch.as_tensor(background, device=x.device))
-        rows, parts = a[0].shape[2], []
-        strip = rows if self.training or x.is_cuda else STRIP
-        margin = 2 * -(-(2 + self.smooth) // 4)  # rows that convolution or surroundings, and smoothing, reach; even
-        for top in range(0, rows, strip):
-            start, stop = max(0, top - margin), min(top + strip, rows)
-            span = (..., slice(start, min(stop + margin, rows)), slice(None))
-            below = x[..., start // 2 : (stop + margin) // 2, :]
-            part = self._finest(below, [f[span] for f in (a[0], b[0], a[-1], b[-1])], usual)
-            parts.append(part[:, :, 2 * (top - start) : 2 * (stop - start)])
-        return torch.cat(parts, dim=2)
+
+        def finest(rows: slice) -> Tensor:
+            below = x[:, :, rows.start // 2 : (rows.stop + 1) // 2]
+            return self._finest(below, [f[:, :, rows] for f in (a[0], b[0], a[-2], b[-2])], usual)
+
+        return _by_strips(a[0], finest, 2, whole=self.training)  # convolution and surroundings reach a row; even
 
     def _merged(self, level: int, a: Tensor, b: Tensor, below: Tensor) -> Tensor:
         """Return what a level of the decoder hands up, from its features and from what the level below did."""
@@ -145,14 +148,12 @@ class ChangeNet(nn.Module):
         return self.mix[level](self.lateral[level]((a - b).abs_(), add=up))
 
     def _finest(self, below: Tensor, dates: list[Tensor], usual: Tensor) -> Tensor:
-        """Return the logits of both experts, smoothed, on the 10 m grid."""
-        a, b, pixels_a, pixels_b = dates
+        """Return the logits of both experts."""
+        a, b, means_a, means_b = dates
         logits = self.head(self._merged(0, a, b, below))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) - self.discount * usual
-        x = _shuffled(logits + self.evidence * (magnitude(pixels_a, pixels_b) - usual))
-        for _ in range(self.smooth):
-            x = box(x)
-        return x
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = (logits if self.training else logits.mean(dim=1, keepdim=True)) - self.discount * usual
+        return logits + self.evidence * (magnitude(means_a, means_b) - usual)
 
     def forward(self, before: Tensor, after: Tensor, background: Tensor | float = 1.0) -> Tensor:
         """Return logits; both dates pass the encoder in one batch, so that its statistics are those of both."""
@@ -167,6 +168,14 @@ class ChangeNet(nn.Module):
         return self
 
     @torch.no_grad()
+    def scale(self, factor: float) -> ChangeNet:
+        """Multiply the logits by `factor`."""
+        assert self.head.bias is not None
+        for part in (self.head.weight, self.head.bias, self.discount, self.evidence):
+            part.mul_(factor)
+        return self
+
+    @torch.no_grad()
     def folded(self, temperature: float = 1.0, bias: float = 0.0) -> ChangeNet:
         """Return the network for inference: normalisation folded, logits / temperature + bias in the head."""
         net = ChangeNet(norm=False, widths=self.widths, depths=self.depths)
@@ -175,17 +184,17 @@ class ChangeNet(nn.Module):
             if isinstance(unit, Unit):
                 weight, offset = units[name].folded()
                 unit.conv.load_state_dict({"weight": weight, "bias": offset})
-        assert self.head.bias is not None
-        head = {"weight": self.head.weight / temperature, "bias": self.head.bias / temperature + bias}
-        net.head.load_state_dict(head)
-        net.pool(float(self.discount) / temperature, float(self.evidence) / temperature)
+        net.head.load_state_dict(self.head.state_dict())
+        net.pool(float(self.discount), float(self.evidence)).scale(1 / temperature)
+        assert net.head.bias is not None
+        net.head.bias += bias
         return net.eval()
 
 
 class Committee(nn.Module):
     """Networks that look at the same dates; the mean of their logits counts (logarithmic opinion pool).
 
-    Takes and gives what `ChangeNet` does; the features of a date are those of all members, and the date itself once.
+    Takes and gives what `ChangeNet` does; the features of a date are those of all members, its means and edges once.
     """
 
     def __init__(self, members: Iterable[ChangeNet]):
@@ -198,18 +207,18 @@ class Committee(nn.Module):
         return [member for member in self.members if isinstance(member, ChangeNet)]
 
     def encode(self, x: Tensor) -> Features:
-        """Return the features of one date, member by member, and the date itself."""
-        features = [member.encode(x) for member in self.networks]
-        return (*itertools.chain.from_iterable(part[:-1] for part in features), features[0][-1])
+        """Return the features of one date, member by member, its `band_means` and its `edges`."""
+        features = itertools.chain.from_iterable(member.levels(x) for member in self.networks)
+        return (*features, band_means(x), edges(x))
 
     def decode(self, a: Features, b: Features, background: Tensor | float = 1.0) -> Tensor:
         """Return the logits of change between two dates, the same whichever comes first."""
-        size = (len(a) - 1) // len(self.members)
-        votes = []
-        for i, member in enumerate(self.networks):
-            part = slice(i * size, (i + 1) * size)
-            votes.append(member.decode((*a[part], a[-1]), (*b[part], b[-1]), background))
-        return torch.stack(votes).mean(dim=0)
+        size = (len(a) - 2) // len(self.members)
+        parts = [slice(i * size, (i + 1) * size) for i in range(len(self.members))]
+        dates = [((*a[part], *a[-2:]), (*b[part], *b[-2:])) for part in parts]
+        votes = [member.vote(*pair, background) for member, pair in zip(self.networks, dates, strict=True)]
+        logits = torch.stack(votes).mean(dim=0)
+        return shuffled(logits) if self.training else finished(logits, a[-1], b[-1])
 
     def forward(self, before: Tensor, after: Tensor, background: Tensor | float = 1.0) -> Tensor:
         """Return logits."""
@@ -238,21 +247,74 @@ def _fused(conv: nn.Conv2d, x: Tensor, add: Tensor | None, *, relu: bool) -> Ten
     return call.binary(x, add.to(kind), weight, bias, *how, "add", 1.0, "relu" if relu else None, [], "")
 
 
-def magnitude(a: Tensor, b: Tensor) -> Tensor:
-    """Return the logarithm of the length of the change vector, of each 10 m pixel and of its surroundings of 60 m.
+def _by_strips(like: Tensor, make: Callable[[slice], Tensor], margin: int, *, whole: bool) -> Tensor:
+    """Return `make` of all rows of `like`: on a CPU a few at a time, with `margin` more on either side."""
+    rows, parts = like.shape[2], []
+    strip = rows if whole or like.is_cuda else STRIP
+    for top in range(0, rows, strip):
+        start, stop = max(0, top - margin), min(top + strip + margin, rows)
+        parts.append(make(slice(start, stop))[:, :, top - start :][:, :, :strip])
+    with torch.autocast(like.device.type, enabled=False):  # it refuses float16
+        return torch.cat(parts, dim=2)
 
-    a, b are inputs of the network (n, INPUTS, h, w); the result is float32 (n, 4, h, w), the 10 m pixels in the order
-    of `pixel_shuffle`. What either date does not show counts as unchanged. Change-vector analysis: Malila, 1980.
+
+def finished(logits: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return logits of 20 m pixels (n, 1, h, w) on the 10 m grid (n, 1, 2h, 2w), along the `edges` of both dates."""
+
+    def along(rows: slice) -> Tensor:
+        part = logits[:, :, rows]
+        return (along_edges(part, a[:, :, rows]) + along_edges(part, b[:, :, rows])) / 2
+
+    return shuffled(_by_strips(logits, along, 4, whole=False))
+
+
+def edges(x: Tensor) -> Tensor:
+    """Return the red pixels of an input of the network, (n, 4, h, w) float32: the four of 10 m of each of 20 m."""
+    return x[:, RED].float().contiguous(memory_format=torch.contiguous_format)
+
+
+def along_edges(logits: Tensor, guide: Tensor) -> Tensor:
+    """Return logits (n, 1, h, w) for the 10 m pixels of `guide`, (n, 4, h, w): smooth but for the edges in that.
+
+    Within 120 m around each pixel of 40 m they are fitted as a linear function of the guide; the fits, interpolated,
+    tell those of its 10 m pixels: fast guided filter (He and Sun, arXiv:1505.00996).
     """
-    difference, seen = (a - b).float(), torch.minimum(a[:, -1:], b[:, -1:]).float()
-    if torch.is_autocast_enabled(a.device.type):
-        difference = difference.to(torch.get_autocast_dtype(a.device.type))  # once for both kernels
-    quarters, bands, all_bands = _sums(a.device)
-    means = functional.conv2d(difference, bands).float()
-    squares = functional.conv2d(difference.square(), quarters).float()
+    level = guide.mean(dim=1, keepdim=True)
+    moments = torch.cat([logits, level, level * logits, level.square()], dim=1)
+    mean, usual, product, square = box(_halved(moments)).split(1, dim=1)
+    slope = (product - usual * mean) / (square - usual.square() + FLAT)
+    fits = torch.cat([slope, mean - slope * usual], dim=1)
+    slope, offset = functional.interpolate(fits, scale_factor=2.0, mode="bilinear").split(1, dim=1)
+    return slope * guide + offset
+
+
+def _halved(x: Tensor) -> Tensor:
+    """Return the means of 2 x 2 pixels of (n, channels, h, w)."""
+    rows = x[:, :, ::2] + x[:, :, 1::2]
+    return (rows[..., ::2] + rows[..., 1::2]) / 4
+
+
+def band_means(x: Tensor) -> Tensor:
+    """Return each band's mean over the 20 m pixels of an input of the network, last where there is an observation.
+
+    (n, bands + 1, h, w) float16.
+    """
+    kernel, _ = _sums(x.device)
+    with torch.autocast(x.device.type, enabled=False):  # differences of these matter: bfloat16 would not do
+        return _by_strips(x, lambda rows: functional.conv2d(x[:, :, rows].float(), kernel).half(), 0, whole=False)
+
+
+def magnitude(a: Tensor, b: Tensor) -> Tensor:
+    """Return the logarithm of the length of the change vector, of each 20 m pixel and of its surroundings of 60 m.
+
+    a, b are the `band_means` of two dates; the result is float32 (n, 1, h, w). What either date does not show counts as
+    unchanged. Change-vector analysis: Malila, 1980.
+    """
+    difference, seen = (a - b).float(), torch.minimum(a[:, -1:], b[:, -1:])
     if a.is_cuda or not bool((seen == 1).all()):  # to look would make a GPU wait
-        means, squares = means * seen, squares * seen
-    squares = squares + functional.conv2d(box(means).square_(), all_bands).float()
+        difference = difference * seen
+    _, total = _sums(a.device)
+    squares = functional.conv2d(difference.square() + box(difference).square_(), total).float()
     return 0.5 * torch.log(squares + 1e-3)
 
 
@@ -268,7 +330,7 @@ def box(x: Tensor) -> Tensor:
     return x.div_(9)
 
 
-def _shuffled(x: Tensor) -> Tensor:
+def shuffled(x: Tensor) -> Tensor:
     """Return `pixel_shuffle(x, 2)` of (n, 4, h, w): several times faster where channels lie last."""
     n, _, h, w = x.shape
     out = x.new_empty((n, 1, 2 * h, 2 * w))
@@ -278,19 +340,14 @@ def _shuffled(x: Tensor) -> Tensor:
 
 
 @cache
-def _sums(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return kernels of 1 x 1: the sum over the bands of each 10 m pixel, (4, INPUTS); each band's mean; their sum.
-
-    The last gives each 10 m pixel the sum over all bands' means, (4, bands).
-    """
+def _sums(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return kernels of 1 x 1: each band's mean over a 20 m pixel and where that is seen; the sum over all bands."""
     with torch.inference_mode(False):  # or they could not be used in training
-        fine, coarse = torch.eye(4).repeat(1, FINE_BANDS), torch.ones(4, COARSE_BANDS)
-        bands = torch.block_diag(*[torch.full((1, 4), 0.25)] * FINE_BANDS, torch.eye(COARSE_BANDS))
-        seen = (0, 1)  # the last channel takes no part
-        quarters = functional.pad(torch.cat([fine, coarse], dim=1), seen)
-        sums = torch.ones(4, len(bands))
-        quarters, bands, sums = (k[:, :, None, None].to(device) for k in (quarters, functional.pad(bands, seen), sums))
-        return quarters, bands, sums
+        quarters, ones = [torch.full((1, 4), 0.25)] * FINE_BANDS, torch.eye(COARSE_BANDS + 1)
+        each = torch.block_diag(*quarters, ones)
+        total = torch.ones(1, len(each))
+        total[:, -1] = 0
+        return each[:, :, None, None].to(device), total[:, :, None, None].to(device)
 
 
 def network_of(weights: Mapping[str, Tensor], *, norm: bool = False) -> ChangeNet | Committee:

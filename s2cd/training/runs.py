@@ -31,6 +31,7 @@ from s2cd.training.simulated import BLOCK
 FOLD_SEED = 4
 NETWORKS = ("s2cd", "fc-siam-diff")
 POOL = (3.0, 6.0)  # weights of the background and of the magnitude beside a network trained without labels
+STARTED = 2.0  # votes in a committee of a network that started from trained weights; one from scratch has one
 HALF_POOL = (POOL[0] / 2, POOL[1] / 2)  # beside one that learns from labels what they leave open; calibrated alike
 
 NO_START: dict[str, Any] = {
@@ -114,6 +115,8 @@ class Run:
 def combined(runs: list[Run]) -> Trainable:
     """Return the network of several runs: mean weights of those that started from the same ones, a committee of these.
 
+    In it networks that started from trained weights have STARTED votes.
+
     Raises ConfigError for a committee with networks other than `ChangeNet`.
     """
     groups: dict[str, list[Run]] = {}
@@ -126,7 +129,9 @@ def combined(runs: list[Run]) -> Trainable:
         if not isinstance(member, ChangeNet):
             kind = group[0].kind if isinstance(member, FCSiamDiff) else "committee"
             raise ConfigError(f"{group[0].path.name}: found a {kind}, expected single networks {NETWORKS[0]!r}")
-    return Committee(member for member in members if isinstance(member, ChangeNet))
+    networks = [member for member in members if isinstance(member, ChangeNet)]
+    votes = [STARTED if group[0].start_sha256 else 1.0 for group in groups.values()]
+    return Committee(net.scale(n * len(votes) / sum(votes)) for net, n in zip(networks, votes, strict=True))
 
 
 def averaged(runs: list[Run]) -> Trainable:
