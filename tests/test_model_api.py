@@ -27,12 +27,14 @@ from s2cd.model.network import (
     HALO,
     INPUTS,
     REACH,
+    RED,
     STRIDE,
     STRIP,
     ChangeNet,
     along_edges,
     box,
     cost,
+    edges,
     network_of,
 )
 from s2cd.model.tensors import to_input
@@ -228,7 +230,7 @@ def test_logits_follow_the_edges_of_the_image():
     """A field that begins in the middle of 20 m pixels: smooth logits are cut there, though it is 10 m wide of one."""
     columns = torch.arange(48)
     guide = (columns >= 25).float().expand(1, 1, 32, 48)  # 10 m pixels
-    blocks = functional.pixel_unshuffle(guide, 2)
+    blocks = edges(torch.cat([torch.zeros(1, RED.start, 16, 24), functional.pixel_unshuffle(guide, 2)], dim=1))
     truth = torch.where(columns >= 25, 5.0, -5.0).expand(1, 1, 32, 48)
     coarse = box(functional.avg_pool2d(truth, 2))
     found = functional.pixel_shuffle(along_edges(coarse, blocks), 2)
@@ -239,9 +241,10 @@ def test_logits_follow_the_edges_of_the_image():
 
 
 def test_logits_without_edges_stay_what_they_are_on_the_whole():
-    logits, noise = torch.randn(2, 1, 16, 24), torch.randn(2, 4, 16, 24)
-    torch.testing.assert_close(along_edges(torch.full_like(logits, 3.0), noise), torch.full_like(noise, 3.0))
-    smooth = along_edges(logits, torch.ones(2, 4, 16, 24))
+    logits, noise = torch.randn(2, 1, 16, 24), torch.randn(2, INPUTS, 16, 24)
+    flat = along_edges(torch.full_like(logits, 3.0), edges(noise))
+    torch.testing.assert_close(flat, torch.full((2, 4, 16, 24), 3.0))
+    smooth = along_edges(logits, edges(torch.ones_like(noise)))
     assert (smooth == smooth[:, :1]).all()
     assert smooth.std() < 0.5 * logits.std()
 
