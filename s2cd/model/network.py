@@ -309,8 +309,12 @@ def band_means(x: Tensor) -> Tensor:
     (n, bands + 1, h, w) float16.
     """
     kernel, _ = _sums(x.device)
+
+    def told(rows: slice) -> Tensor:  # a product of matrices: of so small a convolution torch copies the input
+        return functional.linear(x[:, :, rows].permute(0, 2, 3, 1).float(), kernel).half().permute(0, 3, 1, 2)
+
     with torch.autocast(x.device.type, enabled=False):  # differences of these matter: bfloat16 would not do
-        return _by_strips(x, lambda rows: functional.conv2d(x[:, :, rows].float(), kernel).half(), 0, whole=False)
+        return _by_strips(x, told, 0, whole=False)
 
 
 def magnitude(a: Tensor, b: Tensor) -> Tensor:
@@ -350,13 +354,13 @@ def shuffled(x: Tensor) -> Tensor:
 
 @cache
 def _sums(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return kernels of 1 x 1: each band's mean over a 20 m pixel and where that is seen; the sum over all bands."""
+    """Return the matrix of each band's mean over 20 m pixels and of where they are seen, and a kernel: the bands' sum."""
     with torch.inference_mode(False):  # or they could not be used in training
         quarters, ones = [torch.full((1, 4), 0.25)] * FINE_BANDS, torch.eye(COARSE_BANDS + 1)
         each = torch.block_diag(*quarters, ones)
         total = torch.ones(1, len(each))
         total[:, -1] = 0
-        return each[:, :, None, None].to(device), total[:, :, None, None].to(device)
+        return each.to(device), total[:, :, None, None].to(device)
 
 
 def network_of(weights: Mapping[str, Tensor], *, norm: bool = False) -> ChangeNet | Committee:
