@@ -354,7 +354,7 @@ def shuffled(x: Tensor) -> Tensor:
 
 @cache
 def _sums(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the matrix of each band's mean over 20 m pixels and of where they are seen, and a kernel: the bands' sum."""
+    """Return the matrix of each band's mean in 20 m and of where that is seen, and a kernel: the sum over bands."""
     with torch.inference_mode(False):  # or they could not be used in training
         quarters, ones = [torch.full((1, 4), 0.25)] * FINE_BANDS, torch.eye(COARSE_BANDS + 1)
         each = torch.block_diag(*quarters, ones)
