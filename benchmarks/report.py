@@ -192,16 +192,16 @@ def _page(parts: Parts, origins: Origins, results: Path) -> list[str]:
     blocks = [
         "# Benchmark",
         f"Made by `python -m benchmarks report` from the recorded results in this folder. {newest['date']}.",
-        f"Machine: {machine['processor']}, {machine['cores']} cores ({machine['threads_per_core']} hardware threads a "
-        f"core), {machine['memory_gb']} GB; GPU: {machine['device'] or 'none'}. Versions: "
+        f"Newest machine: {machine['processor']}, {machine['cores']} cores ({machine['threads_per_core']} hardware "
+        f"threads a core), {machine['memory_gb']} GB; GPU: {machine['device'] or 'none'}. Versions: "
         + ", ".join(f"{name} {number}" for name, number in versions.items())
         + ".",
         table(parts, all_rows=True).replace("| missed |", f"| missed ([why]({WHY})) |"),
         "![time by stage, timeline, memory](benchmark.png)",
         "Where each row comes from:",
         "\n".join(
-            f"- {name}: {d['file']}, {d['date']}{_extent(name, d)}, load {d['load']['before']} "
-            f"before{_others(d['parts'][name])}"
+            f"- {name}: {d['file']}, {d['date']}, {d['machine']['processor'].partition(' (')[0]}{_extent(name, d)}, "
+            f"load {d['load']['before']} before{_others(d['parts'][name])}"
             for name, documents in origins.items()
             for d in documents
         ),
