@@ -18,7 +18,7 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 services: .venv/.installed
 	bash tests/services/start.sh

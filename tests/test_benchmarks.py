@@ -15,6 +15,7 @@ import pytest
 import rasterio
 from click.testing import CliRunner
 
+from benchmarks import data as prepared
 from benchmarks import europe, suite
 from benchmarks.__main__ import main
 from benchmarks.data import prepare, repeated
@@ -33,7 +34,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(folder):
-    return prepare(folder / "data", source="simulated", **TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepared, "FIELDS", 2)  # of six landscapes
+        return prepare(folder / "data", source="simulated", **TINY)
 
 
 def invoke(*arguments):
