@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +33,12 @@ from s2cd.model.network import (
     STRIP,
     ChangeNet,
     along_edges,
+    appearance,
     box,
     cost,
     edges,
+    haze_between,
+    magnitude,
     network_of,
 )
 from s2cd.model.tensors import to_input
@@ -207,11 +211,23 @@ def test_codes_tell_what_decode_does(model, reasons):
 def test_background_is_the_usual_difference_of_two_dates():
     image = ground((300, 400))
     stats = normalise.statistics(image)
-    first, second = (normalise.sketch(x, stats) for x in (image, image + stats[:, 1, None, None]))
-    assert normalise.background(first, second) == pytest.approx(1 / normalise.TYPICAL, rel=0.01)
-    assert normalise.background(first, first) == normalise.LEAST_BACKGROUND
+    first = normalise.sketch(image, stats)
+
+    def moved(by, where=slice(None)):
+        second = first.copy()
+        second[:, where] += np.float16(by)
+        return normalise.background(first, second)
+
+    rows = first.shape[1]
+    half = 0.5 / normalise.TYPICAL
+    assert moved(0.5) == pytest.approx(half, rel=0.01)
+    assert moved(0) == normalise.LEAST_BACKGROUND
+    assert moved(5) == normalise.MOST_BACKGROUND
+    assert moved(5, slice(rows // 10)) == normalise.LEAST_BACKGROUND, "what changed is not usual"
+    assert moved(0.8, slice(rows // 2)) == pytest.approx(0.8 * 4 / 9 / normalise.TYPICAL, rel=0.02), "forest and fields"
+    second = first + np.float16(0.5)
     second[:, 10:] = np.nan
-    assert normalise.background(first, second) == pytest.approx(1 / normalise.TYPICAL, rel=0.01)
+    assert normalise.background(first, second) == pytest.approx(half, rel=0.01)
     assert normalise.background(first, np.full_like(first, np.nan)) == 1.0
 
 
@@ -224,6 +240,28 @@ def test_a_distant_pixel_has_no_influence(model):
     assert moved[160] > 0
     assert moved[: 160 - HALO].max() == 0
     assert moved[160 + HALO + 1 :].max() == 0
+
+
+def test_what_differs_alike_all_around_is_no_evidence_and_a_large_change_stays_one():
+    """A veil over everything, and a flood of a square kilometre; nothing is seen in the first rows of one date."""
+    first = torch.rand(1, INPUTS, 96, 96)
+    first[:, -1] = 1
+    second = first.clone()
+    second[:, :-1] += 0.7
+    second[:, :-1, 24:56, 24:72] += 4
+    second[:, :, :8] = 0
+
+    def evidence(a, b):
+        (_, cells_a, means_a), (_, cells_b, means_b) = appearance(a), appearance(b)
+        return magnitude(means_a, means_b, haze_between(cells_a, cells_b))[0, 0]
+
+    found = evidence(first, second)
+    torch.testing.assert_close(found, evidence(second, first))
+    nothing = 0.5 * math.log(1e-3)
+    torch.testing.assert_close(found[88:], torch.full((8, 96), nothing), atol=0.05, rtol=0)
+    torch.testing.assert_close(found[:7], torch.full((7, 96), nothing))
+    plain = 0.5 * math.log(2 * 7 * 4.7**2)
+    assert found[40, 48] > plain - 0.4
 
 
 def test_logits_follow_the_edges_of_the_image():
@@ -487,6 +525,7 @@ def test_reach_is_as_far_as_a_pixel_beyond_an_aligned_edge_matters():
     net = ChangeNet().double().eval()
     for parameter in net.parameters():
         torch.nn.init.uniform_(parameter, 0.01, 0.3)
+    net.pool(1.0, 1.0)
     edge, size, reach = 64, 128, REACH // 2  # on the 20 m grid; a multiple of the network's stride there
     generator = torch.Generator().manual_seed(0)
     before, after = torch.rand(2, 1, INPUTS, size, size, dtype=torch.float64, generator=generator)

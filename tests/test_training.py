@@ -30,6 +30,7 @@ from s2cd.training.fitting import Plan
 from s2cd.training.material import Material
 from s2cd.training.metrics import Histogram
 from s2cd.training.nuisance import Nuisances, displaced
+from s2cd.training.robustness import disturbed, of_model
 from s2cd.training.runs import (
     HALF_POOL,
     Run,
@@ -683,6 +684,17 @@ def test_a_model_of_two_bands_is_scored_on_its_bands(catalogue, tmp_path):
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 1
     assert re.search(r"^error: model .* takes rededge1, expected only blue, ", result.output, re.M), result.output
+
+
+@pytest.mark.parametrize("kind", ["cirrus", "shift", "all"])
+def test_an_unchanged_city_stays_so_under_another_sky(shared_data, kind):
+    """Beihai and Saclay, where cirrus over sea and dark fields once looked like change on 2 and 3 % of the pixels."""
+    predict = of_model(load_model("generic", device="cpu"))
+    cities = [city for city in load_cities(shared_data / "oscd") if city.name in {"beihai", "saclay_e"}]
+    maps = [predict(c, c.before.reflectance, disturbed(c.before, kind, 3)).ravel() for c in cities]
+    probability = np.concatenate(maps)
+    assert probability.mean() < 0.02
+    assert (probability > 0.5).mean() < 0.002
 
 
 def test_the_shipped_urban_model_finds_change_in_a_real_city(shared_data):

@@ -28,6 +28,10 @@ COARSE_BANDS = 3  # the others, at 20 m
 INPUTS = 4 * FINE_BANDS + COARSE_BANDS + 1  # the last channel tells where there is an observation
 RED = slice(8, 12)  # channels of the input: the band whose edges the logits follow, four 10 m pixels
 FLAT = 0.3  # variance of that band around a pixel, in squares of its spread, below which edges count less and less
+OWN = 0.25  # share of a 20 m pixel's own logits beside what is fitted around it, in which small changes fade
+CELL = 4  # 20 m pixels along a side of a cell of 80 m
+AROUND = 9  # cells along a side of what tells how much a place differs as its surroundings do
+HAZY = 1.0  # normalised difference of a cell that counts there at most: what differs more is no air
 STRIP = 128  # rows of 20 m that a CPU works on at a time at the finest level, so that little memory is touched
 WIDTHS = (16, 32, 48, 64)  # channels at 20, 40, 80 and 160 m
 DEPTHS = (1, 2, 1, 1)  # 3 x 3 convolutions at each level of the encoder
@@ -103,8 +107,8 @@ class ChangeNet(nn.Module):
         self.register_buffer("evidence", torch.zeros(()))  # logits that e times the magnitude adds
 
     def encode(self, x: Tensor) -> Features:
-        """Return the features of one date at every level, its `band_means` and its `edges`."""
-        return (*self.levels(x), band_means(x), edges(x))
+        """Return the features of one date at every level, and its `appearance`."""
+        return (*self.levels(x), *appearance(x))
 
     def levels(self, x: Tensor) -> list[Tensor]:
         """Return the features of one date, finest first."""
@@ -127,18 +131,24 @@ class ChangeNet(nn.Module):
         `background` is `s2cd.model.normalise.background` of each of the n pairs, (n, 1, 1, 1), or of all.
         """
         logits = self.vote(a, b, background)
-        return _shuffled(logits) if self.training else finished(logits, a[-1], b[-1])
+        return _shuffled(logits) if self.training else finished(logits, a[-3], b[-3])
 
     def vote(self, a: Features, b: Features, background: Tensor | float = 1.0) -> Tensor:
         """Return the logits that `decode` finishes: (n, 1, h, w) on the 20 m grid, in training those of 10 m pixels."""
-        x = self.bottom((a[-3] - b[-3]).abs_())
+        coarsest = len(self.mix)
+        x = self.bottom((a[coarsest] - b[coarsest]).abs_())
         for level in reversed(range(1, len(self.mix))):
             x = self._merged(level, a[level], b[level], x)
         usual = torch.log(torch.as_tensor(background, device=x.device))
+        (_, cells_a, means_a), (_, cells_b, means_b) = a[-3:], b[-3:]
+        hazy = haze_between(cells_a, cells_b)
 
         def finest(rows: slice) -> Tensor:
             below = x[:, :, rows.start // 2 : (rows.stop + 1) // 2]
-            return self._finest(below, [f[:, :, rows] for f in (a[0], b[0], a[-2], b[-2])], usual)
+            logits = self._finest(below, a[0][:, :, rows], b[0][:, :, rows]) - self.discount * usual
+            around = hazy[:, :, rows.start // 2 : (rows.stop + 1) // 2]
+            length = magnitude(means_a[:, :, rows], means_b[:, :, rows], around)
+            return logits + self.evidence * (length - usual)
 
         return _by_strips(a[0], finest, 2, whole=self.training)  # convolution and surroundings reach a row; even
 
@@ -147,16 +157,14 @@ class ChangeNet(nn.Module):
         up = functional.interpolate(below, scale_factor=2.0, mode="nearest")
         return self.mix[level](self.lateral[level]((a - b).abs_(), add=up))
 
-    def _finest(self, below: Tensor, dates: list[Tensor], usual: Tensor) -> Tensor:
-        """Return the logits of both experts."""
-        a, b, means_a, means_b = dates
+    def _finest(self, below: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Return the logits of the network itself, float32 where it computes in less."""
         weight, bias = self.head.weight, self.head.bias
         assert bias is not None
         if not self.training:  # the mean of what they give
             weight, bias = weight.mean(dim=0, keepdim=True), bias.mean(dim=0, keepdim=True)
         logits = functional.conv2d(self._merged(0, a, b, below), weight, bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) - self.discount * usual
-        return logits + self.evidence * (magnitude(means_a, means_b) - usual)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(self, before: Tensor, after: Tensor, background: Tensor | float = 1.0) -> Tensor:
         """Return logits; both dates pass the encoder in one batch, so that its statistics are those of both."""
@@ -197,7 +205,7 @@ class ChangeNet(nn.Module):
 class Committee(nn.Module):
     """Networks that look at the same dates; the mean of their logits counts (logarithmic opinion pool).
 
-    Takes and gives what `ChangeNet` does; the features of a date are those of all members, its means and edges once.
+    Takes and gives what `ChangeNet` does; the features of a date are those of all members, its `appearance` once.
     """
 
     def __init__(self, members: Iterable[ChangeNet]):
@@ -210,18 +218,18 @@ class Committee(nn.Module):
         return [member for member in self.members if isinstance(member, ChangeNet)]
 
     def encode(self, x: Tensor) -> Features:
-        """Return the features of one date, member by member, its `band_means` and its `edges`."""
+        """Return the features of one date, member by member, and its `appearance`."""
         features = itertools.chain.from_iterable(member.levels(x) for member in self.networks)
-        return (*features, band_means(x), edges(x))
+        return (*features, *appearance(x))
 
     def decode(self, a: Features, b: Features, background: Tensor | float = 1.0) -> Tensor:
         """Return the logits of change between two dates, the same whichever comes first."""
-        size = (len(a) - 2) // len(self.members)
+        size = (len(a) - 3) // len(self.members)
         parts = [slice(i * size, (i + 1) * size) for i in range(len(self.members))]
-        dates = [((*a[part], *a[-2:]), (*b[part], *b[-2:])) for part in parts]
+        dates = [((*a[part], *a[-3:]), (*b[part], *b[-3:])) for part in parts]
         votes = [member.vote(*pair, background) for member, pair in zip(self.networks, dates, strict=True)]
         logits = torch.stack(votes).mean(dim=0)
-        return _shuffled(logits) if self.training else finished(logits, a[-1], b[-1])
+        return _shuffled(logits) if self.training else finished(logits, a[-3], b[-3])
 
     def forward(self, before: Tensor, after: Tensor, background: Tensor | float = 1.0) -> Tensor:
         """Return logits."""
@@ -271,6 +279,16 @@ def finished(logits: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return _shuffled(_by_strips(logits, along, 4, whole=False))
 
 
+def appearance(x: Tensor) -> Features:
+    """Return what a date looks like, without any training: its `edges`, the means of cells of 80 m, its `band_means`.
+
+    Those of cells are of `band_means`, (n, bands + 1, h / CELL, w / CELL) float32.
+    """
+    means = band_means(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return edges(x), functional.avg_pool2d(means.float(), CELL), means
+
+
 def edges(x: Tensor) -> Tensor:
     """Return what `along_edges` follows of an input of the network, (n, 5, h, w) float32.
 
@@ -285,15 +303,15 @@ def along_edges(logits: Tensor, guide: Tensor) -> Tensor:
     """Return logits (n, 1, h, w) for 10 m pixels, (n, 4, h, w): smooth but for the edges in `guide`, see `edges`.
 
     Within 120 m around each pixel of 40 m they are fitted as a linear function of the guide; the fits, interpolated,
-    tell those of its 10 m pixels: fast guided filter (He and Sun, arXiv:1505.00996).
+    tell those of its 10 m pixels: fast guided filter (He and Sun, arXiv:1505.00996). OWN of its logits a pixel keeps.
     """
     pixels, level = guide[:, :4], guide[:, 4:]
     moments = torch.cat([logits, level, level * logits, level.square()], dim=1)
     mean, usual, product, square = box(_halved(moments)).split(1, dim=1)
     slope = (product - usual * mean) / (square - usual.square() + FLAT)
-    fits = torch.cat([slope, mean - slope * usual], dim=1)
+    fits = torch.cat([slope, mean - slope * usual], dim=1).mul_(1 - OWN)
     slope, offset = functional.interpolate(fits, scale_factor=2.0, mode="bilinear").split(1, dim=1)
-    return torch.addcmul(offset, slope, pixels)
+    return torch.addcmul(offset + OWN * logits, slope, pixels)
 
 
 def _halved(x: Tensor) -> Tensor:
@@ -316,13 +334,30 @@ def band_means(x: Tensor) -> Tensor:
         return _by_strips(x, told, 0, whole=False)
 
 
-def magnitude(a: Tensor, b: Tensor) -> Tensor:
+def haze_between(a: Tensor, b: Tensor) -> Tensor:
+    """Return what differs alike all around, (n, bands + 1, h, w) float32 for pixels of 40 m: veils, slopes, seasons.
+
+    a, b are the means of cells of two dates, as `appearance` has them. A cell counts by what both dates show of it, and
+    up to HAZY, so that a large flood stays one. The last channel means nothing.
+    """
+    seen = torch.minimum(a[:, -1:], b[:, -1:])
+    difference = (a / a[:, -1:].clamp(min=1e-3) - b / b[:, -1:].clamp(min=1e-3)).clamp_(-HAZY, HAZY)
+    around = torch.cat([difference[:, :-1] * seen, seen], dim=1).contiguous(memory_format=torch.channels_last)
+    for size, margin in (((AROUND, 1), (AROUND // 2, 0)), ((1, AROUND), (0, AROUND // 2))):
+        around = functional.avg_pool2d(around, size, 1, margin)
+    around /= around[:, -1:].clamp(min=1e-3)
+    return functional.interpolate(around, scale_factor=CELL / 2, mode="bilinear")
+
+
+def magnitude(a: Tensor, b: Tensor, hazy: Tensor) -> Tensor:
     """Return the logarithm of the length of the change vector, of each 20 m pixel and of its surroundings of 60 m.
 
-    a, b are the `band_means` of two dates; the result is float32 (n, 1, h, w). What either date does not show counts as
-    unchanged. Change-vector analysis: Malila, 1980.
+    a, b are the `band_means` of two dates, `hazy` is their `haze_between`; the result is float32 (n, 1, h, w). What
+    either date does not show counts as unchanged. Change-vector analysis: Malila, 1980.
     """
     difference, seen = (a - b).float(), torch.minimum(a[:, -1:], b[:, -1:])
+    for row, col in itertools.product((0, 1), repeat=2):
+        difference[:, :, row::2, col::2] -= hazy
     if a.is_cuda or not bool((seen == 1).all()):  # to look would make a GPU wait
         difference = difference * seen
     _, total = _sums(a.device)

@@ -28,8 +28,10 @@ LEAST_SPREAD = 0.01  # reflectance; open sea would otherwise be stretched to noi
 ROWS = 32  # of the 20 m grid, prepared at a time
 LIMIT = 6.0  # normalised values are clipped at +- LIMIT
 SKETCH = 128  # a sketch has at least so many pixels along a side, and less than twice as many
-TYPICAL = 0.35  # normalised difference that is usual between two seasons
+TYPICAL = 0.36  # normalised difference that is usual between two seasons
+USUAL = 0.9  # share of the pixels, those that differ least, that tell what is usual: what changed is among the others
 LEAST_BACKGROUND = 0.5  # of TYPICAL: less is as good as none, and noise must not be stretched to change
+MOST_BACKGROUND = 2.0  # of TYPICAL: between two seasons, too, something may have changed
 FEWEST = 64  # pixels seen on both dates that tell a background
 
 Array = npt.NDArray[np.float32]
@@ -83,14 +85,15 @@ def sketch(reflectance: Array, stats: Array) -> npt.NDArray[np.float16]:
 def background(a: np.ndarray, b: np.ndarray) -> float:
     """Return how much two dates differ everywhere, in units of TYPICAL: what season and light do to a whole scene.
 
-    The median over the pixels seen on both of the mean absolute difference over the bands, of two sketches; at least
-    LEAST_BACKGROUND, and 1 where too few pixels are seen on both.
+    The mean absolute difference over the bands of two sketches, and over the pixels seen on both, without the tenth
+    that differs most; from LEAST_BACKGROUND to MOST_BACKGROUND, and 1 where too few pixels are seen on both.
     """
     difference = np.abs(a.astype(np.float32) - b.astype(np.float32)).mean(axis=0)
-    seen = np.isfinite(difference)
-    if seen.sum() < FEWEST:
+    difference = np.sort(difference[np.isfinite(difference)])
+    if len(difference) < FEWEST:
         return 1.0
-    return max(LEAST_BACKGROUND, float(np.median(difference[seen])) / TYPICAL)
+    usual = float(difference[: int(USUAL * len(difference))].mean()) / TYPICAL
+    return min(max(LEAST_BACKGROUND, usual), MOST_BACKGROUND)
 
 
 def network_input(

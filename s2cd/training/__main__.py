@@ -113,7 +113,7 @@ def _held_out(names: list[str], folds: int, fold: int) -> tuple[str, ...]:
 @click.option(
     "--disturbed",
     is_flag=True,
-    help="Instead: what --model or --baseline sees in every third place when one date is disturbed.",
+    help="Instead: what --model or --baseline sees when one date is disturbed.",
 )
 @click.option(
     "--share", type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -129,7 +129,7 @@ def score_command(
         if not model and not method:
             raise click.UsageError("--disturbed takes --model or --baseline")
         predict = of_model(load_model(model)) if model else of_baseline(str(method))
-        click.echo(f"\n{', '.join(c.name for c in cities[::3])}\n\n{table(predict, cities[::3])}")
+        click.echo(f"\n{table(predict, cities)}")
         return
     for title, report in _reports(cities, model, method, runs, pictures).items():
         click.echo(f"\n{title}\n\n{report.table(share)}")
