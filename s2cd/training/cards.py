@@ -73,8 +73,8 @@ def publish(name: str, runs: list[Run], folds: list[Run], cities: list[City], fo
         report = score(predictor(as_model(net, name, threshold, temperature)), cities)
         how = (
             f"no labels in training; the threshold takes {CHANGED:.1%} of all pixels for changed; the weights of the "
-            "pool and its smoothing were chosen by F1 on these cities, the temperature by their calibration error; "
-            "best F1 picks the threshold on their labels too"
+            "pool, what it takes for usual and its smoothing were chosen by F1 on these cities, the temperature by "
+            "their calibration error; best F1 picks the threshold on their labels too"
         )
     model = as_model(net, name, threshold, temperature)
     number = f"mean of {len(net.members)}: " if isinstance(net, Committee) else ""
