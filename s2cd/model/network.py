@@ -130,27 +130,21 @@ class ChangeNet(nn.Module):
 
         `background` is `s2cd.model.normalise.background` of each of the n pairs, (n, 1, 1, 1), or of all.
         """
-        logits = self.vote(a, b, background)
+        logits = pooled(self.vote(a, b), a, b, background, self.discount, self.evidence)
         return _shuffled(logits) if self.training else finished(logits, a[-3], b[-3])
 
-    def vote(self, a: Features, b: Features, background: Tensor | float = 1.0) -> Tensor:
-        """Return the logits that `decode` finishes: (n, 1, h, w) on the 20 m grid, in training those of 10 m pixels."""
+    def vote(self, a: Features, b: Features) -> Tensor:
+        """Return what the network alone says: (n, 1, h, w) of 20 m pixels, in training (n, 4, h, w) of 10 m."""
         coarsest = len(self.mix)
         x = self.bottom((a[coarsest] - b[coarsest]).abs_())
         for level in reversed(range(1, len(self.mix))):
             x = self._merged(level, a[level], b[level], x)
-        usual = torch.log(torch.as_tensor(background, device=x.device))
-        (_, cells_a, means_a), (_, cells_b, means_b) = a[-3:], b[-3:]
-        hazy = haze_between(cells_a, cells_b)
 
         def finest(rows: slice) -> Tensor:
             below = x[:, :, rows.start // 2 : (rows.stop + 1) // 2]
-            logits = self._finest(below, a[0][:, :, rows], b[0][:, :, rows]) - self.discount * usual
-            around = hazy[:, :, rows.start // 2 : (rows.stop + 1) // 2]
-            length = magnitude(means_a[:, :, rows], means_b[:, :, rows], around)
-            return logits + self.evidence * (length - usual)
+            return self._finest(below, a[0][:, :, rows], b[0][:, :, rows])
 
-        return _by_strips(a[0], finest, 2, whole=self.training)  # convolution and surroundings reach a row; even
+        return _by_strips(a[0], finest, 2, whole=self.training)  # the convolution reaches a row; even
 
     def _merged(self, level: int, a: Tensor, b: Tensor, below: Tensor) -> Tensor:
         """Return what a level of the decoder hands up, from its features and from what the level below did."""
@@ -158,7 +152,7 @@ class ChangeNet(nn.Module):
         return self.mix[level](self.lateral[level]((a - b).abs_(), add=up))
 
     def _finest(self, below: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Return the logits of the network itself, float32 where it computes in less."""
+        """Return the logits, float32 where the network computes in less."""
         weight, bias = self.head.weight, self.head.bias
         assert bias is not None
         if not self.training:  # the mean of what they give
@@ -227,8 +221,9 @@ class Committee(nn.Module):
         size = (len(a) - 3) // len(self.members)
         parts = [slice(i * size, (i + 1) * size) for i in range(len(self.members))]
         dates = [((*a[part], *a[-3:]), (*b[part], *b[-3:])) for part in parts]
-        votes = [member.vote(*pair, background) for member, pair in zip(self.networks, dates, strict=True)]
-        logits = torch.stack(votes).mean(dim=0)
+        votes = [member.vote(*pair) for member, pair in zip(self.networks, dates, strict=True)]
+        weights = [torch.stack([getattr(m, name) for m in self.networks]).mean() for name in ("discount", "evidence")]
+        logits = pooled(torch.stack(votes).mean(dim=0), a, b, background, *weights)
         return _shuffled(logits) if self.training else finished(logits, a[-3], b[-3])
 
     def forward(self, before: Tensor, after: Tensor, background: Tensor | float = 1.0) -> Tensor:
@@ -267,6 +262,22 @@ def _by_strips(like: Tensor, make: Callable[[slice], Tensor], margin: int, *, wh
         parts.append(make(slice(start, stop))[:, :, top - start :][:, :, :strip])
     with torch.autocast(like.device.type, enabled=False):  # it refuses float16
         return torch.cat(parts, dim=2)
+
+
+def pooled(
+    logits: Tensor, a: Features, b: Features, background: Tensor | float, discount: Tensor, evidence: Tensor
+) -> Tensor:
+    """Return logits of 20 m pixels with what the magnitude between two dates says against their background."""
+    (_, cells_a, means_a), (_, cells_b, means_b) = a[-3:], b[-3:]
+    hazy = haze_between(cells_a, cells_b)
+
+    def length(rows: slice) -> Tensor:
+        around = hazy[:, :, rows.start // 2 : (rows.stop + 1) // 2]
+        return magnitude(means_a[:, :, rows], means_b[:, :, rows], around)
+
+    usual = torch.log(torch.as_tensor(background, device=logits.device))
+    lengths = _by_strips(means_a, length, 2, whole=False)  # surroundings reach a row; even
+    return logits - discount * usual + evidence * (lengths - usual)
 
 
 def finished(logits: Tensor, a: Tensor, b: Tensor) -> Tensor:
