@@ -23,9 +23,7 @@ THREADS_A_UNIT = 8  # at most: more would wait at a unit's last chunks
 THREADS_A_UNIT_ON_GPU = 4  # chunks are soon done there, and most threads write the maps of the units before
 TASK_SHARE = 0.5  # of a thread's memory for its task; the rest is for decoded blocks and unwritten maps
 CODES_SHARE = 0.2  # of all memory for maps that are not written yet
-FEATURE_COPIES = (
-    8  # two dates, and what the network holds meanwhile: measured, in a task's peak, as 7 times a date's features
-)
+FEATURE_COPIES = 7  # two dates, and what the network holds meanwhile; with 45 bytes a pixel more than was measured
 PIXEL_BYTES = 45  # of a task beside the features: pixels of two dates, the network's input, probabilities, codes
 DEVICE_DATES = 3  # whose features a task holds on a GPU; what the network holds meanwhile is there once for all tasks
 SENT_BYTES = 24  # of two dates on their way to a GPU, on either side

@@ -22,25 +22,10 @@ from torch.nn import functional
 
 from s2cd.codes import encode_codes, split_reasons
 from s2cd.errors import ModelError
-from s2cd.model import BANDS, device, list_models, load_model, normalise, registry
+from s2cd.model import BANDS, appearance, compiled, device, list_models, load_model, normalise, registry
+from s2cd.model.appearance import INPUTS, RED, along_edges, box, edges
 from s2cd.model.device import Engine, fast_bfloat16, out_of_memory, with_memory
-from s2cd.model.network import (
-    HALO,
-    INPUTS,
-    REACH,
-    RED,
-    STRIDE,
-    STRIP,
-    ChangeNet,
-    along_edges,
-    appearance,
-    box,
-    cost,
-    edges,
-    haze_between,
-    magnitude,
-    network_of,
-)
+from s2cd.model.network import HALO, REACH, STRIDE, STRIP, ChangeNet, cost, network_of
 from s2cd.model.tensors import to_input
 
 
@@ -242,7 +227,37 @@ def test_a_distant_pixel_has_no_influence(model):
     assert moved[160 + HALO + 1 :].max() == 0
 
 
-def test_what_differs_alike_all_around_is_no_evidence_and_a_large_change_stays_one():
+@settings(deadline=None, max_examples=30)
+@given(
+    rows=st.integers(1, 6),
+    columns=st.integers(1, 13),
+    count=st.integers(1, 2),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+    seed=st.integers(0, 99),
+)
+def test_what_is_compiled_for_cpus_is_what_torch_does(rows, columns, count, dtype, seed):
+    """And gives the same to the bit whichever date comes first."""
+    generator = torch.Generator().manual_seed(seed)
+    dates = 4 * torch.randn(2, count, INPUTS, 8 * rows, 8 * columns, generator=generator).to(dtype)
+    dates[:, :, -1] = torch.randint(0, 5, dates[:, :, -1].shape, generator=generator) / 4
+    logits = 5 * torch.randn(count, 1, 8 * rows, 8 * columns, generator=generator)
+
+    def results(module, a, b):
+        (edges_a, cells_a, means_a), (edges_b, cells_b, means_b) = looks = [module.appearance(x) for x in (a, b)]
+        hazy = module.haze_between(cells_a, cells_b)
+        length = module.magnitude(means_a, means_b, hazy)
+        return *looks[0], *looks[1], hazy[:, :-1], length, module.finished(logits, edges_a, edges_b)
+
+    found = results(compiled, *dates)
+    torch.testing.assert_close(found, results(appearance, *dates), rtol=1e-4, atol=2e-5)
+    swapped = results(compiled, *dates.flip(0))
+    assert torch.equal(swapped[-3], -found[-3])
+    assert torch.equal(swapped[-2], found[-2])
+    assert torch.equal(swapped[-1], found[-1])
+
+
+@pytest.mark.parametrize("module", [appearance, compiled])
+def test_what_differs_alike_all_around_is_no_evidence_and_a_large_change_stays_one(module):
     """A veil over everything, and a flood of a square kilometre; nothing is seen in the first rows of one date."""
     first = torch.rand(1, INPUTS, 96, 96)
     first[:, -1] = 1
@@ -252,8 +267,8 @@ def test_what_differs_alike_all_around_is_no_evidence_and_a_large_change_stays_o
     second[:, :, :8] = 0
 
     def evidence(a, b):
-        (_, cells_a, means_a), (_, cells_b, means_b) = appearance(a), appearance(b)
-        return magnitude(means_a, means_b, haze_between(cells_a, cells_b))[0, 0]
+        (_, cells_a, means_a), (_, cells_b, means_b) = map(module.appearance, (a, b))
+        return module.magnitude(means_a, means_b, module.haze_between(cells_a, cells_b))[0, 0]
 
     found = evidence(first, second)
     torch.testing.assert_close(found, evidence(second, first))

@@ -2,7 +2,8 @@
 
 Inside, everything lies on the 20 m grid: the four 10 m bands come as 2 x 2 blocks (16 channels) beside the three
 20 m bands, so that no band is resampled. The head writes four values per 20 m pixel, one for each 10 m pixel: these are
-trained, but their mean and the edges in the red band of either date tell more of 10 m pixels (`along_edges`).
+trained, but their mean and the edges in the red band of either date tell more of 10 m pixels
+(`s2cd.model.appearance.along_edges`).
 It follows the FC-Siam-diff of Daudt et al. (ICIP 2018) at a ninth of its arithmetic; |a - b| makes the result
 symmetric in time, to the bit.
 
@@ -14,24 +15,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from s2cd.model import appearance, compiled
+from s2cd.model.appearance import INPUTS, shuffled
+
 STRIDE = 16  # 10 m pixels that one pixel of the coarsest level covers
 REACH = 52  # 10 m pixels beyond a multiple of STRIDE that what lies before it depends on
 HALO = 64  # 10 m pixels; at least the radius of the receptive field, a multiple of STRIDE
-FINE_BANDS = 4  # the first bands, at 10 m
-COARSE_BANDS = 3  # the others, at 20 m
-INPUTS = 4 * FINE_BANDS + COARSE_BANDS + 1  # the last channel tells where there is an observation
-RED = slice(8, 12)  # channels of the input: the band whose edges the logits follow, four 10 m pixels
-FLAT = 0.3  # variance of that band around a pixel, in squares of its spread, below which edges count less and less
-OWN = 0.25  # share of a 20 m pixel's own logits beside what is fitted around it, in which small changes fade
-CELL = 4  # 20 m pixels along a side of a cell of 80 m
-AROUND = 9  # cells along a side of what tells how much a place differs as its surroundings do
-HAZY = 1.0  # normalised difference of a cell that counts there at most: what differs more is no air
 STRIP = 128  # rows of 20 m that a CPU works on at a time at the finest level, so that little memory is touched
 WIDTHS = (16, 32, 48, 64)  # channels at 20, 40, 80 and 160 m
 DEPTHS = (1, 2, 1, 1)  # 3 x 3 convolutions at each level of the encoder
@@ -108,7 +103,7 @@ class ChangeNet(nn.Module):
 
     def encode(self, x: Tensor) -> Features:
         """Return the features of one date at every level, and its `appearance`."""
-        return (*self.levels(x), *appearance(x))
+        return (*self.levels(x), *_beside(x).appearance(x))
 
     def levels(self, x: Tensor) -> list[Tensor]:
         """Return the features of one date, finest first."""
@@ -131,7 +126,7 @@ class ChangeNet(nn.Module):
         `background` is `s2cd.model.normalise.background` of each of the n pairs, (n, 1, 1, 1), or of all.
         """
         logits = pooled(self.vote(a, b), a, b, background, self.discount, self.evidence)
-        return _shuffled(logits) if self.training else finished(logits, a[-3], b[-3])
+        return shuffled(logits) if self.training else _beside(logits).finished(logits, a[-3], b[-3])
 
     def vote(self, a: Features, b: Features) -> Tensor:
         """Return what the network alone says: (n, 1, h, w) of 20 m pixels, in training (n, 4, h, w) of 10 m."""
@@ -214,7 +209,7 @@ class Committee(nn.Module):
     def encode(self, x: Tensor) -> Features:
         """Return the features of one date, member by member, and its `appearance`."""
         features = itertools.chain.from_iterable(member.levels(x) for member in self.networks)
-        return (*features, *appearance(x))
+        return (*features, *_beside(x).appearance(x))
 
     def decode(self, a: Features, b: Features, background: Tensor | float = 1.0) -> Tensor:
         """Return the logits of change between two dates, the same whichever comes first."""
@@ -224,7 +219,7 @@ class Committee(nn.Module):
         votes = [member.vote(*pair) for member, pair in zip(self.networks, dates, strict=True)]
         weights = [torch.stack([getattr(m, name) for m in self.networks]).mean() for name in ("discount", "evidence")]
         logits = pooled(torch.stack(votes).mean(dim=0), a, b, background, *weights)
-        return _shuffled(logits) if self.training else finished(logits, a[-3], b[-3])
+        return shuffled(logits) if self.training else _beside(logits).finished(logits, a[-3], b[-3])
 
     def forward(self, before: Tensor, after: Tensor, background: Tensor | float = 1.0) -> Tensor:
         """Return logits."""
@@ -235,10 +230,19 @@ class Committee(nn.Module):
         return Committee(member.folded(temperature, bias) for member in self.networks).eval()
 
 
+def _infers(x: Tensor) -> bool:
+    """Tell whether a CPU is to compute as fast as it can."""
+    return x.device.type == "cpu" and x.dtype != torch.float64 and not torch.is_grad_enabled()
+
+
+def _beside(x: Tensor) -> ModuleType:
+    """Return what computes that which stands beside the network."""
+    return compiled if _infers(x) else appearance
+
+
 def _fuses(x: Tensor) -> bool:
-    """Tell whether oneDNN can add and apply ReLU as it convolves: on CPUs, in inference."""
-    fits = x.device.type == "cpu" and x.dtype != torch.float64
-    return fits and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available()
+    """Tell whether oneDNN can add and apply ReLU as it convolves."""
+    return _infers(x) and torch.backends.mkldnn.is_available()
 
 
 def _fused(conv: nn.Conv2d, x: Tensor, add: Tensor | None, *, relu: bool) -> Tensor:
@@ -269,143 +273,10 @@ def pooled(
 ) -> Tensor:
     """Return logits of 20 m pixels with what the magnitude between two dates says against their background."""
     (_, cells_a, means_a), (_, cells_b, means_b) = a[-3:], b[-3:]
-    hazy = haze_between(cells_a, cells_b)
-
-    def length(rows: slice) -> Tensor:
-        around = hazy[:, :, rows.start // 2 : (rows.stop + 1) // 2]
-        return magnitude(means_a[:, :, rows], means_b[:, :, rows], around)
-
+    beside = _beside(logits)
+    lengths = beside.magnitude(means_a, means_b, beside.haze_between(cells_a, cells_b))
     usual = torch.log(torch.as_tensor(background, device=logits.device))
-    lengths = _by_strips(means_a, length, 2, whole=False)  # surroundings reach a row; even
     return logits - discount * usual + evidence * (lengths - usual)
-
-
-def finished(logits: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return logits of 20 m pixels (n, 1, h, w) on the 10 m grid (n, 1, 2h, 2w), along the `edges` of both dates."""
-
-    def along(rows: slice) -> Tensor:
-        part = logits[:, :, rows] / 2
-        return along_edges(part, a[:, :, rows]).add_(along_edges(part, b[:, :, rows]))
-
-    return _shuffled(_by_strips(logits, along, 4, whole=False))
-
-
-def appearance(x: Tensor) -> Features:
-    """Return what a date looks like, without any training: its `edges`, the means of cells of 80 m, its `band_means`.
-
-    Those of cells are of `band_means`, (n, bands + 1, h / CELL, w / CELL) float32.
-    """
-    means = band_means(x)
-    with torch.autocast(x.device.type, enabled=False):
-        return edges(x), functional.avg_pool2d(means.float(), CELL), means
-
-
-def edges(x: Tensor) -> Tensor:
-    """Return what `along_edges` follows of an input of the network, (n, 5, h, w) float32.
-
-    The red pixels of 10 m, four of each of 20 m, and their mean.
-    """
-    red = x[:, RED].contiguous(memory_format=torch.contiguous_format)  # first: together three times as long
-    red = red.float()
-    return torch.cat([red, red.mean(dim=1, keepdim=True)], dim=1)
-
-
-def along_edges(logits: Tensor, guide: Tensor) -> Tensor:
-    """Return logits (n, 1, h, w) for 10 m pixels, (n, 4, h, w): smooth but for the edges in `guide`, see `edges`.
-
-    Within 120 m around each pixel of 40 m they are fitted as a linear function of the guide; the fits, interpolated,
-    tell those of its 10 m pixels: fast guided filter (He and Sun, arXiv:1505.00996). OWN of its logits a pixel keeps.
-    """
-    pixels, level = guide[:, :4], guide[:, 4:]
-    moments = torch.cat([logits, level, level * logits, level.square()], dim=1)
-    mean, usual, product, square = box(_halved(moments)).split(1, dim=1)
-    slope = (product - usual * mean) / (square - usual.square() + FLAT)
-    fits = torch.cat([slope, mean - slope * usual], dim=1).mul_(1 - OWN)
-    slope, offset = functional.interpolate(fits, scale_factor=2.0, mode="bilinear").split(1, dim=1)
-    return torch.addcmul(offset + OWN * logits, slope, pixels)
-
-
-def _halved(x: Tensor) -> Tensor:
-    """Return the means of 2 x 2 pixels of (n, channels, h, w)."""
-    rows = x[:, :, ::2] + x[:, :, 1::2]
-    return (rows[..., ::2] + rows[..., 1::2]) / 4
-
-
-def band_means(x: Tensor) -> Tensor:
-    """Return each band's mean over the 20 m pixels of an input of the network, last where there is an observation.
-
-    (n, bands + 1, h, w) float16.
-    """
-    kernel, _ = _sums(x.device)
-
-    def told(rows: slice) -> Tensor:  # a product of matrices: of so small a convolution torch copies the input
-        return functional.linear(x[:, :, rows].permute(0, 2, 3, 1).float(), kernel).half().permute(0, 3, 1, 2)
-
-    with torch.autocast(x.device.type, enabled=False):  # differences of these matter: bfloat16 would not do
-        return _by_strips(x, told, 0, whole=False)
-
-
-def haze_between(a: Tensor, b: Tensor) -> Tensor:
-    """Return what differs alike all around, (n, bands + 1, h, w) float32 for pixels of 40 m: veils, slopes, seasons.
-
-    a, b are the means of cells of two dates, as `appearance` has them. A cell counts by what both dates show of it, and
-    up to HAZY, so that a large flood stays one. The last channel means nothing.
-    """
-    seen = torch.minimum(a[:, -1:], b[:, -1:])
-    difference = (a / a[:, -1:].clamp(min=1e-3) - b / b[:, -1:].clamp(min=1e-3)).clamp_(-HAZY, HAZY)
-    around = torch.cat([difference[:, :-1] * seen, seen], dim=1).contiguous(memory_format=torch.channels_last)
-    for size, margin in (((AROUND, 1), (AROUND // 2, 0)), ((1, AROUND), (0, AROUND // 2))):
-        around = functional.avg_pool2d(around, size, 1, margin)
-    around /= around[:, -1:].clamp(min=1e-3)
-    return functional.interpolate(around, scale_factor=CELL / 2, mode="bilinear")
-
-
-def magnitude(a: Tensor, b: Tensor, hazy: Tensor) -> Tensor:
-    """Return the logarithm of the length of the change vector, of each 20 m pixel and of its surroundings of 60 m.
-
-    a, b are the `band_means` of two dates, `hazy` is their `haze_between`; the result is float32 (n, 1, h, w). What
-    either date does not show counts as unchanged. Change-vector analysis: Malila, 1980.
-    """
-    difference, seen = (a - b).float(), torch.minimum(a[:, -1:], b[:, -1:])
-    for row, col in itertools.product((0, 1), repeat=2):
-        difference[:, :, row::2, col::2] -= hazy
-    if a.is_cuda or not bool((seen == 1).all()):  # to look would make a GPU wait
-        difference = difference * seen
-    _, total = _sums(a.device)
-    squares = functional.conv2d(difference.square() + box(difference).square_(), total).float()
-    return 0.5 * torch.log(squares + 1e-3)
-
-
-def box(x: Tensor) -> Tensor:
-    """Return the mean of 3 x 3 pixels of (n, channels, h, w); the outermost pixels are repeated."""
-    for axis in (2, 3):
-        size, total = x.shape[axis], x.clone()
-        for way in (0, 1):  # in place: to pad would take as long as all of this
-            edge = 0 if way else size - 1
-            total.narrow(axis, 1 - way, size - 1).add_(x.narrow(axis, way, size - 1))
-            total.narrow(axis, edge, 1).add_(x.narrow(axis, edge, 1))
-        x = total
-    return x.div_(9)
-
-
-def _shuffled(x: Tensor) -> Tensor:
-    """Return `pixel_shuffle(x, 2)` of (n, 4, h, w): several times faster where channels lie last."""
-    n, _, h, w = x.shape
-    out = x.new_empty((n, 1, 2 * h, 2 * w))
-    for k in range(4):
-        out[..., k // 2 :: 2, k % 2 :: 2] = x[:, k : k + 1]
-    return out
-
-
-@cache
-def _sums(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the matrix of each band's mean in 20 m and of where that is seen, and a kernel: the sum over bands."""
-    with torch.inference_mode(False):  # or they could not be used in training
-        quarters, ones = [torch.full((1, 4), 0.25)] * FINE_BANDS, torch.eye(COARSE_BANDS + 1)
-        each = torch.block_diag(*quarters, ones)
-        total = torch.ones(1, len(each))
-        total[:, -1] = 0
-        return each.to(device), total[:, :, None, None].to(device)
 
 
 def network_of(weights: Mapping[str, Tensor], *, norm: bool = False) -> ChangeNet | Committee:

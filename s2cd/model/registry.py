@@ -19,8 +19,9 @@ from torch import Tensor
 
 from s2cd.errors import ModelError
 from s2cd.model import normalise
+from s2cd.model.appearance import FINE_BANDS
 from s2cd.model.device import WHOLE, EncodedDate, Engine, Part, choose_device, on_gpu, to_host
-from s2cd.model.network import FINE_BANDS, HALO, REACH, STRIDE, ChangeNet, Committee, Features, network_of
+from s2cd.model.network import HALO, REACH, STRIDE, ChangeNet, Committee, Features, network_of
 
 BANDS = ("blue", "green", "red", "nir", "nir08", "swir16", "swir22")
 WEIGHTS = Path(__file__).parent / "weights"

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from s2cd.model.network import COARSE_BANDS, FINE_BANDS, Features
+from s2cd.model.appearance import COARSE_BANDS, FINE_BANDS
+from s2cd.model.network import Features
 
 WIDTHS, DEPTHS = (16, 32, 64, 128), (2, 2, 3, 3)
 DROPOUT = 0.2

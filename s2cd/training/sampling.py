@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2cd.model.network import FINE_BANDS
+from s2cd.model.appearance import FINE_BANDS
 from s2cd.model.normalise import LIMIT, Array, background
 from s2cd.training.data import City, Image
 from s2cd.training.nuisance import Nuisances, cloud_field, displaced

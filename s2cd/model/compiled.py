@@ -1,0 +1,291 @@
+"""What `s2cd.model.appearance` does, as CPUs do it: compiled, each function in one pass through memory.
+
+With torch every step is a pass of its own, which took more of a pair's time than all convolutions did. Numba compiles
+these functions when they are first called, once a machine: the result lies beside this file, or else in the user's
+cache. There it outlives a change of what other modules hold, so that no constant of those is used inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from s2cd.model.appearance import AROUND, CELL, FLAT, HAZY, LEAST_SEEN, LEAST_SQUARE, OWN, RED, Appearance
+
+ROWS = 16  # of an input, widened to float32 at a time: they stay in the cache
+FINE = 4  # bands of an input that have four pixels of 10 m in one of 20 m
+CHANNELS = 20  # of an input
+VALUES = 8  # of a pixel of 20 m: seven bands, then where it is seen
+F = np.float32  # Numba takes a number of Python for float64
+Function = Callable[..., Any]
+SUMS = {"contract", "nsz", "reassoc"}  # liberties with the order of sums; NaN stays NaN
+
+
+def _compile(**options: Any) -> Callable[[Function], Function]:
+    """Compile a function, which then runs without Python's lock."""
+
+    def compiled(function: Function) -> Function:
+        try:
+            return numba.njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError:  # neither the package's folder nor the user's cache can be written
+            return numba.njit(nogil=True, **options)(function)
+
+    return compiled
+
+
+def appearance(x: Tensor) -> Appearance:
+    """Return `s2cd.model.appearance.appearance` of an input; bands lie last in memory."""
+    n, _, h, w = x.shape
+    edges, means = torch.empty((n, 5, h, w)), torch.empty((n, h, w, VALUES))
+    cells = torch.empty((n, h // CELL, w // CELL, VALUES))
+    for image, *out in zip(x.permute(0, 2, 3, 1), edges.numpy(), cells.numpy(), means.numpy(), strict=True):
+        for top in range(0, h, ROWS):
+            _look(image[top : top + ROWS].float().contiguous().numpy(), top, RED.start, *out)
+    return edges, cells.permute(0, 3, 1, 2), means.permute(0, 3, 1, 2)
+
+
+def haze_between(a: Tensor, b: Tensor) -> Tensor:
+    """Return `s2cd.model.appearance.haze_between` of two dates' cells; bands lie last in memory."""
+    n, _, h, w = a.shape
+    result = torch.empty((n, 2 * h, 2 * w, VALUES))
+    for first, second, out in zip(_bands_last(a), _bands_last(b), result.numpy(), strict=True):
+        around = np.empty_like(first)
+        _smooth(first, second, AROUND // 2, F(HAZY), F(LEAST_SEEN), around)
+        _enlarge(around, out)
+    return result.permute(0, 3, 1, 2)
+
+
+def magnitude(a: Tensor, b: Tensor, hazy: Tensor) -> Tensor:
+    """Return `s2cd.model.appearance.magnitude` of two dates' bands."""
+    squares = torch.empty((len(a), 1, *a.shape[2:]))
+    dates = (_bands_last(x) for x in (a, b, hazy))
+    for first, second, around, (out,) in zip(*dates, squares.numpy(), strict=True):
+        _square(first, second, around, out)
+    return squares.add_(LEAST_SQUARE).log_().mul_(0.5)
+
+
+def finished(logits: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return `s2cd.model.appearance.finished` of logits and two dates' edges."""
+    n, _, h, w = logits.shape
+    result, fits = torch.empty((n, 1, 2 * h, 2 * w)), np.empty((4, h // 2, w // 2), F)
+    pairs = zip(*(x.contiguous().numpy() for x in (logits, a, b)), result.numpy(), strict=True)
+    for (vote,), first, second, (out,) in pairs:
+        _fit(vote, first[4], F(FLAT), F(1 - OWN), *fits[:2])
+        _fit(vote, second[4], F(FLAT), F(1 - OWN), *fits[2:])
+        _apply(vote, first, second, fits[0], fits[2], fits[1] + fits[3], F(OWN), out)
+    return result
+
+
+def _bands_last(x: Tensor) -> np.ndarray:
+    """Return (n, values, h, w) as (n, h, w * values)."""
+    return x.permute(0, 2, 3, 1).contiguous().numpy().reshape(len(x), x.shape[2], -1)
+
+
+@_compile(fastmath=SUMS)
+def _look(part: Any, top: int, red: int, edges: Any, cells: Any, means: Any) -> None:
+    """Write what rows of an input look like, (rows, w, CHANNELS); the first of them is row `top`."""
+    rows, width, _ = part.shape
+    side = width // cells.shape[1]
+    for row in range(rows):
+        i = top + row
+        pixels, mean = part[row].reshape(width * CHANNELS), means[i].reshape(width * VALUES)
+        for j in range(width):
+            at, to = j * CHANNELS, j * VALUES
+            for band in range(FINE):
+                k = at + 4 * band
+                mean[to + band] = (pixels[k] + pixels[k + 1] + pixels[k + 2] + pixels[k + 3]) * F(0.25)
+            for value in range(VALUES - FINE):
+                mean[to + FINE + value] = pixels[at + 4 * FINE + value]
+        for j in range(width):
+            at = j * CHANNELS + red
+            quarters = pixels[at], pixels[at + 1], pixels[at + 2], pixels[at + 3]
+            edges[0, i, j], edges[1, i, j], edges[2, i, j], edges[3, i, j] = quarters
+            edges[4, i, j] = (quarters[0] + quarters[1] + quarters[2] + quarters[3]) * F(0.25)
+        total = cells[i // side]
+        if i % side == 0:
+            total[:] = 0
+        for j in range(cells.shape[1]):
+            for k in range(j * side * VALUES, (j + 1) * side * VALUES, VALUES):
+                for value in range(VALUES):
+                    total[j, value] += mean[k + value]
+        if i % side == side - 1:
+            total *= F(1) / F(side * side)
+
+
+@_compile(fastmath=SUMS)
+def _smooth(a: Any, b: Any, reach: int, hazy: Any, least: Any, out: Any) -> None:
+    """Write how cells (h, w * VALUES) differ on the mean within `reach` of each."""
+    height, size = a.shape
+    width = size // VALUES
+    weighed, rows = np.empty_like(a), np.empty(size, F)
+    for i in range(height):
+        for k in range(0, size, VALUES):
+            seen_a, seen_b = a[i, k + VALUES - 1], b[i, k + VALUES - 1]
+            seen, share_a, share_b = min(seen_a, seen_b), F(1) / max(seen_a, least), F(1) / max(seen_b, least)
+            for value in range(k, k + VALUES - 1):
+                weighed[i, value] = seen * min(max(a[i, value] * share_a - b[i, value] * share_b, -hazy), hazy)
+            weighed[i, k + VALUES - 1] = seen
+    count = F((2 * reach + 1) ** 2)
+    for i in range(height):
+        rows[:] = 0
+        for other in range(max(0, i - reach), min(height, i + reach + 1)):
+            for k in range(size):
+                rows[k] += weighed[other, k]
+        for j in range(width):
+            total = out[i, j * VALUES : (j + 1) * VALUES]
+            total[:] = 0
+            for other in range(max(0, j - reach), min(width, j + reach + 1)):
+                for value in range(VALUES):
+                    total[value] += rows[other * VALUES + value]
+            total /= max(total[VALUES - 1], least * count)
+
+
+@_compile()
+def _enlarge(field: Any, out: Any) -> None:
+    """Write a field (h, w * VALUES) at twice its size, (2h, 2w, VALUES), interpolated bilinearly."""
+    height, size = field.shape
+    line = np.empty(size + 2 * VALUES, F)
+    for i in range(2 * height):
+        near, far, row = field[i // 2], field[_beyond(i, height)], out[i]
+        for k in range(size):
+            line[k + VALUES] = F(0.75) * near[k] + F(0.25) * far[k]
+        for k in range(VALUES):
+            line[k], line[size + VALUES + k] = line[k + VALUES], line[size + k]
+        for j in range(size // VALUES):
+            for value in range(VALUES):
+                k = j * VALUES + value
+                row[2 * j, value] = F(0.75) * line[k + VALUES] + F(0.25) * line[k]
+                row[2 * j + 1, value] = F(0.75) * line[k + VALUES] + F(0.25) * line[k + 2 * VALUES]
+
+
+@_compile()
+def _beyond(i: int, size: int) -> int:
+    """Return which of `size` pixels lies on the other side of the half pixel `i`, beside its own."""
+    return min(max(i // 2 - 1 + 2 * (i % 2), 0), size - 1)
+
+
+@_compile(fastmath=SUMS)
+def _square(a: Any, b: Any, hazy: Any, out: Any) -> None:
+    """Write the squared length of the change vector of a pixel, and of its surroundings, together.
+
+    a, b are (h, w * VALUES), hazy is (h / 2, w / 2 * VALUES).
+    """
+    height, width = out.shape
+    lines = np.empty((3, (width + 2) * VALUES), F)  # the differences of three rows, their ends repeated
+    total = np.empty((width + 2) * VALUES, F)
+    for ahead in range(height + 1):
+        if ahead < height:
+            _differ(a[ahead], b[ahead], hazy[ahead // 2], lines[ahead % 3])
+        if ahead == 0:
+            continue
+        i = ahead - 1
+        above, here, below = lines[max(i - 1, 0) % 3], lines[i % 3], lines[min(ahead, height - 1) % 3]
+        for k in range(len(total)):
+            total[k] = (above[k] + here[k] + below[k]) * F(1 / 9)
+        for k in range(width * VALUES):
+            around, itself = total[k] + total[k + VALUES] + total[k + 2 * VALUES], here[k + VALUES]
+            total[k] = around * around + itself * itself
+        for j in range(width):
+            square = F(0)
+            for value in range(VALUES - 1):
+                square += total[j * VALUES + value]
+            out[i, j] = square
+
+
+@_compile()
+def _differ(a: Any, b: Any, hazy: Any, line: Any) -> None:
+    """Write the difference of two rows less what differs alike all around, 0 where one of them is not seen."""
+    size = len(a)
+    for k in range(size):
+        line[k + VALUES] = a[k] - b[k]
+    for k in range(0, size, 2 * VALUES):
+        for value in range(VALUES):
+            common = hazy[k // 2 + value]
+            line[k + VALUES + value] -= common
+            line[k + 2 * VALUES + value] -= common
+    for k in range(0, size, VALUES):
+        seen = min(a[k + VALUES - 1], b[k + VALUES - 1])
+        if seen != 1:
+            for value in range(k + VALUES, k + 2 * VALUES):
+                line[value] *= seen
+    for k in range(VALUES):
+        line[k], line[size + VALUES + k] = line[k + VALUES], line[size + k]
+
+
+@_compile(fastmath=SUMS)
+def _fit(vote: Any, level: Any, flat: Any, keep: Any, slope: Any, offset: Any) -> None:
+    """Write half of `vote` as `keep` of a linear function of `level`, fitted within 3 x 3 pixels of 40 m."""
+    height, width = slope.shape
+    lines = np.empty((3, 4, width + 2), F)  # the moments of three rows, their ends repeated
+    total = np.empty((4, width + 2), F)
+    for ahead in range(height + 1):
+        if ahead < height:
+            _moments(vote[2 * ahead : 2 * ahead + 2], level[2 * ahead : 2 * ahead + 2], lines[ahead % 3])
+        if ahead == 0:
+            continue
+        i = ahead - 1
+        above, here, below = lines[max(i - 1, 0) % 3], lines[i % 3], lines[min(ahead, height - 1) % 3]
+        for kind in range(4):
+            for k in range(width + 2):
+                total[kind, k] = (above[kind, k] + here[kind, k] + below[kind, k]) * F(1 / 36)
+        for j in range(width):
+            mean, usual = (
+                total[0, j] + total[0, j + 1] + total[0, j + 2],
+                total[1, j] + total[1, j + 1] + total[1, j + 2],
+            )
+            product = total[2, j] + total[2, j + 1] + total[2, j + 2]
+            square = total[3, j] + total[3, j + 1] + total[3, j + 2]
+            gradient = (product - usual * mean) / (square - usual * usual + flat)
+            slope[i, j], offset[i, j] = keep * gradient, keep * (mean - gradient * usual)
+
+
+@_compile()
+def _moments(vote: Any, level: Any, out: Any) -> None:
+    """Write the sums over 2 x 2 pixels of half the vote, of the level, of their product and of the level's square."""
+    width = out.shape[1] - 2
+    for j in range(width):
+        k = 2 * j
+        p, q, r, s = level[0, k], level[0, k + 1], level[1, k], level[1, k + 1]
+        t, u, v, w = F(0.5) * vote[0, k], F(0.5) * vote[0, k + 1], F(0.5) * vote[1, k], F(0.5) * vote[1, k + 1]
+        out[0, j + 1] = t + u + v + w
+        out[1, j + 1] = p + q + r + s
+        out[2, j + 1] = t * p + u * q + v * r + w * s
+        out[3, j + 1] = p * p + q * q + r * r + s * s
+    for kind in range(4):
+        out[kind, 0], out[kind, width + 1] = out[kind, 1], out[kind, width]
+
+
+@_compile()  # no liberties here: the other date first must give the same to the bit
+def _apply(vote: Any, a: Any, b: Any, slope_a: Any, slope_b: Any, offset: Any, own: Any, out: Any) -> None:
+    """Write what the fits tell of pixels of 10 m, with `own` of the vote."""
+    height, width = vote.shape
+    base, of_a, of_b = np.empty(width, F), np.empty(width, F), np.empty(width, F)
+    for i in range(height):
+        for field, row in ((offset, base), (slope_a, of_a), (slope_b, of_b)):
+            _between(field, i, row)
+        for j in range(width):
+            base[j] += own * vote[i, j]
+        for half in range(2):
+            row, k = out[2 * i + half], 2 * half
+            for j in range(width):
+                row[2 * j] = base[j] + (of_a[j] * a[k, i, j] + of_b[j] * b[k, i, j])
+                row[2 * j + 1] = base[j] + (of_a[j] * a[k + 1, i, j] + of_b[j] * b[k + 1, i, j])
+
+
+@_compile()
+def _between(field: Any, i: int, out: Any) -> None:
+    """Write row `i` of a field enlarged to twice its size, interpolated bilinearly."""
+    height, width = field.shape
+    near, far = field[i // 2], field[_beyond(i, height)]
+    line = np.empty(width + 2, F)
+    for j in range(width):
+        line[j + 1] = F(0.75) * near[j] + F(0.25) * far[j]
+    line[0], line[width + 1] = line[1], line[width]
+    for j in range(width):
+        out[2 * j] = F(0.75) * line[j + 1] + F(0.25) * line[j]
+        out[2 * j + 1] = F(0.75) * line[j + 1] + F(0.25) * line[j + 2]
