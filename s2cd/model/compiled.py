@@ -1,8 +1,8 @@
-"""What `s2cd.model.appearance` does, as CPUs do it: compiled, each function in one pass through memory.
+"""What `s2cd.model.appearance` does, as CPUs do it, and the network's input: each compiled, in one pass through memory.
 
-With torch every step is a pass of its own, which took more of a pair's time than all convolutions did. Numba compiles
-these functions when they are first called, once a machine: the result lies beside this file, or else in the user's
-cache. There it outlives a change of what other modules hold, so that no constant of those is used inside.
+With torch or NumPy every step is a pass of its own, and together they took more time than all convolutions. Numba
+compiles these functions when they are first called, once a machine: the result lies beside this file, or else in the
+user's cache. There it outlives a change of what other modules hold, so that no constant of those is used inside.
 """
 
 from __future__ import annotations
@@ -84,6 +84,51 @@ def finished(logits: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _bands_last(x: Tensor) -> np.ndarray:
     """Return (n, values, h, w) as (n, h, w * values)."""
     return x.permute(0, 2, 3, 1).contiguous().numpy().reshape(len(x), x.shape[2], -1)
+
+
+@_compile()
+def put_fine(pixels: Any, gain: Any, bias: Any, limit: Any, valid: Any, channel: int, out: Any) -> None:
+    """Write a band of 10 m, normalised: pixels (2h, 2w) of any type, into four channels of out (h, w, channels)."""
+    height, width, _ = out.shape
+    upper, lower = np.empty(2 * width, F), np.empty(2 * width, F)
+    upper_pairs, lower_pairs, pairs = upper.view(np.uint64), lower.view(np.uint64), out.view(np.uint64)
+    for i in range(height):
+        _normalise(pixels[2 * i], valid[2 * i], gain, bias, limit, upper)
+        _normalise(pixels[2 * i + 1], valid[2 * i + 1], gain, bias, limit, lower)
+        for j in range(width):
+            pairs[i, j, channel // 2], pairs[i, j, channel // 2 + 1] = upper_pairs[j], lower_pairs[j]
+
+
+@_compile()
+def put_coarse(pixels: Any, gain: Any, bias: Any, limit: Any, valid: Any, channel: int, out: Any) -> None:
+    """Write a band of 20 m, normalised: pixels (h, w) of any type, into a channel of out (h, w, channels)."""
+    height, width, _ = out.shape
+    line = np.empty(width, F)
+    for i in range(height):
+        _normalise(pixels[i], valid[2 * i, ::2], gain, bias, limit, line)
+        for j in range(width):
+            out[i, j, channel] = line[j]
+
+
+@_compile()
+def _normalise(pixels: Any, valid: Any, gain: Any, bias: Any, limit: Any, out: Any) -> None:
+    """Write a row of pixels, scaled and between -limit and limit, 0 where it is not valid; NaN stays NaN."""
+    for k in range(len(out)):
+        level = F(pixels[k]) * gain + bias
+        level = limit if level > limit else level
+        level = -limit if level < -limit else level
+        out[k] = level if valid[k] else F(0)
+
+
+@_compile()
+def put_seen(valid: Any, out: Any) -> None:
+    """Write into the last channel of out (h, w, channels) how much of each pixel is valid, bool (2h, 2w)."""
+    height, width, channels = out.shape
+    for i in range(height):
+        for j in range(width):
+            count = int(valid[2 * i, 2 * j]) + valid[2 * i, 2 * j + 1]
+            count += int(valid[2 * i + 1, 2 * j]) + valid[2 * i + 1, 2 * j + 1]
+            out[i, j, channels - 1] = F(0.25) * F(count)
 
 
 @_compile(fastmath=SUMS)

@@ -22,10 +22,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from s2cd.model.compiled import put_coarse, put_fine, put_seen
+
 LOW, HIGH = 10.0, 90.0
 SIGMAS = 2.5631  # between the 10th and 90th percentile of a normal distribution
 LEAST_SPREAD = 0.01  # reflectance; open sea would otherwise be stretched to noise
-ROWS = 32  # of the 20 m grid, prepared at a time
+ROWS = 16  # of the 20 m grid, prepared at a time
 LIMIT = 6.0  # normalised values are clipped at +- LIMIT
 SKETCH = 128  # a sketch has at least so many pixels along a side, and less than twice as many
 TYPICAL = 0.36  # normalised difference that is usual between two seasons
@@ -117,33 +119,12 @@ def network_input(
     for top in range(0, height, ROWS):  # a few rows at a time stay in the cache while the channels are interleaved
         span = slice(top, min(top + ROWS, height))
         double = slice(2 * span.start, 2 * span.stop)
-        planes = [plane[double] for plane in pixels[:fine]] + [plane[span] for plane in coarse]
-        strip = np.empty((span.stop - span.start, width, out.shape[2]), np.float32)
-        _interleave(strip, planes, gains, valid[double], fine)
+        strip, seen = np.empty((span.stop - span.start, width, out.shape[2]), np.float32), valid[double]
+        for band, (plane, (gain, bias)) in enumerate(zip([*pixels[:fine], *coarse], gains, strict=True)):
+            if band < fine:
+                put_fine(plane[double], gain, bias, np.float32(LIMIT), seen, 4 * band, strip)
+            else:
+                put_coarse(plane[span], gain, bias, np.float32(LIMIT), seen, 3 * fine + band, strip)
+        put_seen(seen, strip)
         out[span, :width] = torch.from_numpy(strip)
     return out.numpy()
-
-
-def _interleave(
-    out: Array, planes: Sequence[np.ndarray], gains: Array, valid: npt.NDArray[np.bool_], fine: int
-) -> None:
-    """Fill `out` (h, w, channels) from `planes`, the first `fine` (2h, 2w) as `valid` is, the others (h, w)."""
-    pairs = out[..., : 4 * fine].view(np.complex64)  # two neighbours in a row are copied as one number
-    hidden = None if valid.all() else ~valid
-    for band, (pixels, (gain, bias)) in enumerate(zip(planes, gains, strict=True)):
-        plane = np.multiply(pixels, np.float32(gain), dtype=np.float32)
-        plane += np.float32(bias)
-        np.clip(plane, -LIMIT, LIMIT, out=plane)
-        if hidden is not None:
-            plane[hidden if band < fine else hidden[::2, ::2]] = 0
-        if band < fine:
-            for row in (0, 1):
-                pairs[..., 2 * band + row] = plane[row::2].view(np.complex64)
-        else:
-            out[..., 3 * fine + band] = plane
-    out[..., -1] = 1 if hidden is None else sum(_quarters(valid.astype(np.float32))) / np.float32(4)
-
-
-def _quarters(plane: Array) -> tuple[Array, Array, Array, Array]:
-    """Return the four 10 m pixels of each 20 m pixel, in the order of `torch.pixel_unshuffle`."""
-    return plane[::2, ::2], plane[::2, 1::2], plane[1::2, ::2], plane[1::2, 1::2]
