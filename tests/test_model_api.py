@@ -171,6 +171,18 @@ def test_the_input_made_on_a_device_is_the_one_made_by_numpy(shape, kind, half, 
     np.testing.assert_array_equal(found[0].permute(1, 2, 0).numpy(), expected)
 
 
+@pytest.mark.parametrize("kind", [">u2", "<i4", ">f4", "f2", "f8", "i8", "?"])
+def test_input_of_any_type_and_layout_is_that_of_float32(kind):
+    rng = np.random.default_rng(0)
+    planes = [rng.integers(0, 120, (2 * 31, 2 * 23)).astype(kind)[::2, 1::2] for _ in range(7)]
+    for plane in planes:
+        plane.flags.writeable = False
+    gains, valid = rng.normal(0, 0.1, (7, 2)).astype(np.float32), rng.random((23, 31)).T < 0.8
+    found = normalise.network_input(planes, gains, valid, 4, STRIDE)
+    same = [plane.astype(np.float32, order="C") for plane in planes]
+    np.testing.assert_array_equal(found, normalise.network_input(same, gains, valid.copy(), 4, STRIDE))
+
+
 def test_pixels_that_lie_on_a_device_are_not_written_to():
     planes = [torch.rand(6, 8) for _ in range(7)]
     before = [plane.clone() for plane in planes]

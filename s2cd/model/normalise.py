@@ -36,6 +36,8 @@ LEAST_BACKGROUND = 0.5  # of TYPICAL: less is as good as none, and noise must no
 MOST_BACKGROUND = 2.0  # of TYPICAL: between two seasons, too, something may have changed
 FEWEST = 64  # pixels seen on both dates that tell a background
 
+DIGITAL = tuple(map(np.dtype, (np.uint8, np.uint16, np.int16, np.float32)))  # what rasters hold; code is compiled for
+
 Array = npt.NDArray[np.float32]
 Planes = Sequence[np.ndarray] | np.ndarray
 """(band, y, x), or an array (y, x) for each band."""
@@ -101,7 +103,7 @@ def background(a: np.ndarray, b: np.ndarray) -> float:
 def network_input(
     pixels: Planes, gains: Array, valid: npt.NDArray[np.bool_], fine: int, stride: int
 ) -> npt.NDArray[np.float16]:
-    """Return float16 (h, w, channels) on the 20 m grid: fine bands as 2 x 2 blocks, coarse bands, observed share.
+    """Return float16 (h, w, channels) on the 20 m grid: fine bands as 2 x 2 blocks, coarse bands (odd), observed share.
 
     `pixels` holds an array (y, x) of any real type for each band: the first `fine` at 10 m, as `valid` is, the others
     at 20 m or replicated from it. Right and bottom are filled up to a multiple of `stride`: as not observed, after an
@@ -115,12 +117,13 @@ def network_input(
     out = torch.empty((rows, cols, 4 * fine + len(pixels) - fine + 1), dtype=torch.float16)  # numpy rounds slowly
     height, width = valid.shape[0] // 2, valid.shape[1] // 2
     coarse = [plane if plane.shape == (height, width) else plane[::2, ::2] for plane in pixels[fine:]]
+    planes = [_compilable(plane) for plane in (*pixels[:fine], *coarse)]
     out[height:], out[:, width:] = 0, 0
     for top in range(0, height, ROWS):  # a few rows at a time stay in the cache while the channels are interleaved
         span = slice(top, min(top + ROWS, height))
         double = slice(2 * span.start, 2 * span.stop)
         strip, seen = np.empty((span.stop - span.start, width, out.shape[2]), np.float32), valid[double]
-        for band, (plane, (gain, bias)) in enumerate(zip([*pixels[:fine], *coarse], gains, strict=True)):
+        for band, (plane, (gain, bias)) in enumerate(zip(planes, gains, strict=True)):
             if band < fine:
                 put_fine(plane[double], gain, bias, np.float32(LIMIT), seen, 4 * band, strip)
             else:
@@ -128,3 +131,9 @@ def network_input(
         put_seen(seen, strip)
         out[span, :width] = torch.from_numpy(strip)
     return out.numpy()
+
+
+def _compilable(plane: np.ndarray) -> np.ndarray:
+    """Return a plane as it is, or as float32 if it has no type that code is compiled for."""
+    plane = np.asarray(plane)
+    return plane if plane.dtype in DIGITAL else plane.astype(np.float32)
