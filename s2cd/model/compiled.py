@@ -88,7 +88,7 @@ def _bands_last(x: Tensor) -> np.ndarray:
 
 @_compile()
 def put_fine(pixels: Any, gain: Any, bias: Any, limit: Any, valid: Any, channel: int, out: Any) -> None:
-    """Write a band of 10 m, normalised: pixels (2h, 2w) of any type, into four channels of out (h, w, an even number)."""
+    """Write a band of 10 m, normalised: pixels (2h, 2w) of any type, into four of out's channels, of an even number."""
     height, width, _ = out.shape
     upper, lower = np.empty(2 * width, F), np.empty(2 * width, F)
     upper_pairs, lower_pairs, pairs = upper.view(np.uint64), lower.view(np.uint64), out.view(np.uint64)
