@@ -8,6 +8,7 @@ import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -266,6 +267,13 @@ def test_what_is_compiled_for_cpus_is_what_torch_does(rows, columns, count, dtyp
     assert torch.equal(swapped[-3], -found[-3])
     assert torch.equal(swapped[-2], found[-2])
     assert torch.equal(swapped[-1], found[-1])
+
+
+def test_code_is_compiled_where_nothing_can_be_kept_on_disk():
+    """Numba finds no place for what comes from no file, as where neither package nor home can be written."""
+    space: dict[str, Any] = {}
+    exec("def twice(x):\n    return 2 * x", space)
+    assert compiled._compile()(space["twice"])(21) == 42
 
 
 @pytest.mark.parametrize("module", [appearance, compiled])
