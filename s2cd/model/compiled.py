@@ -279,10 +279,8 @@ def _fit(vote: Any, level: Any, flat: Any, keep: Any, slope: Any, offset: Any) -
             for k in range(width + 2):
                 total[kind, k] = (above[kind, k] + here[kind, k] + below[kind, k]) * F(1 / 36)
         for j in range(width):
-            mean, usual = (
-                total[0, j] + total[0, j + 1] + total[0, j + 2],
-                total[1, j] + total[1, j + 1] + total[1, j + 2],
-            )
+            mean = total[0, j] + total[0, j + 1] + total[0, j + 2]
+            usual = total[1, j] + total[1, j + 1] + total[1, j + 2]
             product = total[2, j] + total[2, j + 1] + total[2, j + 2]
             square = total[3, j] + total[3, j + 1] + total[3, j + 2]
             gradient = (product - usual * mean) / (square - usual * usual + flat)
