@@ -13,11 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from outputs_support import LONLAT, UTM, make_grid, random_codes
+from rasterio.io import MemoryFile
+from rasterio.transform import Affine
 from rio_cogeo import cog_validate
 
 from s2cd.codes import CODE_NODATA, QUANTUM, decode_codes, encode_codes
 from s2cd.errors import ConfigError, GridError
 from s2cd.outputs.cog import PROFILES, code_pyramid, map_cog
+from s2cd.outputs.deflated import filled
 
 SHAPES = [(1, 1), (17, 19), (1, 1025), (512, 512), (513, 513), (1023, 1025)]
 TOLERANCE = {"default": 0.0, "zstd": 0.0, "lerc": QUANTUM / 2 + 1e-6, "uint8": 0.5 / 254 + 1e-6}
@@ -102,6 +105,32 @@ def test_overviews_are_full_and_average_what_was_observed(tmp_path, profile):
             found = probability(overview, profile)
         np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
         assert np.nanmax(np.abs(found - expected)) <= TOLERANCE[profile] + (level + 1) * QUANTUM / 2
+
+
+@pytest.mark.parametrize("big", ["YES", "NO"])
+@pytest.mark.parametrize("shape", [(17, 19), (1100, 1600)], ids=str)
+def test_blocks_fill_the_header_of_large_files_too(tmp_path, shape, big):
+    """Above 2 GB GDAL writes BigTIFF, whose numbers and entries have other sizes."""
+    pyramid = [level.astype(np.uint8) for level in code_pyramid(random_codes(shape, missing=0))]
+    options = {"driver": "COG", "blocksize": 512, "compress": "DEFLATE", "sparse_ok": True, "bigtiff": big}
+    profile = {"height": shape[0], "width": shape[1], "count": 1, "dtype": "uint8", "nodata": 0, **options}
+    profile |= {"crs": f"EPSG:{UTM[0]}", "transform": Affine(*UTM[1])}
+    with MemoryFile() as file:
+        with file.open(**profile) as dataset:
+            dataset.write(np.zeros(shape, np.uint8), 1)
+        header = file.read()
+    path = tmp_path / "map.tif"
+    path.write_bytes(filled(header, pyramid, padded, threads=2))
+    assert header[2] == {"YES": 43, "NO": 42}[big]
+    assert cog_validate(path, strict=True, quiet=True) == (True, [], [])
+    for level, expected in enumerate(pyramid):
+        options = {"overview_level": level - 1} if level else {}
+        with rasterio.open(path, **options) as dataset:
+            np.testing.assert_array_equal(dataset.read(1), expected)
+
+
+def padded(part: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    return np.pad(part, [(0, full - size) for full, size in zip(shape, part.shape, strict=True)])
 
 
 def test_threads_do_not_change_the_map(tmp_path):

@@ -1,7 +1,8 @@
 """Probability codes -> cloud-optimised GeoTIFF, in memory.
 
 Overviews are made here, not by GDAL: averages rounded to codes compress as well as the map itself and cost a tenth of
-the time. A VRT ties the arrays of all levels together without a copy and GDAL's COG driver compresses them.
+the time. A VRT ties all levels together. Of profiles with DEFLATE GDAL's COG driver writes the header, and
+`s2cd.outputs.deflated` the blocks; of others it writes all.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rasterio.transform import Affine
 from s2cd.catalog.scene import Grid
 from s2cd.codes import CODE_NODATA, QUANTUM
 from s2cd.errors import ConfigError, GridError
+from s2cd.outputs.deflated import filled
 
 BLOCK = 512
 _BAND_ROWS = 512
@@ -34,17 +36,35 @@ class Profile:
     nodata: float
     options: Mapping[str, str]
 
+    @property
+    def deflated(self) -> bool:
+        """Whether blocks are plain DEFLATE streams."""
+        return self.options == _DEFLATE
+
+    def stored(self, codes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        """Return what is stored for codes (y, x), in a block of `shape` that has no observation beyond them."""
+        values = np.multiply(codes, np.float32(QUANTUM / self.scale), dtype=np.float32, order="C")
+        if self.dtype != "float32":
+            np.rint(values, out=values)
+        np.copyto(values, np.float32(self.nodata), where=codes == CODE_NODATA)
+        if codes.shape == shape:
+            return values.astype(self.dtype, copy=False)
+        block = np.full(shape, self.nodata, self.dtype)
+        block[: codes.shape[0], : codes.shape[1]] = values
+        return block
+
 
 def _float32(**options: str) -> Profile:
     return Profile("float32", 1.0, np.nan, options)
 
 
+_DEFLATE = {"COMPRESS": "DEFLATE", "PREDICTOR": "NO"}
 # Chosen by measurement on full tiles, see docs/decisions.md.
 PROFILES: Mapping[str, Profile] = {
-    "default": _float32(COMPRESS="DEFLATE", LEVEL="1", PREDICTOR="NO"),
+    "default": _float32(**_DEFLATE),
     "zstd": _float32(COMPRESS="ZSTD", LEVEL="1", PREDICTOR="FLOATING_POINT"),
     "lerc": _float32(COMPRESS="LERC_DEFLATE", MAX_Z_ERROR=str(QUANTUM / 2)),
-    "uint8": Profile("uint8", 1 / 254, 255, {"COMPRESS": "DEFLATE", "LEVEL": "1", "PREDICTOR": "NO"}),
+    "uint8": Profile("uint8", 1 / 254, 255, _DEFLATE),
 }
 _GDAL_TYPES = {"uint8": "Byte", "float32": "Float32"}
 
@@ -71,23 +91,27 @@ def map_cog(
         raise ConfigError(f"unknown COG profile {profile!r}, expected one of {', '.join(PROFILES)}")
     if pyramid[0].shape != tuple(grid.shape):
         raise GridError(f"a map of {pyramid[0].shape} pixels, expected the grid's {tuple(grid.shape)}")
-    pyramid = [np.ascontiguousarray(level, np.uint16) for level in pyramid]  # GDAL is told an address, not an order
     chosen = PROFILES[profile]
-    vrt = _vrt(pyramid, grid, chosen, {"QUANTUM": str(QUANTUM), **(tags or {})})
+    about = {"QUANTUM": str(QUANTUM), **(tags or {})}
+    if chosen.deflated:
+        with _by_gdal(_vrt(pyramid, grid, chosen, about, empty=True), chosen, SPARSE_OK="YES") as header:
+            yield memoryview(filled(bytes(header), pyramid, chosen.stored, threads))
+        return
+    pyramid = [np.ascontiguousarray(level, np.uint16) for level in pyramid]  # GDAL is told an address, not an order
+    with _by_gdal(_vrt(pyramid, grid, chosen, about), chosen, NUM_THREADS=str(threads)) as data:
+        yield data
+
+
+@contextmanager
+def _by_gdal(vrt: str, profile: Profile, **options: str) -> Iterator[memoryview]:
+    """Yield what GDAL's COG driver makes of a VRT."""
     with (
         rasterio.Env(GDAL_MEM_ENABLE_OPEN="YES", VRT_ALLOW_MEM_DRIVER="YES"),
         MemoryFile(vrt.encode(), ext=".vrt") as source,
         MemoryFile(ext=".tif") as target,
     ):
-        copy(
-            source.name,
-            target.name,
-            driver="COG",
-            BLOCKSIZE=str(BLOCK),
-            NUM_THREADS=str(threads),
-            BIGTIFF="IF_SAFER",
-            **chosen.options,
-        )
+        options = {"BLOCKSIZE": str(BLOCK), "BIGTIFF": "IF_SAFER", **profile.options, **options}
+        copy(source.name, target.name, driver="COG", **options)
         yield target.getbuffer()
 
 
@@ -149,8 +173,10 @@ def _mean_table() -> np.ndarray:
 _MEAN_OF_FOUR = _mean_table()
 
 
-def _vrt(levels: list[np.ndarray], grid: Grid, profile: Profile, tags: Mapping[str, str]) -> str:
-    """Describe a map and its overviews, arrays of codes in this process, as one raster."""
+def _vrt(
+    levels: list[np.ndarray], grid: Grid, profile: Profile, tags: Mapping[str, str], *, empty: bool = False
+) -> str:
+    """Describe a map and its overviews, arrays of codes in this process, as one raster; if `empty`, without them."""
     a, b, c, d, e, f = grid.transform
     gdal_order = ", ".join(repr(float(v)) for v in (c, a, b, f, d, e))
     items = "".join(f"<MDI key={quoteattr(k)}>{escape(v)}</MDI>" for k, v in tags.items())
@@ -159,28 +185,35 @@ def _vrt(levels: list[np.ndarray], grid: Grid, profile: Profile, tags: Mapping[s
         f'<Metadata><MDI key="AREA_OR_POINT">Area</MDI>{items}</Metadata>'
     )
     scale = f"<Scale>{profile.scale!r}</Scale><Offset>0</Offset>" if profile.scale != 1 else ""
+    sources = ["" if empty else _codes(level, profile) for level in levels]
     overviews = "".join(
-        f'<Overview><SourceFilename relativeToVRT="0">{escape(_raster(level, profile))}</SourceFilename>'
+        f'<Overview><SourceFilename relativeToVRT="0">{escape(_raster(level.shape, profile, source))}</SourceFilename>'
         "<SourceBand>1</SourceBand></Overview>"
-        for level in levels[1:]
+        for level, source in zip(levels[1:], sources[1:], strict=True)
     )
     about = f"<Description>probability of change</Description>{scale}{overviews}"
-    return _raster(levels[0], profile, header, about)
+    return _raster(levels[0].shape, profile, about + sources[0], header)
 
 
-def _raster(codes: np.ndarray, profile: Profile, header: str = "", about: str = "") -> str:
-    """Describe an array of codes as a raster of stored values: GDAL converts them as it reads, block by block.
+def _raster(shape: tuple[int, ...], profile: Profile, band: str, header: str = "") -> str:
+    """Describe a raster of stored values; without a source in `band` it is without observation everywhere."""
+    rows, columns = shape
+    return (
+        f'<VRTDataset rasterXSize="{columns}" rasterYSize="{rows}">{header}'
+        f'<VRTRasterBand dataType="{_GDAL_TYPES[profile.dtype]}" band="1">'
+        f"<NoDataValue>{profile.nodata:g}</NoDataValue>{band}</VRTRasterBand></VRTDataset>"
+    )
+
+
+def _codes(codes: np.ndarray, profile: Profile) -> str:
+    """Describe an array of codes as the source of stored values: GDAL converts them as it reads, block by block.
 
     The array is named to GDAL's MEM driver by its address: https://gdal.org/drivers/raster/mem.html.
     """
     rows, columns = codes.shape
     memory = f"MEM:::DATAPOINTER={codes.ctypes.data:#x},PIXELS={columns},LINES={rows},DATATYPE=UInt16"
     return (
-        f'<VRTDataset rasterXSize="{columns}" rasterYSize="{rows}">{header}'
-        f'<VRTRasterBand dataType="{_GDAL_TYPES[profile.dtype]}" band="1">'
-        f"<NoDataValue>{profile.nodata:g}</NoDataValue>{about}"
         f'<ComplexSource><SourceFilename relativeToVRT="0">{memory}</SourceFilename><SourceBand>1</SourceBand>'
         f"<NODATA>{CODE_NODATA}</NODATA>"
-        f"<ScaleOffset>0</ScaleOffset><ScaleRatio>{QUANTUM / profile.scale!r}</ScaleRatio>"
-        "</ComplexSource></VRTRasterBand></VRTDataset>"
+        f"<ScaleOffset>0</ScaleOffset><ScaleRatio>{QUANTUM / profile.scale!r}</ScaleRatio></ComplexSource>"
     )
