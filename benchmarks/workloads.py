@@ -21,7 +21,9 @@ from benchmarks import data as prepared
 from benchmarks import trace
 from benchmarks.archive import archive
 from benchmarks.device import seen_since, watched
+from s2cd.catalog import access
 from s2cd.catalog.scene import Scene
+from s2cd.reader import Layout, decoded
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -254,11 +256,11 @@ def _decode_alone(scenes: list[Scene]) -> float:
 
     def job(href: str) -> Callable[[], Any]:
         def read() -> None:
-            with rasterio.open(href) as dataset:
-                height, width = dataset.shape
-                for top in range(0, height, 2048):
-                    rows = min(2048, height - top)
-                    dataset.read(1, window=rasterio.windows.Window(0, top, width, rows))
+            with access.open_dataset("benchmark", href) as dataset:
+                layout = Layout(dataset.shape, dataset.block_shapes[0])
+                blocks = layout.covering(*(slice(0, n) for n in dataset.shape))
+                for _ in decoded(dataset, layout, set(blocks)):
+                    pass
 
         return read
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from s2cd.addresses import local_path
+from s2cd.blocks import packing
 from s2cd.catalog import access
 from s2cd.catalog.scene import Grid
 from s2cd.inflate import (
@@ -128,13 +129,10 @@ _looking = threading.Lock()
 @lru_cache(4096)
 def _block_file(path: str, _edition: tuple[object, ...]) -> BlockFile | None:
     with access.OPEN_FILES.dataset(path) as dataset:
-        kind = dataset.tags(ns="IMAGE_STRUCTURE") | dataset.tags(1, ns="IMAGE_STRUCTURE")
-        predictor = kind.get("PREDICTOR", "1")
-        plain = dataset.driver == "GTiff" and dataset.count == 1 and kind.get("COMPRESSION") == "DEFLATE"
-        layout, dtype = Layout(dataset.shape, dataset.block_shapes[0]), np.dtype(dataset.dtypes[0])
+        kind = packing(dataset)
+        layout = Layout(dataset.shape, dataset.block_shapes[0])
         short = layout.block[1] == dataset.width and dataset.height % layout.block[0]  # the last of several strips
-        known = dtype in (np.uint8, np.uint16) and predictor in {"1", "2"} and "NBITS" not in kind
-        if not plain or short or not known:
+        if kind is None or short:
             return None
         blocks = list(layout.covering(slice(0, dataset.height), slice(0, dataset.width)))
         edges = tuple(math.ceil(n / b) for n, b in zip(dataset.shape, layout.block, strict=True))
@@ -143,10 +141,10 @@ def _block_file(path: str, _edition: tuple[object, ...]) -> BlockFile | None:
             for what in ("OFFSET", "SIZE")
         )
         file = BlockFile(
-            path, dataset.shape, dataset.transform, dataset.crs, layout, dtype, predictor == "2", starts, lengths
+            path, dataset.shape, dataset.transform, dataset.crs, layout, kind.dtype, kind.predictor, starts, lengths
         )
     with open(path, "rb") as stream:
-        little = stream.read(2) == b"II" or dtype.itemsize == 1
+        little = stream.read(2) == b"II" or file.dtype.itemsize == 1
     whole = lengths.min() > HEADER + CHECKSUM and starts.min() > 0  # else some blocks are left out
     small = max(lengths.max(), file.block_bytes) <= STAGED
     return file if little and whole and small and file.block_bytes % (4 * ALIGNED) == 0 else None

@@ -22,6 +22,7 @@ import numpy as np
 import rasterio
 from rasterio.windows import Window
 
+from s2cd.blocks import packing
 from s2cd.catalog import access
 from s2cd.catalog.scene import Asset, Grid, Scene
 from s2cd.errors import ConfigError, GridError
@@ -308,6 +309,24 @@ def _decode(dataset: rasterio.DatasetReader, rows: slice, cols: slice) -> np.nda
     return data
 
 
+def decoded(dataset: rasterio.DatasetReader, layout: Layout, blocks: set[Block]) -> Iterator[tuple[Block, np.ndarray]]:
+    """Yield the pixels of blocks, each an array of its own."""
+    kind = packing(dataset)
+    for corners in rectangles(blocks):
+        members = list(within(*corners))
+        packed = access.packed_blocks(dataset, members) if kind else None
+        if kind is None or packed is None:
+            span = layout.union(*corners)
+            whole = _decode(dataset, *span)
+            yield from ((block, _cut(whole, span, layout.spans(block)).copy()) for block in members)
+            continue
+        for block, data in zip(members, packed, strict=True):
+            rows, cols = layout.spans(block)
+            pixels = kind.unpack(data, (rows.stop - rows.start, cols.stop - cols.start))
+            COUNTS.add(pixels.nbytes)
+            yield block, pixels
+
+
 @dataclass
 class Counts:
     """Bytes of pixels decoded by this process (uncompressed), for the benchmark and the read-once test."""
@@ -381,13 +400,10 @@ class BlockCache:
         out = np.empty((rows.stop - rows.start, cols.stop - cols.start), dataset.dtypes[0])
         mine, held = self.claim(file, blocks, wanted)
         try:
-            for first, last in rectangles(set(mine)):
-                span = layout.union(first, last)
-                data = _decode(dataset, *span)
-                paste(out, rows, cols, data, span)
-                for block in layout.covering(*span):
-                    if (entry := mine[block]) is not None:
-                        self.publish(entry, _cut(data, span, layout.spans(block)).copy())
+            for block, pixels in decoded(dataset, layout, set(mine)):
+                paste(out, rows, cols, pixels, layout.spans(block))
+                if (entry := mine[block]) is not None:
+                    self.publish(entry, pixels)
         except BaseException as error:
             self.abandon(file, mine, error)
             raise
@@ -443,12 +459,16 @@ class BlockCache:
         self._bytes -= self._entries.pop(key).pixels.result().nbytes
 
     def abandon(self, file: File, mine: Mapping[Block, Entry | None], error: BaseException) -> None:
-        """Tell who waits for the blocks of `mine` that they are not coming."""
+        """Tell who waits for the blocks of `mine` that they are not coming, and keep none of them."""
         with self._lock:
             for block, entry in mine.items():
-                if entry is not None and not entry.pixels.done():
+                if entry is None:
+                    continue
+                if not entry.pixels.done():
                     self._entries.pop((file, *block), None)
                     entry.pixels.set_exception(error)
+                elif self._entries.get((file, *block)) is entry:
+                    self._forget((file, *block))
 
     def release(self, file: File, had: Mapping[Block, Entry | None]) -> None:
         """Count those that a chunk has had, and drop those that it was the last to want."""

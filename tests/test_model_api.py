@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch.nn import functional
 
+from s2cd import jit
 from s2cd.codes import encode_codes, split_reasons
 from s2cd.errors import ModelError
 from s2cd.model import BANDS, appearance, compiled, device, list_models, load_model, normalise, registry
@@ -273,7 +274,7 @@ def test_code_is_compiled_where_nothing_can_be_kept_on_disk():
     """Numba finds no place for what comes from no file, as where neither package nor home can be written."""
     space: dict[str, Any] = {}
     exec("def twice(x):\n    return 2 * x", space)
-    assert compiled._compile()(space["twice"])(21) == 42
+    assert jit.compiled()(space["twice"])(21) == 42
 
 
 @pytest.mark.parametrize("module", [appearance, compiled])

@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -117,11 +117,14 @@ class OpenFiles:
         """Lend a dataset to one thread; it is closed after an error."""
         edition = file_edition(path)
         dataset = self._take(edition) or _open(path)
+        _editions[id(dataset)] = edition
         try:
             yield dataset
         except BaseException:
             dataset.close()
             raise
+        finally:
+            del _editions[id(dataset)]
         self._give(edition, dataset)
 
     def close(self, idle: float = 0.0) -> None:
@@ -166,14 +169,18 @@ def _open(path: str) -> rasterio.DatasetReader:
 def file_edition(path: str) -> tuple[object, ...]:
     """Tell a file from one of the same name; the path alone where GDAL knows it and the system does not."""
     try:
-        status = os.stat(path)
+        return _edition(path, os.stat(path))
     except OSError:
         return (path,)
+
+
+def _edition(path: str, status: os.stat_result) -> tuple[object, ...]:
     return path, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 OPEN_FILES = OpenFiles()
-_files: dict[int, RangeFile] = {}
+_editions: dict[int, tuple[object, ...]] = {}  # of open local datasets, by their identity
+_files: dict[int, RangeFile] = {}  # of open remote ones
 
 
 def prefetch(dataset: rasterio.DatasetReader, window: tuple[slice, slice]) -> None:
@@ -184,16 +191,52 @@ def prefetch(dataset: rasterio.DatasetReader, window: tuple[slice, slice]) -> No
     file = _files.get(id(dataset))
     if file is None or dataset.driver not in {"GTiff", "COG"}:
         return
-    height, width = dataset.block_shapes[0]
-    ranges = []
-    for row in range(window[0].start // height, -(-window[0].stop // height)):
-        for column in range(window[1].start // width, -(-window[1].stop // width)):
-            name = f"{column}_{row}"
-            offset = dataset.get_tag_item(f"BLOCK_OFFSET_{name}", "TIFF", bidx=1)
-            size = dataset.get_tag_item(f"BLOCK_SIZE_{name}", "TIFF", bidx=1)
-            if offset and size:
-                ranges.append((int(offset), int(offset) + int(size)))
+    rows, columns = (
+        range(part.start // size, -(-part.stop // size))
+        for part, size in zip(window, dataset.block_shapes[0], strict=True)
+    )
+    file.prefetch(filter(None, (_range(dataset, block) for block in itertools.product(rows, columns))))
+
+
+def packed_blocks(dataset: rasterio.DatasetReader, blocks: Sequence[tuple[int, int]]) -> Iterator[bytes] | None:
+    """Return what an open TIFF holds of blocks (row, column) of its first band, one after the other.
+
+    None where it leaves out some of them, where its numbers are not little-endian, and where GDAL alone knows the
+    file. The iterator raises what the transport raises, and OSError for a file that changed or ends too early.
+    """
+    file, edition = _files.get(id(dataset)), _editions.get(id(dataset), ())
+    found = [_range(dataset, block) for block in blocks]
+    ranges = [r for r in found if r is not None]
+    if len(ranges) < len(found) or (file is None and len(edition) < 2):
+        return None
+    parts = _parts_of(edition, ((0, 2), *ranges)) if file is None else _fetched(file, ((0, 2), *ranges))
+    return parts if next(parts) == b"II" else None
+
+
+def _range(dataset: rasterio.DatasetReader, block: tuple[int, int]) -> tuple[int, int] | None:
+    """Return where a block lies in its file, None for one that is left out."""
+    names = (f"BLOCK_{what}_{block[1]}_{block[0]}" for what in ("OFFSET", "SIZE"))
+    offset, size = (int(dataset.get_tag_item(name, "TIFF", bidx=1) or 0) for name in names)
+    return (offset, offset + size) if offset and size else None
+
+
+def _parts_of(edition: tuple[object, ...], ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    path = str(edition[0])
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if _edition(path, os.fstat(file)) != edition:
+            raise OSError("the file changed while it was read")
+        for start, stop in ranges:
+            yield os.pread(file, stop - start, start)
+    finally:
+        os.close(file)
+
+
+def _fetched(file: RangeFile, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
     file.prefetch(ranges)
+    for start, stop in ranges:
+        file.seek(start)
+        yield file.read(stop - start)
 
 
 def _source(provider: str, href: str) -> HttpSource | S3Source:

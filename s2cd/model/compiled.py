@@ -1,20 +1,18 @@
 """What `s2cd.model.appearance` does, as CPUs do it, and the network's input: each compiled, in one pass through memory.
 
-With torch or NumPy every step is a pass of its own, and together they took more time than all convolutions. Numba
-compiles these functions when they are first called, once a machine: the result lies beside this file, or else in the
-user's cache. There it outlives a change of what other modules hold, so that no constant of those is used inside.
+With torch or NumPy every step is a pass of its own, and together they took more time than all convolutions. What is
+compiled outlives a change of other modules' constants (`s2cd.jit`), so that none of those is used inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from s2cd.jit import compiled
 from s2cd.model.appearance import AROUND, CELL, FLAT, HAZY, LEAST_SEEN, LEAST_SQUARE, OWN, RED, Appearance
 
 ROWS = 16  # of an input, widened to float32 at a time: they stay in the cache
@@ -22,20 +20,7 @@ FINE = 4  # bands of an input that have four pixels of 10 m in one of 20 m
 CHANNELS = 20  # of an input
 VALUES = 8  # of a pixel of 20 m: seven bands, then where it is seen
 F = np.float32  # Numba takes a number of Python for float64
-Function = Callable[..., Any]
 SUMS = {"contract", "nsz", "reassoc"}  # liberties with the order of sums; NaN stays NaN
-
-
-def _compile(**options: Any) -> Callable[[Function], Function]:
-    """Compile a function, which then runs without Python's lock."""
-
-    def compiled(function: Function) -> Function:
-        try:
-            return numba.njit(nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # neither the package's folder nor the user's cache can be written
-            return numba.njit(nogil=True, **options)(function)
-
-    return compiled
 
 
 def appearance(x: Tensor) -> Appearance:
@@ -86,7 +71,7 @@ def _bands_last(x: Tensor) -> np.ndarray:
     return x.permute(0, 2, 3, 1).contiguous().numpy().reshape(len(x), x.shape[2], -1)
 
 
-@_compile()
+@compiled()
 def put_fine(pixels: Any, gain: Any, bias: Any, limit: Any, valid: Any, channel: int, out: Any) -> None:
     """Write a band of 10 m, normalised: pixels (2h, 2w) of any type, into four of out's channels, of an even number."""
     height, width, _ = out.shape
@@ -99,7 +84,7 @@ def put_fine(pixels: Any, gain: Any, bias: Any, limit: Any, valid: Any, channel:
             pairs[i, j, channel // 2], pairs[i, j, channel // 2 + 1] = upper_pairs[j], lower_pairs[j]
 
 
-@_compile()
+@compiled()
 def put_coarse(pixels: Any, gain: Any, bias: Any, limit: Any, valid: Any, channel: int, out: Any) -> None:
     """Write a band of 20 m, normalised: pixels (h, w) of any type, into a channel of out (h, w, channels)."""
     height, width, _ = out.shape
@@ -110,7 +95,7 @@ def put_coarse(pixels: Any, gain: Any, bias: Any, limit: Any, valid: Any, channe
             out[i, j, channel] = line[j]
 
 
-@_compile()
+@compiled()
 def _normalise(pixels: Any, valid: Any, gain: Any, bias: Any, limit: Any, out: Any) -> None:
     """Write a row of pixels, scaled and between -limit and limit, 0 where it is not valid; NaN stays NaN."""
     for k in range(len(out)):
@@ -120,7 +105,7 @@ def _normalise(pixels: Any, valid: Any, gain: Any, bias: Any, limit: Any, out: A
         out[k] = level if valid[k] else F(0)
 
 
-@_compile()
+@compiled()
 def put_seen(valid: Any, out: Any) -> None:
     """Write into the last channel of out (h, w, channels) how much of each pixel is valid, bool (2h, 2w)."""
     height, width, channels = out.shape
@@ -131,7 +116,7 @@ def put_seen(valid: Any, out: Any) -> None:
             out[i, j, channels - 1] = F(0.25) * F(count)
 
 
-@_compile(fastmath=SUMS)
+@compiled(fastmath=SUMS)
 def _look(part: Any, top: int, red: int, edges: Any, cells: Any, means: Any) -> None:
     """Write what rows of an input look like, (rows, w, CHANNELS); the first of them is row `top`."""
     rows, width, _ = part.shape
@@ -162,7 +147,7 @@ def _look(part: Any, top: int, red: int, edges: Any, cells: Any, means: Any) -> 
             total *= F(1) / F(side * side)
 
 
-@_compile(fastmath=SUMS)
+@compiled(fastmath=SUMS)
 def _smooth(a: Any, b: Any, reach: int, hazy: Any, least: Any, out: Any) -> None:
     """Write how cells (h, w * VALUES) differ on the mean within `reach` of each."""
     height, size = a.shape
@@ -190,7 +175,7 @@ def _smooth(a: Any, b: Any, reach: int, hazy: Any, least: Any, out: Any) -> None
             total /= max(total[VALUES - 1], least * count)
 
 
-@_compile()
+@compiled()
 def _enlarge(field: Any, out: Any) -> None:
     """Write a field (h, w * VALUES) at twice its size, (2h, 2w, VALUES), interpolated bilinearly."""
     height, size = field.shape
@@ -208,13 +193,13 @@ def _enlarge(field: Any, out: Any) -> None:
                 row[2 * j + 1, value] = F(0.75) * line[k + VALUES] + F(0.25) * line[k + 2 * VALUES]
 
 
-@_compile()
+@compiled()
 def _beyond(i: int, size: int) -> int:
     """Return which of `size` pixels lies on the other side of the half pixel `i`, beside its own."""
     return min(max(i // 2 - 1 + 2 * (i % 2), 0), size - 1)
 
 
-@_compile(fastmath=SUMS)
+@compiled(fastmath=SUMS)
 def _square(a: Any, b: Any, hazy: Any, out: Any) -> None:
     """Write the squared length of the change vector of a pixel, and of its surroundings, together.
 
@@ -242,7 +227,7 @@ def _square(a: Any, b: Any, hazy: Any, out: Any) -> None:
             out[i, j] = square
 
 
-@_compile()
+@compiled()
 def _differ(a: Any, b: Any, hazy: Any, line: Any) -> None:
     """Write the difference of two rows less what differs alike all around, 0 where one of them is not seen."""
     size = len(a)
@@ -262,7 +247,7 @@ def _differ(a: Any, b: Any, hazy: Any, line: Any) -> None:
         line[k], line[size + VALUES + k] = line[k + VALUES], line[size + k]
 
 
-@_compile(fastmath=SUMS)
+@compiled(fastmath=SUMS)
 def _fit(vote: Any, level: Any, flat: Any, keep: Any, slope: Any, offset: Any) -> None:
     """Write half of `vote` as `keep` of a linear function of `level`, fitted within 3 x 3 pixels of 40 m."""
     height, width = slope.shape
@@ -287,7 +272,7 @@ def _fit(vote: Any, level: Any, flat: Any, keep: Any, slope: Any, offset: Any) -
             slope[i, j], offset[i, j] = keep * gradient, keep * (mean - gradient * usual)
 
 
-@_compile()
+@compiled()
 def _moments(vote: Any, level: Any, out: Any) -> None:
     """Write the sums over 2 x 2 pixels of half the vote, of the level, of their product and of the level's square."""
     width = out.shape[1] - 2
@@ -303,7 +288,7 @@ def _moments(vote: Any, level: Any, out: Any) -> None:
         out[kind, 0], out[kind, width + 1] = out[kind, 1], out[kind, width]
 
 
-@_compile()  # no liberties here: the other date first must give the same to the bit
+@compiled()  # no liberties here: the other date first must give the same to the bit
 def _apply(vote: Any, a: Any, b: Any, slope_a: Any, slope_b: Any, offset: Any, own: Any, out: Any) -> None:
     """Write what the fits tell of pixels of 10 m, with `own` of the vote."""
     height, width = vote.shape
@@ -320,7 +305,7 @@ def _apply(vote: Any, a: Any, b: Any, slope_a: Any, slope_b: Any, offset: Any, o
                 row[2 * j + 1] = base[j] + (of_a[j] * a[k + 1, i, j] + of_b[j] * b[k + 1, i, j])
 
 
-@_compile()
+@compiled()
 def _between(field: Any, i: int, out: Any) -> None:
     """Write row `i` of a field enlarged to twice its size, interpolated bilinearly."""
     height, width = field.shape
