@@ -24,7 +24,6 @@ from s2cd.errors import ConfigError, GridError
 from s2cd.outputs.deflated import filled
 
 BLOCK = 512
-_BAND_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,48 +128,13 @@ def validity_cog(validity: np.ndarray, grid: Grid) -> bytes:
 
 
 def code_pyramid(codes: np.ndarray) -> list[np.ndarray]:
-    """Return the codes and their overviews: each half the size of the one before, down to one block.
+    """Return the codes and their overviews: each half the size of the one before, down to one block."""
+    from s2cd.outputs.overviews import halved  # Numba takes a third of a second to load: not for `s2cd status`
 
-    A pixel of an overview is the mean of the observed pixels below it, rounded to a code; it is without observation
-    where all of them are.
-    """
     levels = [codes]
     while max(levels[-1].shape) > BLOCK:
-        levels.append(_halve(levels[-1]))
+        levels.append(halved(levels[-1]))
     return levels
-
-
-def _halve(codes: np.ndarray) -> np.ndarray:
-    rows, columns = codes.shape
-    out = np.empty((-(-rows // 2), -(-columns // 2)), np.uint16)
-    for top in range(0, rows, _BAND_ROWS):
-        band = codes[top : top + _BAND_ROWS]
-        sums = _sum_of_pairs(_sum_of_pairs(band, 0), 1)
-        out[top // 2 : top // 2 + len(sums)] = _MEAN_OF_FOUR[sums]
-    return out
-
-
-def _sum_of_pairs(values: np.ndarray, axis: int) -> np.ndarray:
-    """Add neighbours along an axis in uint32; a last one without a partner gets "no observation" as its own."""
-    values = np.moveaxis(values, axis, 0)
-    size = len(values)
-    sums = np.empty((-(-size // 2), *values.shape[1:]), np.uint32)
-    np.add(values[0 : size - 1 : 2], values[1::2], out=sums[: size // 2], dtype=np.uint32)
-    if size % 2:
-        sums[-1] = values[-1] + np.uint32(CODE_NODATA * (2 if axis else 1))
-    return np.moveaxis(sums, 0, axis)
-
-
-def _mean_table() -> np.ndarray:
-    """Mean of four codes by their sum: a sum tells how many of them are 65535, for the others reach only 4096."""
-    sums = np.arange(4 * CODE_NODATA + 1, dtype=np.int64)
-    missing = np.minimum((sums + 4) // (CODE_NODATA + 1), 4)
-    observed = 4 - missing
-    mean = (sums - missing * CODE_NODATA + observed // 2) // np.maximum(observed, 1)
-    return np.where(observed == 0, CODE_NODATA, mean).astype(np.uint16)
-
-
-_MEAN_OF_FOUR = _mean_table()
 
 
 def _vrt(
