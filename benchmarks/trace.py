@@ -21,6 +21,7 @@ STAGES = (
     ("s2cd.model.registry", "Model.decode", "network"),
     ("s2cd.model.registry", "Model.decode_codes", "network"),
     ("s2cd.survey", "survey_scene", "survey"),
+    ("s2cd.outputs.parts", "map_part", "encode"),
     ("s2cd.outputs", "write_map", "encode"),
     ("s2cd.runner", "thumbnail", "encode"),
 )

@@ -41,6 +41,7 @@ Image = tuple[Planes, np.ndarray, np.ndarray]
 """Pixels, affine and valid of a date, as `Model.encode` takes them."""
 _Read = tuple[list[np.ndarray], np.ndarray | None]
 """Pixels, an array (y, x) a band, and values of the mask band."""
+Finish = Callable[[np.ndarray, tuple[int, int]], Any]
 _READERS = ThreadPoolExecutor(64, "s2cd-read")
 
 
@@ -133,11 +134,11 @@ def detect_changes(
 class Block(NamedTuple):
     """One chunk of several pairs of one field of view.
 
-    codes   uint16 (pair, y, x) as `s2cd.codes` defines them
+    parts   what was made of the codes of each pair
     shifts  of each pair, in the chunk in the middle of the tile; None in others
     """
 
-    codes: np.ndarray
+    parts: tuple[Any, ...]
     shifts: tuple[Shift, ...] | None
 
 
@@ -147,12 +148,14 @@ def change_blocks(
     ref: ModelRef,
     mask: Mask,
     chunk: int,
+    finish: Finish,
     *,
     reasons: bool = False,
 ) -> tuple[dict[Key, Any], list[list[Key]]]:
-    """Return a graph for the codes of several pairs of one field of view, each source block read once, and its keys.
+    """Return a graph for several pairs of one field of view, each source block read once, and its keys.
 
-    `levels` has an entry for each pair.
+    `levels` has an entry for each pair. `finish` gets the codes of a pair in a chunk, uint16 (y, x) as `s2cd.codes`
+    defines them, and the row and column of their first pixel.
 
     The keys lie in rows as the chunks of `chunk` pixels along y and x do; each stands for a `Block` of all pairs.
     With `reasons` the codes tell which date does not show a pixel. Tasks fail with ReadError or GridError where a
@@ -174,7 +177,7 @@ def change_blocks(
         backgrounds=tuple(level.background for level in levels),
     )
     tiling = Tiling(grid.shape, chunk, _halo(network, mask, series.dates))
-    infer = partial(_infer_block, series=series, tiling=tiling, mask=mask, ref=ref, reasons=reasons)
+    infer = partial(_infer_block, series=series, tiling=tiling, mask=mask, ref=ref, finish=finish, reasons=reasons)
     number, (rows, cols) = uuid4().hex, tiling.blocks
     # Dask works equal tasks in the order of their keys as text: row by row, so that few decoded blocks are kept. It
     # keeps a record of every first part of a key for good: the same for all units, or the scheduler's memory grows.
@@ -205,7 +208,7 @@ def encode_series(
 
 
 def _infer_block(
-    row: int, col: int, *, series: Series, tiling: Tiling, mask: Mask, ref: ModelRef, reasons: bool
+    row: int, col: int, *, series: Series, tiling: Tiling, mask: Mask, ref: ModelRef, finish: Finish, reasons: bool
 ) -> Block:
     model = ref.load()
     window, core = tiling.read(row, col), tiling.core(row, col)
@@ -221,17 +224,21 @@ def _infer_block(
                 views.append(_view(image[0], image[2], model.bands))
             yield image
 
-    codes = np.empty((len(series.pairs), *(c.stop - c.start for c in core)), np.uint16)
+    parts: dict[int, Any] = {}
     try:
         with current(model.device):
             for position, before, after in encode_series(model, images(), series.pairs):
                 background = series.backgrounds[position]
-                codes[position] = model.decode_codes(before, after, background, inner, reasons=reasons)
+                codes = model.decode_codes(before, after, background, inner, reasons=reasons)
+                parts[position] = finish(codes, (core[0].start, core[1].start))
     except RuntimeError as error:
         if failed(model.device):
             give_up(error)
         raise
-    return Block(codes, _shifts(views, series.pairs) if views else None)
+    return Block(
+        tuple(parts[position] for position in range(len(series.pairs))),
+        _shifts(views, series.pairs) if views else None,
+    )
 
 
 _View = tuple[np.ndarray, np.ndarray]

@@ -18,7 +18,6 @@ from s2cd import outputs
 from s2cd.catalog.scene import Grid
 from s2cd.clusters.environment import return_free_memory
 from s2cd.clusters.machine import available_cores
-from s2cd.codes import split_reasons
 from s2cd.config import RunConfig
 from s2cd.cube import cube_grid
 from s2cd.errors import ConfigError, OutputError, ShiftError
@@ -91,12 +90,11 @@ def write_pair(
     In strict mode raises ShiftError, before anything is written, if the images are displaced.
     """
     return_free_memory()  # what the network needed: when maps are put together, memory is at its peak
-    codes = np.block([[block.codes[position] for block in row] for row in blocks])
+    parts = [block.parts[position] for row in blocks for block in row]
     shift = next(block.shifts[position] for row in blocks for block in row if block.shifts)
     if config.strict and shifted(shift):
         raise ShiftError(f"strict: {pair.name}: {_displaced(shift)}, expected at most {LARGEST_SHIFT:g}")
-    codes, validity = split_reasons(codes) if config.validity else (codes, None)
-    properties = _write_map(codes, shift, pair, grid, ref, config, mask_of(config), validity)["properties"]
+    properties = _write_map(parts, shift, pair, grid, ref, config, mask_of(config))["properties"]
     return {
         "valid_fraction": properties["s2cd:valid_fraction"],
         "changed_fraction": properties["s2cd:changed_fraction"],
@@ -114,14 +112,13 @@ def _write_array(
 
 
 def _write_map(
-    values: np.ndarray,
+    values: np.ndarray | Sequence[outputs.MapPart],
     shift: Shift,
     pair: Pair,
     grid: Grid,
     ref: ModelRef,
     config: RunConfig,
     mask: Mask,
-    validity: np.ndarray | None = None,
 ) -> dict[str, Any]:
     bands = ref.load().bands
     if shifted(shift):
@@ -143,7 +140,6 @@ def _write_map(
         quicklook_rgb=rgb,
         profile=config.cog_profile,
         threads=_threads(),  # GDAL has one pool for all maps: as large as the largest that is asked for
-        validity=validity,
     )
 
 

@@ -399,8 +399,9 @@ def _unit_graph(unit: _Unit, context: _Context) -> tuple[dict[Key, Any], list[Ke
     bands = context.model.bands
     grid = common_grid([unit.pairs[0].before], bands)
     levels = [unit.levels[pair.name] for pair in unit.pairs]
+    finish = partial(outputs.map_part, shape=grid.shape, profile=config.cog_profile, reasons=config.validity)
     graph, blocks = change_blocks(
-        unit.pairs, levels, context.ref, context.mask, unit.sizes.chunk, reasons=config.validity
+        unit.pairs, levels, context.ref, context.mask, unit.sizes.chunk, finish, reasons=config.validity
     )
     number = uuid4().hex
     maps: list[Key] = [("write_pair", number, position) for position in range(len(unit.pairs))]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from s2cd.model.device import first_device
+from s2cd.outputs.profiles import BLOCK
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -15,12 +17,13 @@ if TYPE_CHECKING:
     from s2cd.config import RunConfig
     from s2cd.model import Model
 
-LARGEST_CHUNK = 1568  # a seventh of a tile: larger chunks save halo but take the cluster over 6 GB on two cores
-LARGEST_ON_GPU = 2752  # a quarter of a tile: fewer calls, each of more work
+LARGEST_CHUNK = 2048  # a sixth of a tile: larger chunks save halo but take the cluster over 6 GB on two cores
+LARGEST_ON_GPU = 3072  # a quarter of a tile: fewer calls, each of more work
 LARGEST_SERIES = 6  # dates: more save the second reading of a unit's last date, and keep more maps in memory
 SMALLEST_CHUNK = 256
 THREADS_A_UNIT = 8  # at most: more would wait at a unit's last chunks
 THREADS_A_UNIT_ON_GPU = 4  # chunks are soon done there, and most threads write the maps of the units before
+EXCESS = 1.25  # at most, of chunks of whole blocks over the image: the last are smaller
 TASK_SHARE = 0.5  # of a thread's memory for its task; the rest is for decoded blocks and unwritten maps
 CODES_SHARE = 0.2  # of all memory for maps that are not written yet
 FEATURE_COPIES = 7  # two dates, what the network holds meanwhile, and room: docs/decisions.md has what was measured
@@ -118,10 +121,15 @@ def task_sizes(config: RunConfig, shape: tuple[int, int], pairs: int, model: Mod
 
 
 def auto_chunk(shape: tuple[int, int], stride: int, largest: float = LARGEST_CHUNK) -> int:
-    """Return the edge of a chunk: about `largest` pixels, equal parts, two or more along a side of 512 or more."""
+    """Return the edge of a chunk: up to `largest` pixels, equal parts, two or more along a side of 512 or more.
+
+    A multiple of a map's blocks, which a chunk then fills, where parts that are equal but for the last are no more.
+    """
     longest = max(shape)
-    parts = max(2 if longest >= 512 else 1, round(longest / largest))
-    return -(-longest // (parts * stride)) * stride
+    parts = max(2 if longest >= 512 else 1, math.ceil(longest / largest))
+    chunk = -(-longest // (parts * stride)) * stride
+    whole = -(-chunk // BLOCK) * BLOCK
+    return whole if whole <= largest and whole * parts <= EXCESS * longest else chunk
 
 
 def _chunk(config: RunConfig, shape: tuple[int, int], model: Model, workers: Workers) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
+from dask.sizeof import sizeof
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -18,18 +21,32 @@ from rasterio.transform import Affine
 from rio_cogeo import cog_validate
 
 from s2cd.codes import CODE_NODATA, QUANTUM, decode_codes, encode_codes
-from s2cd.errors import ConfigError, GridError
-from s2cd.outputs.cog import PROFILES, code_pyramid, map_cog
+from s2cd.errors import GridError
+from s2cd.outputs.cog import map_cog
 from s2cd.outputs.deflated import filled
+from s2cd.outputs.overviews import code_pyramid
+from s2cd.outputs.parts import joined, map_part
+from s2cd.outputs.profiles import PROFILES
 
 SHAPES = [(1, 1), (17, 19), (1, 1025), (512, 512), (513, 513), (1023, 1025)]
 TOLERANCE = {"default": 0.0, "zstd": 0.0, "lerc": QUANTUM / 2 + 1e-6, "uint8": 0.5 / 254 + 1e-6}
 
 
 def write(path: Path, codes: np.ndarray, system=UTM, **options) -> Path:
-    with map_cog(code_pyramid(codes), make_grid(codes.shape, system), **options) as data:
+    """Write a map of which the chunks of one row and one column end in the midst of blocks, and of overviews'."""
+    profile = options.get("profile", "default")
+    parts = [
+        map_part(codes[rows, cols], (rows.start, cols.start), shape=codes.shape, profile=profile)
+        for rows, cols in itertools.product(*(cut(n) for n in codes.shape))
+    ]
+    with map_cog(*joined(parts, codes.shape, profile), make_grid(codes.shape, system), **options) as data:
         path.write_bytes(data)
     return path
+
+
+def cut(size: int) -> list[slice]:
+    edges = sorted({0, *range(336, size, 720), size})
+    return [slice(*ends) for ends in itertools.pairwise(edges)]
 
 
 def probability(dataset: rasterio.DatasetReader, profile: str) -> np.ndarray:
@@ -112,15 +129,9 @@ def test_overviews_are_full_and_average_what_was_observed(tmp_path, profile):
 def test_blocks_fill_the_header_of_large_files_too(tmp_path, shape, big):
     """Above 2 GB GDAL writes BigTIFF, whose numbers and entries have other sizes."""
     pyramid = [level.astype(np.uint8) for level in code_pyramid(random_codes(shape, missing=0))]
-    options = {"driver": "COG", "blocksize": 512, "compress": "DEFLATE", "sparse_ok": True, "bigtiff": big}
-    profile = {"height": shape[0], "width": shape[1], "count": 1, "dtype": "uint8", "nodata": 0, **options}
-    profile |= {"crs": f"EPSG:{UTM[0]}", "transform": Affine(*UTM[1])}
-    with MemoryFile() as file:
-        with file.open(**profile) as dataset:
-            dataset.write(np.zeros(shape, np.uint8), 1)
-        header = file.read()
+    header = header_of(shape, big)
     path = tmp_path / "map.tif"
-    path.write_bytes(filled(header, pyramid, padded, threads=2))
+    path.write_bytes(filled(header, [deflated(level) for level in pyramid]))
     assert header[2] == {"YES": 43, "NO": 42}[big]
     assert cog_validate(path, strict=True, quiet=True) == (True, [], [])
     for level, expected in enumerate(pyramid):
@@ -129,14 +140,56 @@ def test_blocks_fill_the_header_of_large_files_too(tmp_path, shape, big):
             np.testing.assert_array_equal(dataset.read(1), expected)
 
 
-def padded(part: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    return np.pad(part, [(0, full - size) for full, size in zip(shape, part.shape, strict=True)])
+def header_of(shape: tuple[int, int], big: str) -> bytes:
+    options = {"driver": "COG", "blocksize": 512, "compress": "DEFLATE", "sparse_ok": True, "bigtiff": big}
+    profile = {"height": shape[0], "width": shape[1], "count": 1, "dtype": "uint8", "nodata": 0, **options}
+    profile |= {"crs": f"EPSG:{UTM[0]}", "transform": Affine(*UTM[1])}
+    with MemoryFile() as file:
+        with file.open(**profile) as dataset:
+            dataset.write(np.zeros(shape, np.uint8), 1)
+        return file.read()
 
 
-def test_threads_do_not_change_the_map(tmp_path):
+def deflated(level: np.ndarray) -> dict[tuple[int, int], bytes]:
+    full = np.pad(level, [(0, -n % 512) for n in level.shape])
+    places = itertools.product(*(range(n // 512) for n in full.shape))
+    return {(i, j): zlib.compress(full[512 * i : 512 * i + 512, 512 * j : 512 * j + 512].tobytes()) for i, j in places}
+
+
+@pytest.mark.parametrize("profile", ["zstd", "lerc"])
+def test_threads_do_not_change_the_map(tmp_path, profile):
     codes = random_codes((1023, 1025))
-    one, two = (write(tmp_path / f"{n}.tif", codes, threads=n) for n in (1, 2))
+    one, two = (write(tmp_path / f"{n}.tif", codes, threads=n, profile=profile) for n in (1, 2))
     assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize("profile", ["default", "uint8"])
+@pytest.mark.parametrize("shape", [(17, 19), (1100, 2060), (2049, 4100)], ids=str)
+def test_chunks_do_not_change_the_map(tmp_path, shape, profile):
+    codes = random_codes(shape)
+    whole = [map_part(codes, (0, 0), shape=shape, profile=profile)]
+    with map_cog(*joined(whole, shape, profile), make_grid(shape), profile=profile) as data:
+        assert write(tmp_path / "map.tif", codes, profile=profile).read_bytes() == data
+
+
+def test_most_of_a_large_map_waits_compressed():
+    codes = random_codes((2048, 2048), missing=1)
+    part = map_part(codes, (2048, 2048), shape=(6000, 6000))
+    assert [len(cut.whole) for cut in part.cuts] == [16, 4]
+    assert not any(cut.pieces for cut in part.cuts)
+    assert part.codes.nbytes == codes.nbytes / 16
+    assert sizeof(part) < codes.nbytes / 10
+
+
+def test_parts_that_leave_something_out_are_no_map():
+    part = map_part(random_codes((500, 600)), (0, 0), shape=(1000, 600))
+    with pytest.raises(GridError, match="300000 pixels, expected 600000"):
+        joined([part], (1000, 600), "default")
+
+
+def test_a_header_for_other_levels_is_refused():
+    with pytest.raises(ValueError, match="0 blocks, expected 1"):
+        filled(header_of((17, 19), "NO"), [{}])
 
 
 def test_maps_written_at_the_same_time_do_not_mix(tmp_path):
@@ -147,14 +200,6 @@ def test_maps_written_at_the_same_time_do_not_mix(tmp_path):
     for path, codes in zip(paths, maps, strict=True):
         with rasterio.open(path) as dataset:
             np.testing.assert_array_equal(dataset.read(1), decode_codes(codes))
-
-
-def test_wrong_shape_and_unknown_profile_are_named():
-    pyramid = code_pyramid(random_codes((17, 19)))
-    with pytest.raises(GridError, match=r"\(17, 19\).*\(17, 20\)"), map_cog(pyramid, make_grid((17, 20))):
-        pass
-    with pytest.raises(ConfigError, match="'jpeg'.*default"), map_cog(pyramid, make_grid((17, 19)), profile="jpeg"):
-        pass
 
 
 def test_text_that_is_special_in_xml_survives_in_tags(tmp_path):

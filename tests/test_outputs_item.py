@@ -18,7 +18,7 @@ from rasterio.warp import transform_bounds
 from s2cd.addresses import public_href, without_secrets
 from s2cd.catalog import freeze, load_scenes, search
 from s2cd.codes import CODE_NODATA, encode_codes
-from s2cd.errors import GridError, OutputError
+from s2cd.errors import ConfigError, GridError, OutputError
 from s2cd.outputs import MapInfo, finished, is_done, save_report, save_run, write_catalog, write_map
 from s2cd.outputs.item import footprint
 from s2cd.pairs import Pair
@@ -166,6 +166,12 @@ def test_maps_of_nothing(out, fill):
 def test_a_map_off_its_grid_is_refused_before_anything_is_written(out):
     with pytest.raises(GridError, match=rf"{NAME}: a map of \(17, 20\) pixels, expected \(17, 19\)"):
         write_map(random_codes((17, 20)), make_pair(GRID), GRID, INFO, str(out))
+    assert not out.exists()
+
+
+def test_an_unknown_profile_is_named_before_anything_is_written(out):
+    with pytest.raises(ConfigError, match="'jpeg'.*default"):
+        write_map(random_codes(GRID.shape), make_pair(GRID), GRID, INFO, str(out), profile="jpeg")
     assert not out.exists()
 
 

@@ -11,7 +11,7 @@ import rasterio
 from outputs_support import AFTER, INFO, make_grid, make_pair, random_codes
 
 from s2cd.outputs import validate, write_catalog, write_map
-from s2cd.outputs.cog import PROFILES
+from s2cd.outputs.profiles import PROFILES
 
 GRID = make_grid((530, 201))
 PAIR = make_pair(GRID)

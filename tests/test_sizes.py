@@ -35,12 +35,19 @@ def test_auto_chunk_is_aligned_and_covers(size):
     assert -(-size // chunk) * chunk >= size
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"), [(1100, 552), (1830, 1024), (3660, 2048), (2300, 1152), (4100, 1536), (10980, 2048)]
+)
+def test_chunks_are_whole_blocks_of_a_map_where_that_takes_no_more_of_them(size, expected):
+    assert auto_chunk((size, size), 8) == expected
+
+
 def test_ample_memory_gives_the_default_sizes_and_so_does_an_unknown_one():
     for workers in (Workers(), Workers(1, 2, 10 * GB), Workers(64, 1024, 8 * GB)):
         found = sizes(workers, pairs=10**6)
-        assert (found.chunk, found.dates) == (1584, LARGEST_SERIES)
+        assert (found.chunk, found.dates) == (2048, LARGEST_SERIES)
     on_gpu = sizes(Workers(64, 1024, 8 * GB, device=5 * GB), pairs=10**6)
-    assert (on_gpu.chunk, on_gpu.dates) == (2752, LARGEST_SERIES)
+    assert (on_gpu.chunk, on_gpu.dates) == (3072, LARGEST_SERIES)
 
 
 @pytest.mark.parametrize("workers", [Workers(1, 8, 0.6 * GB), Workers(1, 16, 8 * GB, device=0.3 * GB)])

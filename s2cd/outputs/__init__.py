@@ -15,12 +15,14 @@ from s2cd.outputs.checks import validate
 from s2cd.outputs.item import MapInfo
 from s2cd.outputs.layout import path_of
 from s2cd.outputs.lock import only_one
+from s2cd.outputs.parts import MapPart, map_part
 from s2cd.outputs.recipe import recipe, require_recipe
 from s2cd.outputs.store import absolute, check_writable, place_of
 from s2cd.outputs.writer import write_map
 
 __all__ = [
     "MapInfo",
+    "MapPart",
     "absolute",
     "cataloguing",
     "check_writable",
@@ -28,6 +30,7 @@ __all__ = [
     "finished",
     "is_done",
     "lost_maps",
+    "map_part",
     "only_one",
     "path_of",
     "place_of",

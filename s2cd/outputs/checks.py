@@ -16,8 +16,9 @@ from rasterio.windows import Window
 from s2cd.addresses import public_href
 from s2cd.codes import CODE_NODATA, decode_codes, encode_codes
 from s2cd.errors import OutputError
-from s2cd.outputs.cog import BLOCK, code_pyramid
 from s2cd.outputs.layout import ROOT, is_map_name
+from s2cd.outputs.overviews import code_pyramid
+from s2cd.outputs.profiles import BLOCK
 from s2cd.outputs.store import Store, open_store, require_there
 
 Document = dict[str, Any]

@@ -9,17 +9,12 @@ area".
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from isal import isal_zlib
 
-LEVEL = 1
-"""Of ISA-L's 0 to 3: higher ones take twice as long and save nothing on maps."""
-_TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_BYTE_COUNTS = 322, 323, 324, 325
+_TILE_OFFSETS, _TILE_BYTE_COUNTS = 324, 325
 _WHOLE_NUMBERS: dict[int, np.dtype[Any]] = {  # by TIFF's names of their types
     3: np.dtype("<u2"),
     4: np.dtype("<u4"),
@@ -35,50 +30,33 @@ class _Numbers(NamedTuple):
     size: int
     dtype: np.dtype[Any]
 
-    def read(self, header: bytes | bytearray) -> np.ndarray:
-        return np.frombuffer(header, self.dtype, self.size, self.start)
-
     def write(self, header: bytearray, values: Sequence[int]) -> None:
         header[self.start : self.start + self.size * self.dtype.itemsize] = np.array(values, self.dtype).tobytes()
 
 
-Store = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
-
-
-def filled(header: bytes, levels: Sequence[np.ndarray], store: Store, threads: int) -> bytearray:
+def filled(header: bytes, levels: Sequence[Mapping[tuple[int, int], bytes]]) -> bytearray:
     """Return a COG: `header`, then the blocks of all levels, the coarsest first.
 
-    header   a COG without any block, as GDAL's SPARSE_OK makes it, with little-endian numbers
-    levels   the map (y, x) and its overviews, as many as the header tells of
-    store    turns a part of a level, cut off at its edges, into the stored values of a block of some shape
-    threads  how many compress
+    header  a COG without any block, as GDAL's SPARSE_OK makes it, with little-endian numbers
+    levels  blocks by row and column, of the map and its overviews, as many as the header tells of
+
+    Raises ValueError where that has room for more blocks or fewer.
     """
     out = bytearray(header)
-    with ThreadPoolExecutor(threads) as pool:
-        for tags, level in reversed(list(zip(_directories(header), levels, strict=True))):
-            height, width = (int(tags[tag].read(header)[0]) for tag in (_TILE_LENGTH, _TILE_WIDTH))
-            pack = partial(_pack, store=store, shape=(height, width))
-            starts, sizes = [], []
-            for block in pool.map(pack, _parts(level, height, width)):
-                out += len(block).to_bytes(_LEADER, "little")
-                starts.append(len(out))
-                sizes.append(len(block))
-                out += block
-                out += block[-_TRAILER:]
-            tags[_TILE_OFFSETS].write(out, starts)
-            tags[_TILE_BYTE_COUNTS].write(out, sizes)
+    for tags, blocks in reversed(list(zip(_directories(header), levels, strict=True))):
+        room = tags[_TILE_OFFSETS].size
+        if len(blocks) != room:
+            raise ValueError(f"{len(blocks)} blocks, expected {room}")
+        starts, sizes = [], []
+        for _, block in sorted(blocks.items()):
+            out += len(block).to_bytes(_LEADER, "little")
+            starts.append(len(out))
+            sizes.append(len(block))
+            out += block
+            out += block[-_TRAILER:]
+        tags[_TILE_OFFSETS].write(out, starts)
+        tags[_TILE_BYTE_COUNTS].write(out, sizes)
     return out
-
-
-def _pack(part: np.ndarray, store: Store, shape: tuple[int, int]) -> bytes:
-    return isal_zlib.compress(store(part, shape), LEVEL)
-
-
-def _parts(level: np.ndarray, height: int, width: int) -> Iterator[np.ndarray]:
-    rows, columns = level.shape
-    for top in range(0, rows, height):
-        for left in range(0, columns, width):
-            yield level[top : top + height, left : left + width]
 
 
 def _directories(header: bytes) -> Iterator[dict[int, _Numbers]]:

@@ -16,9 +16,10 @@ from rasterio.warp import transform_geom
 from s2cd.addresses import public_href
 from s2cd.catalog.providers import PROVIDERS
 from s2cd.catalog.scene import Grid, Scene
-from s2cd.codes import CODE_NODATA, CODE_SCALE, QUANTUM
-from s2cd.outputs.cog import PROFILES, Profile
+from s2cd.codes import QUANTUM
 from s2cd.outputs.layout import COG_TYPE, COLLECTION_ID, ITEM_TYPE, ROOT, TILE_CATALOG, VALIDITY
+from s2cd.outputs.parts import THRESHOLD
+from s2cd.outputs.profiles import PROFILES, Profile
 from s2cd.pairs import Pair
 
 STAC_VERSION = "1.1.0"
@@ -48,24 +49,22 @@ class MapInfo:
     model       name of the model
     model_hash  SHA-256 of its weights, in hexadecimal
     bands       canonical names of the bands the model saw
-    threshold   probability above which a pixel counts as changed in `s2cd:changed_fraction`
     extra       further properties, such as {"s2cd:shift": [0.1, -0.3]} in pixels
     """
 
     model: str
     model_hash: str
     bands: tuple[str, ...]
-    threshold: float = 0.5
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build_item(
-    pair: Pair, grid: Grid, info: MapInfo, codes: np.ndarray, profile: str, sizes: Mapping[str, int]
+    pair: Pair, grid: Grid, info: MapInfo, observed: int, changed: int, profile: str, sizes: Mapping[str, int]
 ) -> dict[str, Any]:
     """Return the STAC item (1.1.0) of a map.
 
-    codes  uint16 (y, x), the map
-    sizes  file extension (".tif", ".png") -> size in bytes, for the files that were written
+    observed, changed  pixels of the map
+    sizes              file extension (".tif", ".png") -> size in bytes, for the files that were written
     """
     geometry, bbox = footprint(grid)
     assets = {"change": _change_asset(pair.name, PROFILES[profile], sizes[".tif"])}
@@ -88,7 +87,7 @@ def build_item(
             ],
             "file:size": sizes[VALIDITY],
         }
-    properties = _properties(pair, grid, info) | _fractions(codes, info.threshold)
+    properties = _properties(pair, grid, info) | _fractions(grid, observed, changed)
     properties |= {"s2cd:cog_profile": profile, **info.extra}
     extensions = list(EXTENSIONS)
     extensions += [CLASSIFICATION_EXTENSION] if VALIDITY in sizes else []
@@ -163,7 +162,7 @@ def _properties(pair: Pair, grid: Grid, info: MapInfo) -> dict[str, Any]:
         "s2cd:model": info.model,
         "s2cd:model_hash": info.model_hash,
         "s2cd:bands": list(info.bands),
-        "s2cd:threshold": info.threshold,
+        "s2cd:threshold": THRESHOLD,
         "s2cd:platforms": platforms,
         "s2cd:levels": [s.level for s in scenes],
         "s2cd:baselines": [s.baseline for s in scenes],
@@ -187,13 +186,10 @@ def _applied(scene: Scene, band: str) -> dict[str, Any]:
     return {"scale": asset.scale, "offset": asset.offset, "reason": asset.reason}
 
 
-def _fractions(codes: np.ndarray, threshold: float) -> dict[str, float | None]:
-    above = int(np.count_nonzero(codes > int(threshold * CODE_SCALE)))
-    missing = int(np.count_nonzero(codes == CODE_NODATA))
-    observed = codes.size - missing
+def _fractions(grid: Grid, observed: int, changed: int) -> dict[str, float | None]:
     return {
-        "s2cd:valid_fraction": round(observed / codes.size, 6),
-        "s2cd:changed_fraction": round((above - missing) / observed, 6) if observed else None,
+        "s2cd:valid_fraction": round(observed / (grid.shape[0] * grid.shape[1]), 6),
+        "s2cd:changed_fraction": round(changed / observed, 6) if observed else None,
     }
 
 

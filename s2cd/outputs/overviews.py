@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from s2cd.codes import CODE_NODATA
-from s2cd.jit import compiled
+from s2cd.outputs.profiles import BLOCK
+
+
+def code_pyramid(codes: np.ndarray) -> list[np.ndarray]:
+    """Return the codes and their overviews: each half the size of the one before, down to one block."""
+    levels = [codes]
+    while max(levels[-1].shape) > BLOCK:
+        levels.append(halved(levels[-1]))
+    return levels
 
 
 def halved(codes: np.ndarray) -> np.ndarray:
@@ -16,32 +22,14 @@ def halved(codes: np.ndarray) -> np.ndarray:
     A pixel is the mean of the observed ones of the four below it, rounded to a code; it is without observation where
     all of them are.
     """
-    rows, columns = codes.shape
-    out = np.empty((-(-rows // 2), -(-columns // 2)), np.uint16)
-    _halve(codes, np.uint16(CODE_NODATA), out)
+    from s2cd.outputs.halving import halve  # Numba takes a third of a second to load: not for `s2cd status`
+
+    out = np.empty(coarser(codes.shape, 1), np.uint16)
+    halve(codes, np.uint16(CODE_NODATA), out)
     return out
 
 
-@compiled()
-def _halve(codes: Any, nodata: Any, out: Any) -> None:
-    rows, columns = codes.shape
-    pairs = columns // 2
-    for i in range(out.shape[0]):
-        upper, lower = codes[2 * i], codes[min(2 * i + 1, rows - 1)]
-        line = out[i]
-        whole = 2 * i + 1 < rows
-        for j in range(pairs):
-            a, b, c, d = upper[2 * j], upper[2 * j + 1], lower[2 * j], lower[2 * j + 1]
-            line[j] = _mean(a, b, c if whole else nodata, d if whole else nodata, nodata)
-        if columns % 2:
-            line[pairs] = _mean(upper[-1], nodata, lower[-1] if whole else nodata, nodata, nodata)
-
-
-@compiled()
-def _mean(a: Any, b: Any, c: Any, d: Any, nodata: Any) -> Any:
-    total, count = np.uint32(0), np.uint32(0)
-    for code in (a, b, c, d):
-        observed = code != nodata
-        total += np.uint32(code) * np.uint32(observed)
-        count += np.uint32(observed)
-    return nodata if count == 0 else np.uint16((total + count // 2) // count)
+def coarser(shape: tuple[int, ...], level: int) -> tuple[int, int]:
+    """Return the shape (y, x) of a level of a map of `shape`; 0 is the map itself."""
+    rows, columns = (-(-n // (1 << level)) for n in shape)
+    return rows, columns

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from s2cd.errors import OutputError
-from s2cd.outputs.cog import PROFILES
 from s2cd.outputs.layout import path_of
+from s2cd.outputs.profiles import PROFILES
 from s2cd.outputs.store import open_store, understood
 
 Recipe = dict[str, Any]
