@@ -27,6 +27,7 @@ from s2cd.catalog import access
 from s2cd.catalog.scene import Asset, Grid, Scene
 from s2cd.errors import ConfigError, GridError
 
+SOURCE_BLOCK = 1024  # pixels along a side of a block, as most archives have them
 Result = TypeVar("Result")
 _Finish = Callable[[], np.ndarray]
 
@@ -48,6 +49,9 @@ class Source:
 class Tiling:
     """How a grid is cut into chunks of `chunk` pixels, each read with `halo` pixels around it.
 
+    The first of an axis is half a source block shorter where all borders would lie on those of source blocks, if that
+    takes no more chunks: else two rows of blocks at each border are kept for the chunks on its other side, not one.
+
     `shape`, `chunk` and `halo` are in pixels of the cube's grid. `work` names the unit of work whose chunks share
     decoded blocks: what another one left behind may be of a file that was written anew since.
     """
@@ -60,12 +64,12 @@ class Tiling:
     @property
     def blocks(self) -> tuple[int, int]:
         """Number of chunks along y and x."""
-        return (math.ceil(self.shape[0] / self.chunk), math.ceil(self.shape[1] / self.chunk))
+        return self._index(0, self.shape[0] - 1) + 1, self._index(1, self.shape[1] - 1) + 1
 
     @property
     def middle(self) -> tuple[int, int]:
         """The chunk that has the middle of the grid."""
-        return (self.shape[0] // 2 // self.chunk, self.shape[1] // 2 // self.chunk)
+        return self._index(0, self.shape[0] // 2), self._index(1, self.shape[1] // 2)
 
     def core(self, row: int, col: int) -> tuple[slice, slice]:
         """Pixels of chunk (row, col), without halo."""
@@ -77,14 +81,23 @@ class Tiling:
 
     def readers(self, axis: int, start: int, stop: int) -> int:
         """How many chunks along `axis` read something of the pixels [start, stop)."""
-        first = max(0, (start - self.halo) // self.chunk)
-        last = min(self.blocks[axis] - 1, (stop - 1 + self.halo) // self.chunk)
-        return last - first + 1
+        first, last = max(start - self.halo, 0), min(stop + self.halo, self.shape[axis]) - 1
+        return self._index(axis, last) - self._index(axis, first) + 1
 
     def _span(self, axis: int, index: int, halo: int) -> slice:
-        start = index * self.chunk
-        stop = min(start + self.chunk, self.shape[axis])
+        start = index * self.chunk - self._lead(axis)
+        stop = start + self.chunk
         return slice(max(0, start - halo), min(stop + halo, self.shape[axis]))
+
+    def _index(self, axis: int, pixel: int) -> int:
+        """Return which chunk has a pixel."""
+        return (pixel + self._lead(axis)) // self.chunk
+
+    def _lead(self, axis: int) -> int:
+        """Return by how much the first chunk is shorter."""
+        half, size = SOURCE_BLOCK // 2, self.shape[axis]
+        no_more = math.ceil((size + half) / self.chunk) == math.ceil(size / self.chunk)
+        return half if self.chunk % SOURCE_BLOCK == 0 and no_more else 0
 
 
 def band_source(scene: Scene, band: str) -> Source:

@@ -107,6 +107,26 @@ def test_blocks_left_behind_serve_no_later_unit_of_work(monkeypatch, tmp_path):
     assert reader.BLOCKS._bytes == 0
 
 
+@given(st.integers(1, 12000), st.sampled_from([16, 96, 512, 1024, 1536, 2048, 3072]), st.sampled_from([0, 16, 80]))
+def test_chunks_are_all_of_a_grid_and_know_who_reads_what(size, chunk, halo):
+    tiling = Tiling((size, 7), chunk, halo)
+    assert tiling.blocks[0] == -(-size // chunk)
+    cores = [tiling.core(row, 0)[0] for row in range(tiling.blocks[0])]
+    assert [core.start for core in cores] == [0, *(core.stop for core in cores[:-1])]
+    assert cores[-1].stop == size
+    assert all(0 < core.stop - core.start <= chunk and core.start % 16 == 0 for core in cores)
+    assert cores[tiling.middle[0]].start <= size // 2 < cores[tiling.middle[0]].stop
+    for start in range(0, size, max(1, size // 9)):
+        stop = min(start + 700, size)
+        reads = [tiling.read(row, 0)[0] for row in range(tiling.blocks[0])]
+        assert tiling.readers(0, start, stop) == sum(r.start < stop and start < r.stop for r in reads)
+
+
+def test_borders_of_chunks_lie_within_blocks_of_the_sources():
+    tiling = Tiling((10980, 10980), 2048, 80)
+    assert [tiling.core(row, 0)[0].start for row in range(6)] == [0, 1536, 3584, 5632, 7680, 9728]
+
+
 def test_a_failed_read_leaves_no_block_behind(make_series, monkeypatch, tmp_path):
     monkeypatch.setattr(reader, "BLOCKS", BlockCache())
     scene = make_series(shape=(300, 333), dates=1, block=64)[0]
