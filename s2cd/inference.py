@@ -176,7 +176,7 @@ def change_blocks(
         pairs=tuple((order[p.before.id], order[p.after.id]) for p in pairs),
         backgrounds=tuple(level.background for level in levels),
     )
-    tiling = Tiling(grid.shape, chunk, _halo(network, mask, series.dates))
+    tiling = Tiling(grid.shape, chunk, _halo(network, mask, series.dates), network.stride)
     infer = partial(_infer_block, series=series, tiling=tiling, mask=mask, ref=ref, finish=finish, reasons=reasons)
     number, (rows, cols) = uuid4().hex, tiling.blocks
     # Dask works equal tasks in the order of their keys as text: row by row, so that few decoded blocks are kept. It

@@ -145,7 +145,7 @@ def describe_plan(plan: Plan) -> PlanTable:
         left -= len(scenes) - 1 - (len(pairs) - finished)  # as a run counts: what is finished needs no unit
         grid = common_grid(scenes[:1], model.bands)
         sizes = task_sizes(plan.config, grid.shape, left, model, workers)
-        tiling = Tiling(grid.shape, sizes.chunk, model.halo)
+        tiling = Tiling(grid.shape, sizes.chunk, model.halo, model.stride)
         if finished < len(pairs):
             chunks[_explain(plan.config, tiling, sizes, workers)] = None
         units = -(-len(pairs) // (sizes.dates - 1))

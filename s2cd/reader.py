@@ -52,13 +52,15 @@ class Tiling:
     The first of an axis is half a source block shorter where all borders would lie on those of source blocks, if that
     takes no more chunks: else two rows of blocks at each border are kept for the chunks on its other side, not one.
 
-    `shape`, `chunk` and `halo` are in pixels of the cube's grid. `work` names the unit of work whose chunks share
-    decoded blocks: what another one left behind may be of a file that was written anew since.
+    `shape`, `chunk` and `halo` are in pixels of the cube's grid; so is `stride`, of which all borders are multiples if
+    `chunk` is. `work` names the unit of work whose chunks share decoded blocks: what another one left behind may be of
+    a file that was written anew since.
     """
 
     shape: tuple[int, int]
     chunk: int
     halo: int
+    stride: int = 1
     work: str = field(default_factory=lambda: uuid4().hex, compare=False)
 
     @property
@@ -97,7 +99,7 @@ class Tiling:
         """Return by how much the first chunk is shorter."""
         half, size = SOURCE_BLOCK // 2, self.shape[axis]
         no_more = math.ceil((size + half) / self.chunk) == math.ceil(size / self.chunk)
-        return half if self.chunk % SOURCE_BLOCK == 0 and no_more else 0
+        return half if self.chunk % SOURCE_BLOCK == 0 and half % self.stride == 0 and no_more else 0
 
 
 def band_source(scene: Scene, band: str) -> Source:

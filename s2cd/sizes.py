@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from s2cd.model.device import first_device
+from s2cd.outputs.parts import STEP
 from s2cd.outputs.profiles import BLOCK
 
 if TYPE_CHECKING:
@@ -110,8 +111,9 @@ class Sizes:
 def task_sizes(config: RunConfig, shape: tuple[int, int], pairs: int, model: Model, workers: Workers) -> Sizes:
     """Choose what `config` leaves open, for fields of view of `shape` pixels that have `pairs` pairs in all.
 
-    A chunk is a multiple of the network's stride, no larger than half a thread's memory holds, on the host or on the
-    device; a series has no more dates than a fifth of all memory holds maps, and few enough to keep all threads busy.
+    A chunk is a multiple of the network's stride and of a map's STEP, no larger than half a thread's memory holds, on
+    the host or on the device; a series has no more dates than a fifth of all memory holds maps, and few enough to keep
+    all threads busy.
     """
     chunk = _chunk(config, shape, model, workers)
     edge = min(chunk, max(shape)) + 2 * model.halo
@@ -129,17 +131,19 @@ def auto_chunk(shape: tuple[int, int], stride: int, largest: float = LARGEST_CHU
     parts = max(2 if longest >= 512 else 1, math.ceil(longest / largest))
     chunk = -(-longest // (parts * stride)) * stride
     whole = -(-chunk // BLOCK) * BLOCK
-    return whole if whole <= largest and whole * parts <= EXCESS * longest else chunk
+    fits = whole % stride == 0 and whole <= largest and whole * parts <= EXCESS * longest
+    return whole if fits else chunk
 
 
 def _chunk(config: RunConfig, shape: tuple[int, int], model: Model, workers: Workers) -> int:
+    stride = math.lcm(model.stride, STEP)
     if config.chunk != "auto":
-        return -(-config.chunk // model.stride) * model.stride
+        return -(-config.chunk // stride) * stride
     host, device = _bytes_per_pixel(model, workers)
     room = [(m * TASK_SHARE / need) ** 0.5 for m, need in ((workers.memory, host), (workers.device, device)) if m]
     most = LARGEST_ON_GPU if workers.device else LARGEST_CHUNK
     largest = min(room, default=float("inf")) - 2 * model.halo
-    return auto_chunk(shape, model.stride, min(max(largest, SMALLEST_CHUNK), most))
+    return auto_chunk(shape, stride, min(max(largest, SMALLEST_CHUNK), most))
 
 
 def _dates(config: RunConfig, shape: tuple[int, int], pairs: int, blocks: int, workers: Workers) -> int:

@@ -181,6 +181,11 @@ def test_most_of_a_large_map_waits_compressed():
     assert sizeof(part) < codes.nbytes / 10
 
 
+def test_a_part_that_shares_pixels_of_overviews_is_refused():
+    with pytest.raises(ValueError, match=r"\(0, 1102\), expected multiples of 4"):
+        map_part(random_codes((4, 4)), (0, 1102), shape=(2000, 2000))
+
+
 def test_parts_that_leave_something_out_are_no_map():
     part = map_part(random_codes((500, 600)), (0, 0), shape=(1000, 600))
     with pytest.raises(GridError, match="300000 pixels, expected 600000"):

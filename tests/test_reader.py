@@ -122,9 +122,11 @@ def test_chunks_are_all_of_a_grid_and_know_who_reads_what(size, chunk, halo):
         assert tiling.readers(0, start, stop) == sum(r.start < stop and start < r.stop for r in reads)
 
 
-def test_borders_of_chunks_lie_within_blocks_of_the_sources():
-    tiling = Tiling((10980, 10980), 2048, 80)
+def test_borders_of_chunks_lie_within_blocks_of_the_sources_where_the_network_may_start_there():
+    tiling = Tiling((10980, 10980), 2048, 80, stride=16)
     assert [tiling.core(row, 0)[0].start for row in range(6)] == [0, 1536, 3584, 5632, 7680, 9728]
+    tiling = Tiling((10980, 10980), 3072, 12, stride=6)
+    assert [tiling.core(row, 0)[0].start for row in range(4)] == [0, 3072, 6144, 9216]
 
 
 def test_a_failed_read_leaves_no_block_behind(make_series, monkeypatch, tmp_path):

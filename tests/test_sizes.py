@@ -16,6 +16,8 @@ from s2cd.clusters.machine import available_cores
 from s2cd.clusters.start import THREADS_A_GPU
 from s2cd.config import RunConfig
 from s2cd.model import load_model
+from s2cd.outputs.parts import STEP
+from s2cd.reader import Tiling
 from s2cd.sizes import LARGEST_SERIES, TASK_SHARE, Workers, auto_chunk, task_sizes
 
 TILE = (10980, 10980)
@@ -70,6 +72,18 @@ def test_little_memory_gives_fewer_dates_and_many_threads_too():
 def test_what_is_asked_for_is_taken_rounded_up_to_the_stride():
     found = sizes(Workers(1, 8, 0.1 * GB), chunk=1000, dates_per_task=9)
     assert (found.chunk, found.dates) == (1008, 9)
+
+
+@given(st.integers(1, 256), st.integers(1, 12000), st.just("auto") | st.integers(64, 4096))
+def test_chunks_suit_a_network_of_any_stride_and_the_overviews_of_a_map(half_stride, size, chunk):
+    network = SimpleNamespace(stride=2 * half_stride, halo=2 * half_stride, feature_bytes=40.0)
+    config = RunConfig(catalog="any", out="maps", chunk=chunk)
+    found = task_sizes(config, (size, 7), 5, network, Workers(1, 2, 4 * GB)).chunk
+    tiling = Tiling((size, 7), found, network.halo, network.stride)
+    for row in range(tiling.blocks[0]):
+        start = tiling.core(row, 0)[0].start
+        assert start % network.stride == 0
+        assert start % STEP == 0
 
 
 @given(

@@ -1,6 +1,6 @@
 """Maps in parts: what each chunk gives of one, compressed where whole blocks of the file lie in the chunk.
 
-So a map waits for its last chunk in a fifth of the memory, and little is left to be done then.
+So a map waits for its last chunk in less memory than its codes take, and little is left to be done then.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from s2cd.outputs.profiles import BLOCK, PROFILES, Profile
 THRESHOLD = 0.5
 """Probability above which a pixel counts as changed in `s2cd:changed_fraction`."""
 CUT_LEVELS = 2  # at most: coarser ones are small, and overviews are made of them
+STEP = 1 << CUT_LEVELS
+"""Pixels: chunks begin at multiples of it, so that no pixel of the first overviews lies in two of them."""
 _SHOWN = 1024  # pixels along a side: a level of that size, or a coarser one, is wanted as codes, for the quicklook
 _LEVEL = 1  # of ISA-L's 0 to 3: higher ones take twice as long and save nothing on maps
 
@@ -42,7 +44,7 @@ class MapPart(NamedTuple):
     cuts      of the finest levels: none, where the profile compresses otherwise, up to CUT_LEVELS
     origin    place of the first pixel in the first level that is not cut
     codes     uint16 (y, x) of that level
-    pixels    of the map itself, how many of them are `observed`, and `changed`
+    pixels    how many it has of the map itself, and how many of these are `observed`, and `changed`
     validity  uint8 (y, x) of the map itself, as `s2cd.codes.split_reasons` gives it
     """
 
@@ -61,9 +63,13 @@ def map_part(
     """Return what a chunk gives of a map of `shape`.
 
     codes    uint16 (y, x); with `reasons` they tell which date does not show a pixel (`s2cd.codes`)
-    origin   place of their first pixel in the map, multiples of 2 ** CUT_LEVELS
+    origin   place of their first pixel in the map, multiples of STEP
     profile  key of PROFILES
+
+    Raises ValueError for another origin.
     """
+    if any(n % STEP for n in origin):
+        raise ValueError(f"a part of a map begins at {origin}, expected multiples of {STEP}")
     codes, validity = split_reasons(codes) if reasons else (codes, None)
     pixels, missing = codes.size, int(np.count_nonzero(codes == CODE_NODATA))
     above = int(np.count_nonzero(codes > int(THRESHOLD * CODE_SCALE)))
