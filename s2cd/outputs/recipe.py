@@ -21,7 +21,7 @@ def recipe(model: str, model_hash: str, mask: Mapping[str, Any], *, validity: bo
     model, model_hash  name, or path, and SHA-256 of the weights
     mask               as `Mask.description` gives it
     validity           whether a layer beside each map tells why a pixel has no value
-    cog_profile        key of `s2cd.outputs.cog.PROFILES`
+    cog_profile        key of `s2cd.outputs.profiles.PROFILES`
     """
     return {
         **_by_option(model, model_hash, mask),

@@ -40,7 +40,7 @@ def write_map(
                    or float32 in [0, 1] with NaN, which is rounded to that; or all parts of such a map
     out            folder or URL such as s3://bucket/prefix
     quicklook_rgb  uint8 (y, x, 3) before and after, each may be None; without the tuple no quicklook is written
-    profile        key of `s2cd.outputs.cog.PROFILES`
+    profile        key of `s2cd.outputs.profiles.PROFILES`
     threads        how many threads compress what is not DEFLATE
 
     The item is written last: its presence means that the map is finished. Every file appears whole or not at all.
