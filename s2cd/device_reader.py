@@ -18,7 +18,6 @@ from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
-import rasterio
 import torch
 from torch import Tensor
 
@@ -134,12 +133,10 @@ def _block_file(path: str, _edition: tuple[object, ...]) -> BlockFile | None:
         short = layout.block[1] == dataset.width and dataset.height % layout.block[0]  # the last of several strips
         if kind is None or short:
             return None
-        blocks = list(layout.covering(slice(0, dataset.height), slice(0, dataset.width)))
+        blocks = layout.covering(slice(0, dataset.height), slice(0, dataset.width))
         edges = tuple(math.ceil(n / b) for n, b in zip(dataset.shape, layout.block, strict=True))
-        starts, lengths = (
-            np.array([_tag(dataset, what, *at) for at in blocks], np.int64).reshape(edges)
-            for what in ("OFFSET", "SIZE")
-        )
+        ranges = np.array([access.block_range(dataset, block) or (0, 0) for block in blocks], np.int64)
+        starts, lengths = ranges[:, 0].reshape(edges), (ranges[:, 1] - ranges[:, 0]).reshape(edges)
         file = BlockFile(
             path, dataset.shape, dataset.transform, dataset.crs, layout, kind.dtype, kind.predictor, starts, lengths
         )
@@ -148,10 +145,6 @@ def _block_file(path: str, _edition: tuple[object, ...]) -> BlockFile | None:
     whole = lengths.min() > HEADER + CHECKSUM and starts.min() > 0  # else some blocks are left out
     small = max(lengths.max(), file.block_bytes) <= STAGED
     return file if little and whole and small and file.block_bytes % (4 * ALIGNED) == 0 else None
-
-
-def _tag(dataset: rasterio.DatasetReader, what: str, row: int, col: int) -> int:
-    return int(dataset.get_tag_item(f"BLOCK_{what}_{col}_{row}", "TIFF", bidx=1) or 0)
 
 
 class DeviceReader:

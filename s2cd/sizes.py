@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from s2cd.config import RunConfig
     from s2cd.model import Model
 
-LARGEST_CHUNK = 2048  # a sixth of a tile: larger chunks save halo but take the cluster over 6 GB on two cores
+LARGEST_CHUNK = 2048  # a sixth of a tile: larger chunks save halo and cost memory
 LARGEST_ON_GPU = 3072  # a quarter of a tile: fewer calls, each of more work
 LARGEST_SERIES = 6  # dates: more save the second reading of a unit's last date, and keep more maps in memory
 SMALLEST_CHUNK = 256

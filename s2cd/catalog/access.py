@@ -195,7 +195,7 @@ def prefetch(dataset: rasterio.DatasetReader, window: tuple[slice, slice]) -> No
         range(part.start // size, -(-part.stop // size))
         for part, size in zip(window, dataset.block_shapes[0], strict=True)
     )
-    file.prefetch(filter(None, (_range(dataset, block) for block in itertools.product(rows, columns))))
+    file.prefetch(filter(None, (block_range(dataset, block) for block in itertools.product(rows, columns))))
 
 
 def packed_blocks(dataset: rasterio.DatasetReader, blocks: Sequence[tuple[int, int]]) -> Iterator[bytes] | None:
@@ -205,7 +205,7 @@ def packed_blocks(dataset: rasterio.DatasetReader, blocks: Sequence[tuple[int, i
     file. The iterator raises what the transport raises, and OSError for a file that changed or ends too early.
     """
     file, edition = _files.get(id(dataset)), _editions.get(id(dataset), ())
-    found = [_range(dataset, block) for block in blocks]
+    found = [block_range(dataset, block) for block in blocks]
     ranges = [r for r in found if r is not None]
     if len(ranges) < len(found) or (file is None and len(edition) < 2):
         return None
@@ -213,8 +213,8 @@ def packed_blocks(dataset: rasterio.DatasetReader, blocks: Sequence[tuple[int, i
     return parts if next(parts) == b"II" else None
 
 
-def _range(dataset: rasterio.DatasetReader, block: tuple[int, int]) -> tuple[int, int] | None:
-    """Return where a block lies in its file, None for one that is left out."""
+def block_range(dataset: rasterio.DatasetReader, block: tuple[int, int]) -> tuple[int, int] | None:
+    """Return where a block (row, column) of the first band lies in its file, None for one that is left out."""
     names = (f"BLOCK_{what}_{block[1]}_{block[0]}" for what in ("OFFSET", "SIZE"))
     offset, size = (int(dataset.get_tag_item(name, "TIFF", bidx=1) or 0) for name in names)
     return (offset, offset + size) if offset and size else None
