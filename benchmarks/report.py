@@ -201,7 +201,7 @@ def _page(parts: Parts, origins: Origins, results: Path) -> list[str]:
         "Where each row comes from:",
         "\n".join(
             f"- {name}: {d['file']}, {d['date']}, {d['machine']['processor'].partition(' (')[0]}{_extent(name, d)}, "
-            f"load {d['load']['before']} before{_others(d['parts'][name])}"
+            f"load {d['load']['before']} before{_others(d['parts'][name])}{_chosen(d['parts'][name])}"
             for name, documents in origins.items()
             for d in documents
         ),
@@ -223,6 +223,17 @@ def _extent(name: str, document: dict[str, Any]) -> str:
 
 def _others(part: dict[str, Any]) -> str:
     return f", others kept {part['others_cores']:.1f} cores busy" if "others_cores" in part else ""
+
+
+def _chosen(part: dict[str, Any]) -> str:
+    """Return what a run worked with, where that was recorded."""
+    if "settings" not in part:
+        return ""
+    s = part["settings"]
+    return (
+        f"; model {s['model']} in {s['precision']}, chunks of {s['chunk']} px, {s['dates_a_task']} dates a task, "
+        f"workers {s['workers']} with {s['threads']} threads in all, COG profile {s['cog_profile']}"
+    )
 
 
 def _stages_block(parts: Parts) -> str:

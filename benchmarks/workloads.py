@@ -96,6 +96,7 @@ def engine(
         events = [e for part in client.run(trace.collect).values() for e in part] if traced else []
         decoded = sum(client.run(trace.decoded_bytes).values()) - decoded
         tasks = [t for t in stream.data if t["status"] == "OK"]
+        chosen = _chosen(config, client, data, len(report.maps))
     failed = [m for m in report.maps if m.status != "written"]
     if failed:
         raise RuntimeError(f"{len(failed)} maps were not written, the first: {failed[0]}")
@@ -108,9 +109,29 @@ def engine(
         "decoded_over_needed": decoded / data.unique_bytes,
         "tasks_per_pair": len(tasks) / maps,
         "stages_cpu_s": _cpu_by_stage(events),
+        "settings": chosen,
         "traced": sorted({name for names in found.values() for name in names}),
         "gantt": _gantt(events, origin),
         **seen,
+    }
+
+
+def _chosen(config: s2cd.RunConfig, client: Client, data: prepared.Data, maps: int) -> dict[str, Any]:
+    """What a run with `config` works with, given or chosen by itself."""
+    from s2cd.model.device import fast_bfloat16
+    from s2cd.sizes import Workers, task_sizes
+
+    workers, model = Workers.of_client(client, config.device), s2cd.load_model(config.model, config.device)
+    assert workers is not None
+    sizes = task_sizes(config, (data.size, data.size), maps, model, workers)
+    return {
+        "model": f"{model.name} {model.hash[:12]}",
+        "precision": "bfloat16" if fast_bfloat16(model.device) else "float32",
+        "chunk": sizes.chunk,
+        "dates_a_task": sizes.dates,
+        "workers": workers.count,
+        "threads": workers.threads,
+        "cog_profile": config.cog_profile,
     }
 
 

@@ -88,6 +88,8 @@ def test_run_and_compare_record_results_that_the_report_shows(data, folder, monk
     run = next(d for d in documents if d["kind"] == "run")
     assert 1 <= run["parts"]["engine"]["decoded_over_needed"] < 1.5  # the shift of a pair is measured on its own
     assert run["parts"]["engine"]["maps"] == 2
+    chosen = run["parts"]["engine"]["settings"]
+    assert chosen["chunk"] % 16 == 0
     assert {e[1] for e in run["parts"]["engine"]["gantt"]} >= {"decode", "network", "encode"}
     compare = next(d for d in documents if d["kind"] == "compare")
     assert max(compare["parts"]["compare"]["largest_difference"].values()) <= 0.01
@@ -96,6 +98,7 @@ def test_run_and_compare_record_results_that_the_report_shows(data, folder, monk
     page = (tmp_path / "report.md").read_text()
     assert "| GPU busy | >= 60 % | not measured | |" in page
     assert "| an archive 10 ms away | " in page
+    assert f"chunks of {chosen['chunk']} px, {chosen['dates_a_task']} dates a task" in page
     assert suite._agreement(str(folder / "work" / "s2cd"), str(folder / "work" / "archive")) == 0
     assert (tmp_path / "benchmark.png").stat().st_size > 5000
 
