@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -275,6 +278,19 @@ def test_code_is_compiled_where_nothing_can_be_kept_on_disk():
     space: dict[str, Any] = {}
     exec("def twice(x):\n    return 2 * x", space)
     assert jit.compiled()(space["twice"])(21) == 42
+
+
+def test_code_is_compiled_where_the_disk_is_full(tmp_path):
+    """No file of this process may have a byte, as where a quota is used up."""
+    program = (
+        "import resource; from s2cd.blocks import _add_up; import numpy as np\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "out = np.empty((1, 3), np.uint16); _add_up(np.ones_like(out), out); print(*out[0])"
+    )
+    home = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", program], env=home, capture_output=True, text=True, check=False)
+    assert found.stdout.split() == ["1", "2", "3"], found.stderr
+    assert not list(tmp_path.rglob("*.nbc"))
 
 
 @pytest.mark.parametrize("module", [appearance, compiled])
