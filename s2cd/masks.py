@@ -183,7 +183,7 @@ def _distance(mask: np.ndarray) -> np.ndarray:
 def _isin(scl: np.ndarray, classes: Collection[int]) -> np.ndarray:
     table = np.zeros(256 if scl.dtype == np.uint8 else 1 << 16, dtype=bool)
     table[list(classes)] = True
-    return np.asarray(table, like=scl)[scl]
+    return np.asarray(table, like=scl).take(scl)  # half of the time of table[scl]
 
 
 # Thresholds of the spectral test, in reflectance, and the half-width in 10 m pixels of what a roof can be.
