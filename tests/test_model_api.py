@@ -121,7 +121,7 @@ def test_raw_numbers_with_scale_and_offset_equal_reflectance(model):
     valid = np.ones((64, 50), bool)
     codes = [model.encode(n, model.affine(s, 1e-4, -0.1), valid) for n, s in zip(numbers, stats, strict=True)]
     level = model.background(*(model.sketch(r, s) for r, s in zip(reflectance, stats, strict=True)))
-    expected = model.predict(*reflectance, statistics=stats)
+    expected = model.predict(*reflectance, statistics=np.stack(stats))
     np.testing.assert_allclose(model.decode(*codes, level), expected, atol=5e-3)  # the input is rounded to float16
 
 
@@ -378,8 +378,9 @@ def test_unknown_names_devices_and_shapes_are_named():
         load_model("nope")
     with pytest.raises(ModelError, match="model: found Model, expected the name of a shipped model or a path"):
         load_model(load_model())
-    with pytest.raises(ModelError, match="unknown device 'tpu9x'"):
-        load_model("generic", device="tpu9x")
+    for strange in ("tpu9x", None):
+        with pytest.raises(ModelError, match=f"unknown device {strange!r}"):
+            load_model("generic", device=strange)
     with pytest.raises(ModelError, match=r"7 bands, found \(6, 5, 5\)"):
         load_model("generic").predict(np.zeros((6, 5, 5), np.float32), np.zeros((6, 5, 5), np.float32))
     with pytest.raises(ModelError, match="CUDA devices found"):
@@ -406,9 +407,57 @@ def test_labelled_bands_must_be_in_order_and_arrays_hold_numbers():
     np.testing.assert_array_equal(model.predict(numbered, numbered), model.predict(image, image))
     with pytest.raises(ModelError, match="found bands swir22, .*, blue, expected blue, .*, swir22"):
         model.predict(labelled, labelled[::-1])
+    as_variables = labelled.to_dataset("band")[list(model.bands)[::-1]].to_array()
+    for strange in (as_variables, labelled[::-1].rename(band="bands")):
+        with pytest.raises(ModelError, match="found bands swir22, .*, blue, expected blue, .*, swir22"):
+            model.predict(strange, strange)
+    with pytest.raises(ModelError, match="found Dataset, expected an array of reflectance float32"):
+        model.predict(labelled.to_dataset("band"), labelled.to_dataset("band"))
     for kind in (object, np.complex64, bool):
         with pytest.raises(ModelError, match=f"found an array of {np.dtype(kind)}, expected reflectance float32"):
             model.predict(image, image.astype(kind))
+
+
+def test_labelled_dates_must_lie_on_one_grid():
+    model, image = load_model("generic", device="cpu"), ground((20, 20))
+    place = {"y": 5e6 - 10.0 * np.arange(20), "x": 5e5 + 10.0 * np.arange(20)}
+    date = xr.DataArray(image, dims=("band", "y", "x"), coords=place)
+    near = date.assign_coords(x=date.x + 1e-6)
+    np.testing.assert_array_equal(model.predict(date, near), model.predict(image, image))
+    with pytest.raises(ModelError, match=r"same axes, found \('band', 'y', 'x'\) and \('band', 'x', 'y'\)"):
+        model.predict(date, date.transpose("band", "x", "y"))
+    for other, start in ((date.isel(y=slice(None, None, -1)), 4999810), (date.assign_coords(y=date.y + 10), 5000010)):
+        with pytest.raises(ModelError, match=f"one grid, found y from 5000000 to 4999810 and from {start} to"):
+            model.predict(date, other)
+
+
+@pytest.mark.parametrize("name", ["generic", "urban"])
+@pytest.mark.parametrize("share", [0.04, 0.3, 0.6])
+def test_infinite_pixels_are_no_observation(name, share):
+    model, shape = load_model(name, device="cpu"), (300, 310)
+    before, after = ground(shape), ground(shape, 1)
+    hole = np.s_[2, :, : int(share * shape[1])]
+    infinite, missing = before.copy(), before.copy()
+    infinite[hole], missing[hole] = np.inf, np.nan
+    found = model.predict(infinite, after)
+    np.testing.assert_array_equal(found, model.predict(missing, after))
+    assert np.isfinite(found[:, int(share * shape[1]) :]).all()
+
+
+def test_what_torch_is_told_to_prefer_changes_no_map(monkeypatch):
+    images = ground((40, 50)), ground((40, 50), 1)
+    expected = load_model("generic", device="cpu").predict(*images)
+    for prefer, what, before in (
+        (torch.set_default_device, "meta", None),
+        (torch.set_default_dtype, torch.float64, torch.float32),
+        (torch.set_default_dtype, torch.bfloat16, torch.float32),
+    ):
+        prefer(what)
+        try:
+            monkeypatch.setattr(registry, "_cache", {})
+            np.testing.assert_array_equal(load_model("generic", device="cpu").predict(*images), expected)
+        finally:
+            prefer(before)
 
 
 def test_damaged_weights_raise_one_line(tmp_path, monkeypatch):

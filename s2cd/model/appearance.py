@@ -124,5 +124,6 @@ def shuffled(x: Tensor) -> Tensor:
 def _means(device: torch.device) -> Tensor:
     """Return the matrix that makes of the channels of a 20 m pixel each band's mean and where that is seen."""
     with torch.inference_mode(False):  # or it could not be used in training
-        quarters, ones = [torch.full((1, 4), 0.25)] * FINE_BANDS, torch.eye(COARSE_BANDS + 1)
-        return torch.block_diag(*quarters, ones).to(device)
+        quarter = torch.full((1, 4), 0.25, dtype=torch.float32, device=device)
+        ones = torch.eye(COARSE_BANDS + 1, dtype=torch.float32, device=device)
+        return torch.block_diag(*[quarter] * FINE_BANDS, ones)

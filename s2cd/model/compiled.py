@@ -6,6 +6,7 @@ compiled outlives a change of other modules' constants (`s2cd.jit`), so that non
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,15 @@ FINE = 4  # bands of an input that have four pixels of 10 m in one of 20 m
 CHANNELS = 20  # of an input
 VALUES = 8  # of a pixel of 20 m: seven bands, then where it is seen
 F = np.float32  # Numba takes a number of Python for float64
+_empty = partial(torch.empty, dtype=torch.float32, device="cpu")  # whatever torch was told to prefer
 SUMS = {"contract", "nsz", "reassoc"}  # liberties with the order of sums; NaN stays NaN
 
 
 def appearance(x: Tensor) -> Appearance:
     """Return `s2cd.model.appearance.appearance` of an input; bands lie last in memory."""
     n, _, h, w = x.shape
-    edges, means = torch.empty((n, 5, h, w)), torch.empty((n, h, w, VALUES))
-    cells = torch.empty((n, h // CELL, w // CELL, VALUES))
+    edges, means = _empty((n, 5, h, w)), _empty((n, h, w, VALUES))
+    cells = _empty((n, h // CELL, w // CELL, VALUES))
     for image, *out in zip(x.permute(0, 2, 3, 1), edges.numpy(), cells.numpy(), means.numpy(), strict=True):
         for top in range(0, h, ROWS):
             _look(image[top : top + ROWS].float().contiguous().numpy(), top, RED.start, *out)
@@ -37,7 +39,7 @@ def appearance(x: Tensor) -> Appearance:
 def haze_between(a: Tensor, b: Tensor) -> Tensor:
     """Return `s2cd.model.appearance.haze_between` of two dates' cells; bands lie last in memory."""
     n, _, h, w = a.shape
-    result = torch.empty((n, 2 * h, 2 * w, VALUES))
+    result = _empty((n, 2 * h, 2 * w, VALUES))
     for first, second, out in zip(_bands_last(a), _bands_last(b), result.numpy(), strict=True):
         around = np.empty_like(first)
         _smooth(first, second, AROUND // 2, F(HAZY), F(LEAST_SEEN), around)
@@ -47,7 +49,7 @@ def haze_between(a: Tensor, b: Tensor) -> Tensor:
 
 def magnitude(a: Tensor, b: Tensor, hazy: Tensor) -> Tensor:
     """Return `s2cd.model.appearance.magnitude` of two dates' bands."""
-    squares = torch.empty((len(a), 1, *a.shape[2:]))
+    squares = _empty((len(a), 1, *a.shape[2:]))
     dates = (_bands_last(x) for x in (a, b, hazy))
     for first, second, around, (out,) in zip(*dates, squares.numpy(), strict=True):
         _square(first, second, around, out)
@@ -57,7 +59,7 @@ def magnitude(a: Tensor, b: Tensor, hazy: Tensor) -> Tensor:
 def finished(logits: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return `s2cd.model.appearance.finished` of logits and two dates' edges."""
     n, _, h, w = logits.shape
-    result, fits = torch.empty((n, 1, 2 * h, 2 * w)), np.empty((4, h // 2, w // 2), F)
+    result, fits = _empty((n, 1, 2 * h, 2 * w)), np.empty((4, h // 2, w // 2), F)
     pairs = zip(*(x.contiguous().numpy() for x in (logits, a, b)), result.numpy(), strict=True)
     for (vote,), first, second, (out,) in pairs:
         _fit(vote, first[4], F(FLAT), F(1 - OWN), *fits[:2])

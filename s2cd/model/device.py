@@ -37,7 +37,7 @@ def choose_device(device: str) -> torch.device:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ModelError(f"unknown device {device!r}, expected auto, cpu, cuda or cuda:N") from None
     if place.type not in {"cpu", "cuda"}:
         raise ModelError(f"device {device!r} is not supported, expected auto, cpu, cuda or cuda:N")
@@ -138,7 +138,7 @@ class Engine:
         The dates differ by `background` everywhere.
         """
         with self._running():
-            count, usual = len(a.features), torch.full((), background, device=self.device)
+            count, usual = len(a.features), torch.full((), background, dtype=torch.float32, device=self.device)
 
             def probability(t: Features) -> Features:
                 return (torch.sigmoid_(self._network.decode(t[:count], t[count:], usual).float()),)
@@ -153,7 +153,7 @@ class Engine:
         stream = _stream(self.device, "down")
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            here = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+            here = torch.empty(result.shape, dtype=result.dtype, device="cpu", pin_memory=True)
             here.copy_(result, non_blocking=True)
             arrived = torch.cuda.Event(blocking=True)  # a thread that spins would take a core from those that decode
             arrived.record(stream)
@@ -277,7 +277,7 @@ _ALIGNED = 16
 def _staged(arrays: Sequence[np.ndarray]) -> Tensor:
     """Copy arrays into one piece of pinned memory: one transfer for all."""
     *starts, total = _starts(arrays)
-    staged = torch.empty(total, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    staged = torch.empty(total, dtype=torch.uint8, device="cpu", pin_memory=torch.cuda.is_available())
     for array, start in zip(arrays, starts, strict=True):
         np.copyto(staged.numpy()[start : start + array.nbytes].view(array.dtype).reshape(array.shape), array)
     return staged

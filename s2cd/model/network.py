@@ -285,8 +285,9 @@ def network_of(weights: Mapping[str, Tensor], *, norm: bool = False) -> ChangeNe
     Raises RuntimeError if they fit neither a `ChangeNet` nor a `Committee` of such.
     """
     members = {name.split(".")[1] for name in weights if name.startswith("members.")}
-    network = Committee(ChangeNet(norm=norm) for _ in members) if members else ChangeNet(norm=norm)
-    network.load_state_dict(dict(weights))
+    with torch.device("cpu"):  # whatever torch was told to prefer
+        network = Committee(ChangeNet(norm=norm) for _ in members) if members else ChangeNet(norm=norm)
+    network.float().load_state_dict(dict(weights))
     return network.eval()
 
 

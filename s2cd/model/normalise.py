@@ -46,10 +46,11 @@ Planes = Sequence[np.ndarray] | np.ndarray
 def statistics(reflectance: Array) -> Array:
     """Return float32 (band, 2): centre and spread [reflectance] of each band.
 
-    `reflectance` is float32 (band, y, x), NaN = no observation, best decimated: a few 10,000 pixels are enough.
+    `reflectance` is float32 (band, y, x), NaN or infinite = no observation, best decimated: a few 10,000 pixels are
+    enough.
     A band without any observation gets centre 0 and spread 1.
     """
-    flat = np.asarray(reflectance, np.float32).reshape(len(reflectance), -1)
+    flat = _finite(np.asarray(reflectance, np.float32)).reshape(len(reflectance), -1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # all-NaN bands are dealt with below
         low, centre, high = np.nanpercentile(flat, (LOW, 50, HIGH), axis=1)
@@ -57,6 +58,11 @@ def statistics(reflectance: Array) -> Array:
     result = np.stack([centre, spread], axis=1).astype(np.float32)
     result[np.isnan(centre)] = (0, 1)
     return result
+
+
+def _finite(reflectance: Array) -> Array:
+    """Return pixels with NaN for what is infinite, as a division by zero leaves it."""
+    return np.where(np.isfinite(reflectance), reflectance, np.float32(np.nan))
 
 
 def affine(stats: Array, scale: npt.ArrayLike = 1.0, offset: npt.ArrayLike = 0.0) -> Array:
@@ -83,7 +89,8 @@ def sketch(reflectance: Array, stats: Array) -> npt.NDArray[np.float16]:
     """
     step = max(1, min(reflectance.shape[1:]) // SKETCH)
     centre, spread = np.asarray(stats, np.float32).T[:, :, None, None]
-    return np.clip((reflectance[:, ::step, ::step] - centre) / spread, -LIMIT, LIMIT).astype(np.float16)
+    seen = _finite(reflectance[:, ::step, ::step])
+    return np.clip((seen - centre) / spread, -LIMIT, LIMIT).astype(np.float16)
 
 
 def background(a: np.ndarray, b: np.ndarray) -> float:
@@ -114,7 +121,8 @@ def network_input(
         pixels = [np.pad(plane, edge, mode="edge") if plane.shape == shape else plane for plane in pixels]
         valid = np.pad(valid, edge, mode="edge")
     rows, cols = (-(-n // stride) * stride // 2 for n in shape)
-    out = torch.empty((rows, cols, 4 * fine + len(pixels) - fine + 1), dtype=torch.float16)  # numpy rounds slowly
+    channels = 4 * fine + len(pixels) - fine + 1
+    out = torch.empty((rows, cols, channels), dtype=torch.float16, device="cpu")  # numpy rounds slowly
     height, width = valid.shape[0] // 2, valid.shape[1] // 2
     coarse = [plane if plane.shape == (height, width) else plane[::2, ::2] for plane in pixels[fine:]]
     planes = [_compilable(plane) for plane in (*pixels[:fine], *coarse)]

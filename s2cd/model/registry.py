@@ -21,6 +21,7 @@ from s2cd.errors import ModelError
 from s2cd.model import normalise
 from s2cd.model.appearance import FINE_BANDS
 from s2cd.model.device import WHOLE, EncodedDate, Engine, Part, choose_device, on_gpu, to_host
+from s2cd.model.labels import band_names, require_alike
 from s2cd.model.network import HALO, REACH, STRIDE, ChangeNet, Committee, Features, network_of
 
 BANDS = ("blue", "green", "red", "nir", "nir08", "swir16", "swir22")
@@ -162,13 +163,15 @@ class Model:
         """Return the probability of change float32 (y, x) in [0, 1], NaN where a band of either date is NaN.
 
         before, after  reflectance float32 (band, y, x), bands as in `bands`, all on the 10 m grid; what a masked array
-                       hides is NaN; where the model is on a GPU they may lie there too, as CuPy's arrays, and so does
-                       the result then
+                       hides is NaN, what is infinite no observation either; where the model is on a GPU they may lie
+                       there too, as CuPy's arrays, and so does the result then
         statistics     of both dates, as from `statistics`; by default of the arrays themselves, decimated
         background     of both dates, as from `background`; by default of the arrays themselves, decimated
 
-        Raises ModelError if the shapes do not fit, for arrays of no numbers, and for labelled bands in another order.
+        Raises ModelError if the shapes do not fit, for arrays of no numbers, for labelled bands in another order, and
+        for two labelled dates whose axes or coordinates differ.
         """
+        require_alike(self.name, before, after)
         there = on_gpu(before) and on_gpu(after) and self._engine.device.type == "cuda"
         dates = [date if there else self._numbers(date) for date in (before, after)]
         for date in dates:
@@ -179,7 +182,7 @@ class Model:
                 )
         step = normalise.decimation(dates[0].shape[1:])
         small = [to_host(d[:, ::step, ::step]) for d in dates]
-        stats = statistics or tuple(self.statistics(d) for d in small)
+        stats = tuple(self.statistics(d) for d in small) if statistics is None else statistics
         if background is None:
             background = self.background(*(self.sketch(d, s) for d, s in zip(small, stats, strict=True)))
         valid: list[Any] = [np.isfinite(d).all(axis=0) for d in dates]
@@ -193,13 +196,20 @@ class Model:
 
     def _numbers(self, date: Any) -> np.ndarray:
         """Return a date as plain numbers, NaN where a masked array hides them."""
-        named = [str(name) for name in np.atleast_1d(getattr(date, "coords", {}).get("band", ()))]
-        if not all(map(str.isdigit, named)) and tuple(named) != tuple(self.bands):
+        named = band_names(date)
+        if named and named != list(self.bands):
             raise ModelError(f"model {self.name!r}: found bands {', '.join(named)}, expected {', '.join(self.bands)}")
-        array = np.ma.filled(date.astype(np.float32), np.nan) if np.ma.isMaskedArray(date) else to_host(date)
+        array = np.ma.filled(date.astype(np.float32), np.nan) if np.ma.isMaskedArray(date) else self._array(date)
         if array.dtype.kind not in "fiu":
             raise ModelError(f"model {self.name!r}: found an array of {array.dtype}, expected reflectance float32")
         return array
+
+    def _array(self, date: Any) -> np.ndarray:
+        try:
+            return to_host(date)
+        except (TypeError, ValueError):
+            found = type(date).__name__
+            raise ModelError(f"model {self.name!r}: found {found}, expected an array of reflectance float32") from None
 
     def _require_shapes(self, pixels: normalise.Planes, valid: np.ndarray) -> None:
         half = tuple(-(-n // 2) for n in valid.shape)

@@ -33,7 +33,7 @@ def to_input(planes: Sequence[Tensor], gains: Tensor, valid: Tensor, fine: int, 
 
 def _scaled(planes: Sequence[Tensor], gains: Tensor, shape: Sequence[int]) -> Tensor:
     """Return float32 (band, y, x), clamped: all bands in few calls, each of which takes a GPU's thread a while."""
-    level = torch.empty((len(planes), *shape), device=gains.device)
+    level = torch.empty((len(planes), *shape), dtype=torch.float32, device=gains.device)
     for out, plane in zip(level, planes, strict=True):
         out.copy_(plane)
     return level.mul_(gains[:, 0, None, None]).add_(gains[:, 1, None, None]).clamp_(-LIMIT, LIMIT)
