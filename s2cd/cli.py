@@ -47,9 +47,15 @@ def main() -> None:
     """Change detection on Sentinel-2 time series, from a laptop to a continent."""
     warnings.showwarning = _show_warning
     logging.getLogger("distributed").setLevel(logging.ERROR)
+    logging.getLogger("distributed.client").addFilter(_is_critical)  # importing it sets its level
     logger = logging.getLogger("s2cd")  # not the root logger: through it Dask would report every start and stop
     logger.propagate = False
     logger.handlers[:] = [logging.StreamHandler()]
+
+
+def _is_critical(record: logging.LogRecord) -> bool:
+    """Let nothing else pass: where a client fails, the run ends with a line that says so."""
+    return record.levelno >= logging.CRITICAL
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -68,7 +68,7 @@ class BusyError(OutputError):
 
 
 class ClusterError(S2cdError):
-    """A cluster profile that cannot be used, or a cluster that does not start."""
+    """A cluster profile that cannot be used, a cluster that does not start, or a scheduler that is gone."""
 
 
 class OffsetError(S2cdError):

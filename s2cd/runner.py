@@ -15,6 +15,7 @@ import time
 import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -29,10 +30,11 @@ from distributed import Client, Future, wait
 from s2cd import outputs
 from s2cd.addresses import public_href
 from s2cd.catalog.scene import Scene
+from s2cd.clusters.anywhere import Anywhere
 from s2cd.clusters.environment import return_free_memory
 from s2cd.config import RunConfig
 from s2cd.cube import common_grid
-from s2cd.errors import OutputError, S2cdError, S2cdWarning, ShiftError, ShiftWarning
+from s2cd.errors import ClusterError, OutputError, S2cdError, S2cdWarning, ShiftError, ShiftWarning
 from s2cd.inference import Levels, change_blocks
 from s2cd.maps import LARGEST_SHIFT, write_pair
 from s2cd.masks import Mask
@@ -122,7 +124,7 @@ def run(
 
     Returns the report, also written to the output folder; a pair that failed is in it and does not stop the
     others. Raises S2cdError for what concerns the whole run: catalogue, model, output folder, cluster; OutputError if
-    the folder holds maps of another model, mask, validity layer or COG profile.
+    the folder holds maps of another model, mask, validity layer or COG profile; ClusterError where the scheduler goes.
     """
     started = time.monotonic()
     config = _located(config)
@@ -146,7 +148,8 @@ def run(
             ref = ModelRef(config.model, model.hash, config.device)
             context = _Context(config, ref, model, mask_of(config), workers)
             submission = _Submission(client, context, plan, report, progress or (lambda *_: None))
-            with client.as_current():
+            with client.as_current(), _scheduler_needed(client):
+                client.register_plugin(Anywhere())
                 submission.run()
     submission.look_for_maps(listed)
     report.left_out[:0] = plan.left_out
@@ -208,7 +211,8 @@ class _Submission:
                 while self.pending:
                     self._collect()
         except BaseException:
-            self.client.cancel(list(self.pending), force=True)
+            if self.client.status == "running":
+                self.client.cancel(list(self.pending), force=True)
             raise
 
     def look_for_maps(self, listed: Collection[str]) -> None:
@@ -461,6 +465,20 @@ def _noted_interrupts(interrupted: threading.Event) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, default)
+
+
+@contextmanager
+def _scheduler_needed(client: Client) -> Iterator[None]:
+    """Say so, in one line, where the scheduler is gone: Dask tells of cancelled futures and closed connections."""
+    place = client.scheduler_info(n_workers=0)["address"]
+    try:
+        yield
+    except (CancelledError, OSError):
+        if client.status == "running":
+            raise
+        raise ClusterError(
+            f"{place}: the scheduler is gone, expected it to stay; finished maps are whole, run again to go on"
+        ) from None
 
 
 @contextmanager

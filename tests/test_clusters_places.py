@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from rasterio.io import MemoryFile
 
 import s2cd
 from s2cd.clusters.check import probe
+from s2cd.errors import ClusterError
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +75,42 @@ def test_an_existing_scheduler_equals_threads(catalog, expected, tmp_path):
             assert run_in_small_parts(catalog, tmp_path / "maps", client).ok
             assert set(client.run(torch.get_num_threads).values()) == {1}
     assert maps_of(tmp_path / "maps") == expected
+
+
+def test_a_run_goes_on_when_its_only_worker_was_killed(catalog, expected, tmp_path):
+    profile = {"kind": "local", "processes": 1, "threads": 1, "memory": "2 GiB", "dashboard": 0}
+    killed = []
+
+    def kill(phase, done, _total):
+        if phase == "maps" and done and not killed:
+            (process,) = client.run(os.getpid).values()
+            os.kill(process, signal.SIGKILL)
+            killed.append(process)
+
+    with s2cd.cluster(profile) as client:
+        assert run_in_small_parts(catalog, tmp_path, client, kill).ok
+        assert killed != list(client.run(os.getpid).values())
+    assert maps_of(tmp_path) == expected
+
+
+def test_a_scheduler_that_is_gone_ends_a_run_with_one_line(catalog, expected, tmp_path):
+    file = tmp_path / "scheduler.json"
+    located = ["--scheduler-file", str(file)]
+    scheduler = [str(BIN / "dask"), "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+    worker = [str(BIN / "dask"), "worker", "--nthreads", "1", "--memory-limit", "2GiB", "--no-dashboard"]
+    with background([*scheduler, *located], tmp_path / "scheduler.log") as process:
+        wait_for_file(file)
+
+        def kill(phase, done, _total):
+            if phase == "maps" and done:
+                process.kill()
+
+        with (
+            background([*worker, *located], tmp_path / "worker.log"),
+            s2cd.cluster({"kind": "existing", "scheduler_file": str(file), "workers": 1}) as client,
+            pytest.raises(ClusterError, match=r"tcp://127\.0\.0\.1:\d+: the scheduler is gone, expected it to stay"),
+        ):
+            run_in_small_parts(catalog, tmp_path / "maps", client, kill)
+    found = maps_of(tmp_path / "maps")
+    assert found
+    assert found.items() <= expected.items()
