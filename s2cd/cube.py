@@ -15,7 +15,7 @@ from rasterio.windows import Window
 
 from s2cd.catalog.bands import SCL, canonical_band
 from s2cd.catalog.scene import Grid, Scene
-from s2cd.errors import ConfigError, GridError, NoScenesError
+from s2cd.errors import ConfigError, GridError, NoScenesError, ReadError
 from s2cd.reader import Source, band_source, read_window, require_asset
 
 DEFAULT_BANDS = ("blue", "green", "red", "nir", "nir08", "swir16", "swir22")
@@ -44,7 +44,7 @@ def open_cube(scenes: Sequence[Scene], bands: Sequence[str] | None = None, chunk
     names = cube_bands(ordered, bands)
     grid = common_grid(ordered, names)
     stacked = stackstac.stack(
-        [_plain_item(scene, names) for scene in ordered],
+        [_plain_item(scene, names, grid) for scene in ordered],
         assets=list(names),
         epsg=grid.epsg,
         resolution=(abs(grid.transform[0]), abs(grid.transform[4])),
@@ -103,6 +103,25 @@ def finest_grid(scene: Scene, bands: Sequence[str]) -> Grid:
     return min((require_asset(scene, b).grid for b in bands), key=lambda g: abs(g.transform[0]))
 
 
+def window_of(part: Grid, whole: Grid) -> tuple[slice, slice]:
+    """Return the rows and columns of `whole` that a grid within it covers, at whatever spacing."""
+    (left, right), (top, bottom) = _edges(part, 1), _edges(part, 0)
+    a, _, x, _, e, y = whole.transform
+    spans = sorted(((top - y) / e, (bottom - y) / e)), sorted(((left - x) / a, (right - x) / a))
+    rows, cols = (
+        slice(max(0, round(start)), min(round(stop), size))
+        for (start, stop), size in zip(spans, whole.shape, strict=True)
+    )
+    return rows, cols
+
+
+def _edges(grid: Grid, axis: int) -> tuple[float, float]:
+    """Return where a grid begins and ends along y (0) or x (1)."""
+    a, _, left, _, e, top = grid.transform
+    start, spacing = ((top, e), (left, a))[axis]
+    return start, start + spacing * grid.shape[axis]
+
+
 class AssetReader:
     """stackstac's reader protocol on top of `s2cd.reader`: typed errors, retries and signing, no resampling.
 
@@ -115,19 +134,29 @@ class AssetReader:
         self.grid = grid
 
     def read(self, window: Window, **_: Any) -> np.ndarray:
-        """Read a window of the cube's grid as uint16 (y, x)."""
+        """Read a window of the cube's grid as uint16 (y, x). Raises ReadError for pixels that are none."""
         rows, cols = (slice(*(int(v) for v in span)) for span in window.toranges())
-        return read_window(self.source, self.grid, (rows, cols)).astype(np.uint16, copy=False)
+        found = read_window(self.source, self.grid, (rows, cols))
+        with np.errstate(invalid="ignore"):
+            pixels = found.astype(np.uint16, copy=False)
+        if not np.can_cast(found.dtype, np.uint16) and not np.array_equal(pixels, found):
+            values = f"{found.dtype} from {found.min():g} to {found.max():g}"
+            raise ReadError(self.source.hrefs[0], f"holds {values}, expected whole numbers from 0 to 65535")
+        return pixels
 
     def close(self) -> None:
         """Nothing stays open between reads."""
 
 
-def _plain_item(scene: Scene, bands: Sequence[str]) -> dict[str, Any]:
-    """What stackstac needs of an item: plain, with the old `proj:epsg`, and no bbox to fall back on."""
+def _plain_item(scene: Scene, bands: Sequence[str], grid: Grid) -> dict[str, Any]:
+    """What stackstac needs of an item: plain, with the old `proj:epsg`, and no bbox to fall back on.
+
+    All bands have the grid of the cube, on which they are read: a coarse one may end before an odd fine one, and
+    stackstac would not read what lies beyond.
+    """
     assets = {}
     for band in bands:
-        source, grid = band_source(scene, band), scene.assets[band].grid
+        source = band_source(scene, band)
         assets[band] = {
             "href": "\n".join((source.provider, band, *source.hrefs)),
             "type": "image/tiff",
@@ -140,8 +169,8 @@ def _plain_item(scene: Scene, bands: Sequence[str]) -> dict[str, Any]:
 
 
 def _bounds(grid: Grid) -> tuple[float, float, float, float]:
-    a, _, left, _, e, top = grid.transform
-    return (left, top + e * grid.shape[0], left + a * grid.shape[1], top)
+    (top, bottom), (left, right) = _edges(grid, 0), _edges(grid, 1)
+    return (left, bottom, right, top)
 
 
 def _with_coordinates(stacked: xr.DataArray, scenes: Sequence[Scene], bands: Sequence[str], grid: Grid) -> xr.DataArray:

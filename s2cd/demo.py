@@ -118,8 +118,8 @@ def draw(series: Path, maps: Path, name: str, scenes: dict[str, Scene]) -> Image
     factor = max(1, -(-max(pixels.shape) // 512))
     truth = truth_between(series, before.time, after.time).astype(np.float32)
     panels = {
-        f"before {before.time:%Y-%m-%d}": thumbnail(before, 512),
-        f"after {after.time:%Y-%m-%d}": thumbnail(after, 512),
+        f"before {before.time:%Y-%m-%d}": thumbnail(before),
+        f"after {after.time:%Y-%m-%d}": thumbnail(after),
         "probability of change": paint_probability(pixels[::factor, ::factor]),
         "truth": paint_probability(truth[::factor, ::factor]),
     }

@@ -19,7 +19,7 @@ from s2cd.catalog.scene import Grid
 from s2cd.clusters.environment import return_free_memory
 from s2cd.clusters.machine import available_cores
 from s2cd.config import RunConfig
-from s2cd.cube import cube_grid
+from s2cd.cube import cube_grid, window_of
 from s2cd.errors import ConfigError, OutputError, ShiftError
 from s2cd.inference import Block
 from s2cd.masks import Mask
@@ -43,8 +43,8 @@ def write_change_maps(
 
     A map that is there already is made anew. Raises ConfigError for an array that does not know its pairs, has other
     dimensions than theirs or holds no floating point numbers; OutputError for values outside [0, 1], for what cannot
-    be written, and for a folder that holds maps of another model, mask or COG profile, or with validity layers; and
-    what computing it raises.
+    be written, and for a folder that holds maps of another model, mask or COG profile, with validity layers, or of
+    another part of the tile; and what computing it raises.
     """
     if not {"pairs", "model", "mask"} <= change.attrs.keys():
         raise ConfigError(f"array {change.name!r} has no pairs and model, expected what detect_changes returns")
@@ -61,7 +61,9 @@ def write_change_maps(
     config = RunConfig(catalog="", out=out, model=ref.name, cog_profile=cog_profile, quicklook=quicklook)
     mask = change.attrs["mask"]
     recipe = outputs.recipe(ref.name, ref.hash, mask.description, validity=False, cog_profile=cog_profile)
-    outputs.require_recipe(config.out, outputs.finished(config.out), recipe)
+    finished, tile = outputs.finished(config.out), next(iter(change.attrs["pairs"].values())).before.tile
+    outputs.require_recipe(config.out, finished, recipe)
+    outputs.require_grids(config.out, finished, {tile: grid})
     write = dask.delayed(_write_array, pure=False)
     maps = [write(one.data, change.attrs["pairs"][str(one.pair.values)], grid, ref, config, mask) for one in change]
     with outputs.cataloguing(out) as listed:
@@ -106,7 +108,7 @@ def write_pair(
 def _write_array(
     probability: np.ndarray, pair: Pair, grid: Grid, ref: ModelRef, config: RunConfig, mask: Mask
 ) -> tuple[dict[str, Any], str]:
-    shift = measure_shift(pair, ref.load().bands)
+    shift = measure_shift(pair, ref.load().bands, grid)
     probability = probability.astype(np.float32, copy=False)  # integers would pass for codes
     return _write_map(probability, shift, pair, grid, ref, config, mask), outputs.place_of(config.out)
 
@@ -130,7 +132,7 @@ def _write_map(
         "s2cd:mask": mask.description,
     }
     info = outputs.MapInfo(model=Path(ref.name).name, model_hash=ref.hash, bands=bands, extra=extra)
-    rgb = (thumbnail(pair.before), thumbnail(pair.after)) if config.quicklook else None
+    rgb = (thumbnail(pair.before, grid), thumbnail(pair.after, grid)) if config.quicklook else None
     return outputs.write_map(
         values,
         pair,
@@ -151,17 +153,22 @@ def _threads() -> int:
         return available_cores()
 
 
-def measure_shift(pair: Pair, bands: Sequence[str]) -> Shift:
-    """Measure how far the two images are displaced, in pixels of the finest grid, in the middle of the tile.
+def measure_shift(pair: Pair, bands: Sequence[str], part: Grid) -> Shift:
+    """Measure how far the two images are displaced, in pixels of the finest grid, in the middle of a part of the tile.
 
     For maps of any array: a run measures it on the pixels that it has read anyway (`s2cd.inference.Block`).
     Raises ReadError and GridError as reading does.
     """
     band = shift_band(bands)
     grid = pair.before.assets[band].grid
-    window = middle_span(grid.shape[0]), middle_span(grid.shape[1])
-    before, after = (read_window(band_source(scene, band), grid, window) for scene in (pair.before, pair.after))
+    rows, cols = (_middle(span) for span in window_of(part, grid))
+    before, after = (read_window(band_source(scene, band), grid, (rows, cols)) for scene in (pair.before, pair.after))
     return phase_shift(before, after, (before > 0) & (after > 0))
+
+
+def _middle(span: slice) -> slice:
+    inner = middle_span(span.stop - span.start)
+    return slice(span.start + inner.start, span.start + inner.stop)
 
 
 def shifted(shift: Shift) -> bool:

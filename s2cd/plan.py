@@ -14,7 +14,7 @@ from s2cd.catalog.scene import Scene
 from s2cd.catalog.search import found_scenes
 from s2cd.clusters.profiles import load_profile
 from s2cd.config import RunConfig
-from s2cd.cube import common_grid
+from s2cd.cube import common_grid, finest_grid
 from s2cd.errors import NoScenesError
 from s2cd.masks import Mask, extra_assets
 from s2cd.model import Model, load_model
@@ -128,11 +128,13 @@ def describe_plan(plan: Plan) -> PlanTable:
     """Say what a plan compares, reads and writes, from metadata alone.
 
     Raises ConfigError for a band of the model that a scene does not offer, ModelError for an unknown model,
-    ClusterError for a wrong cluster profile, OutputError if the finished maps were made with other options.
+    ClusterError for a wrong cluster profile, OutputError if the finished maps were made with other options
+    or lie on other grids.
     """
     model = load_model(plan.config.model, device="cpu")
     require_model_bands(plan, model)
     require_same_recipe(plan.config, model, plan.finished)
+    require_same_grids(plan, model)
     mask = mask_of(plan.config)
     workers = Workers.of_profile(load_profile(plan.config.cluster), plan.config.device)
     rows, tasks, total, decoded = [], 0, 0, 0
@@ -232,6 +234,14 @@ def require_same_recipe(config: RunConfig, model: Model, finished: Collection[st
     mask = mask_of(config).description
     recipe = outputs.recipe(config.model, model.hash, mask, validity=config.validity, cog_profile=config.cog_profile)
     outputs.require_recipe(config.out, finished, recipe)
+
+
+def require_same_grids(plan: Plan, model: Model) -> None:
+    """Raise OutputError if finished maps of a tile lie on another grid than its scenes: maps of a part are no maps."""
+    if plan.finished:
+        firsts = (next(iter(view.dates)) for view in plan.fields)
+        grids = {scene.tile: finest_grid(scene, model.bands) for scene in firsts}
+        outputs.require_grids(plan.config.out, plan.finished, grids)
 
 
 def view_name(series: Sequence[Scene], config: RunConfig) -> str:

@@ -24,9 +24,11 @@ from rasterio.windows import Window
 
 from s2cd.blocks import packing
 from s2cd.catalog import access
+from s2cd.catalog.bands import BANDS
 from s2cd.catalog.scene import Asset, Grid, Scene
-from s2cd.errors import ConfigError, GridError
+from s2cd.errors import ConfigError, GridError, ReadError
 
+SPECTRAL = frozenset(band.common_name for band in BANDS)
 SOURCE_BLOCK = 1024  # pixels along a side of a block, as most archives have them
 Result = TypeVar("Result")
 _Finish = Callable[[], np.ndarray]
@@ -123,8 +125,8 @@ def read_window(source: Source, grid: Grid, window: tuple[slice, slice], tiling:
     Bands of a coarser grid are replicated (nearest neighbour, exact). With `tiling` the blocks that other chunks
     need as well are kept for them.
 
-    Returns an array (y, x) of the file's dtype. Raises ReadError if the asset cannot be read and GridError if its
-    grid is not the cube's grid or a whole-number coarsening of it.
+    Returns an array (y, x) of the file's dtype. Raises ReadError if the asset cannot be read or has another nodata than
+    `source` tells, and GridError if its grid is not the cube's grid or a whole-number coarsening of it.
     """
     return _start(source, grid, window, tiling)()
 
@@ -189,6 +191,7 @@ def read_overview(source: Source, grid: Grid, factor: int) -> np.ndarray:
     def read_one(href: str) -> np.ndarray:
         def read(dataset: rasterio.DatasetReader) -> np.ndarray:
             coarsening(dataset, grid, href)
+            _require_nodata(dataset, source, href)
             return dataset.read(1, out_shape=shape)
 
         return _with_dataset(href, source.provider, read)
@@ -206,7 +209,7 @@ def _start(
 
     With `native` those of a 20 m band on a 10 m grid stay as they are.
     """
-    finish = _start_one(source.hrefs[0], source.provider, grid, window, tiling, native=native)
+    finish = _start_one(source.hrefs[0], source, grid, window, tiling, native=native)
 
     def complete() -> np.ndarray:
         result = finish()
@@ -215,7 +218,7 @@ def _start(
             if not empty.any():
                 break
             # Kept for nobody: which chunks need a later piece only its pixels tell.
-            other = _start_one(href, source.provider, grid, window, None, native=native)()
+            other = _start_one(href, source, grid, window, None, native=native)()
             np.copyto(result, other, where=empty)
         return result
 
@@ -224,7 +227,7 @@ def _start(
 
 def _start_one(
     href: str,
-    provider: str,
+    source: Source,
     grid: Grid,
     window: tuple[slice, slice],
     tiling: Tiling | None,
@@ -233,8 +236,9 @@ def _start_one(
 ) -> _Finish:
     def start(dataset: rasterio.DatasetReader) -> _Finish:
         factor = coarsening(dataset, grid, href)
-        rows, cols = (
-            slice(s.start // factor, min(math.ceil(s.stop / factor), size))
+        _require_nodata(dataset, source, href)
+        rows, cols = (  # a coarse grid may end before the first pixel: its last one serves then
+            slice(min(s.start // factor, size - 1), min(math.ceil(s.stop / factor), size))
             for s, size in zip(window, dataset.shape, strict=True)
         )
         finish = _start_blocks(href, dataset, rows, cols, tiling, factor)
@@ -242,13 +246,13 @@ def _start_one(
             return lambda: _filled(finish(), tuple(-(-(s.stop - s.start) // 2) for s in window))
         return lambda: _replicate(finish(), factor, window)
 
-    finish = _with_dataset(href, provider, start)
+    finish = _with_dataset(href, source.provider, start)
 
     def complete() -> np.ndarray:
         try:
             return finish()
         except NeighbourFailed:  # whatever the reason was, this chunk now meets it itself, or does not
-            return _with_dataset(href, provider, lambda dataset: start(dataset)())
+            return _with_dataset(href, source.provider, lambda dataset: start(dataset)())
 
     return complete
 
@@ -315,6 +319,13 @@ def coarsening(dataset: rasterio.DatasetReader, grid: Grid, href: str) -> int:
             href,
         )
     return factor
+
+
+def _require_nodata(dataset: rasterio.DatasetReader, source: Source, href: str) -> None:
+    """Raise ReadError where a file tells another number that means no observation than the item of its scene."""
+    found = dataset.nodata
+    if found is not None and math.isfinite(found) and found != source.nodata and source.band in SPECTRAL:
+        raise ReadError(href, f"has nodata {found:g}, but its item {source.nodata}; expected the same of both")
 
 
 def _decode(dataset: rasterio.DatasetReader, rows: slice, cols: slice) -> np.ndarray:

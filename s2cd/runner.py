@@ -43,7 +43,16 @@ from s2cd.model.ref import absolute_name
 from s2cd.outputs.layout import is_map_name
 from s2cd.outputs.store import open_store, require_there, understood
 from s2cd.pairs import LeftOut, Pair
-from s2cd.plan import FieldOfView, Plan, make_plan, mask_of, pairs_of, require_model_bands, require_same_recipe
+from s2cd.plan import (
+    FieldOfView,
+    Plan,
+    make_plan,
+    mask_of,
+    pairs_of,
+    require_model_bands,
+    require_same_grids,
+    require_same_recipe,
+)
 from s2cd.radiometry import check_offsets
 from s2cd.sizes import Sizes, Workers, task_sizes
 from s2cd.survey import Survey, scene_input, survey_scene
@@ -124,7 +133,8 @@ def run(
 
     Returns the report, also written to the output folder; a pair that failed is in it and does not stop the
     others. Raises S2cdError for what concerns the whole run: catalogue, model, output folder, cluster; OutputError if
-    the folder holds maps of another model, mask, validity layer or COG profile; ClusterError where the scheduler goes.
+    the folder holds maps of another model, mask, validity layer, COG profile or grid; ClusterError where the scheduler
+    is gone.
     """
     started = time.monotonic()
     config = _located(config)
@@ -134,6 +144,7 @@ def run(
         plan = make_plan(config, scenes)
         require_model_bands(plan, model)
         require_same_recipe(config, model, plan.finished)
+        require_same_grids(plan, model)
         outputs.save_run(config.out, config.dump(), plan.scenes)
         return_free_memory()  # to plan and freeze a continent takes 80 MB that nothing needs again
         report = Report(config.out)

@@ -116,6 +116,8 @@ def observed(pixels: Planes, classes: np.ndarray | None, scene: SceneInput, mask
     for plane, source in zip(pixels, scene.sources, strict=True):
         level = seen if plane.shape == seen.shape else half
         np.logical_and(level, plane != source.nodata, out=level)
+        if plane.dtype.kind == "f":
+            np.logical_and(level, np.isfinite(plane), out=level)
     if classes is not None and factor == 1 and scene.classes_factor == 2:  # a quarter of the work
         half &= mask.from_classes(classes if classes.shape == half.shape else classes[::2, ::2], 2)
     elif classes is not None:

@@ -117,6 +117,63 @@ def test_a_cube_without_pixels_or_chunks_is_refused(make_series):
         open_cube(scenes, chunk=0)
 
 
+def rewrite(asset, change, **profile):
+    """Write the pixels of an asset anew after `change`."""
+    with rasterio.open(asset.href) as dataset:
+        data, described = change(dataset.read(1)), {**dataset.profile, **profile}
+    with rasterio.open(asset.href, "w", **described | {"dtype": data.dtype}) as dataset:
+        dataset.write(data, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda data: data.astype(np.int16) - 400, r"int16 from -\d+ to \d+"),
+        (lambda data: data.astype(np.float32) / 10000, r"float32 from 0\.\d+ to 0\.\d+"),
+    ],
+)
+def test_pixels_that_a_cube_cannot_hold_are_refused(make_series, change, found):
+    (scene,) = make_series(dates=1)
+    rewrite(scene.assets["nir"], change)
+    with pytest.raises(ReadError, match=rf"nir\.tif: holds {found}, expected whole numbers from 0 to 65535"):
+        open_cube([scene]).compute(scheduler="sync")
+
+
+def test_whole_numbers_of_another_type_are_taken(make_series):
+    (scene,) = make_series(dates=1)
+    expected = open_cube([scene]).values
+    rewrite(scene.assets["nir"], lambda data: data.astype(np.float32))
+    np.testing.assert_array_equal(open_cube([scene]).values, expected)
+
+
+def test_a_file_with_another_nodata_than_its_item_is_refused(make_series):
+    (scene,) = make_series(dates=1)
+    rewrite(scene.assets["red"], lambda data: data, nodata=65535)
+    with pytest.raises(ReadError, match=r"red\.tif: has nodata 65535, but its item 0; expected the same of both"):
+        open_cube([scene]).compute(scheduler="sync")
+
+
+@pytest.mark.parametrize("shape", [(65, 33), (129, 65), (64, 97)])
+def test_coarse_bands_that_end_before_odd_fine_ones_are_repeated_in_every_chunk(make_series, shape):
+    (scene,) = make_series(dates=1, shape=shape)
+    assets = dict(scene.assets)
+    for band in ("nir08", "swir16", "swir22", "scl"):
+        rows, cols = (n // 2 for n in shape)
+        rewrite(assets[band], lambda data, rows=rows, cols=cols: data[:rows, :cols], height=rows, width=cols)
+        assets[band] = replace(assets[band], grid=replace(assets[band].grid, shape=(rows, cols)))
+    scene = replace(scene, assets=assets)
+    whole = open_cube([scene], chunk=1000).compute(scheduler="sync")
+    assert (whole.sel(band="swir16") > 0).all()
+    np.testing.assert_array_equal(open_cube([scene], chunk=32).compute(scheduler="sync"), whole)
+
+
+def test_a_thumbnail_of_a_part_shows_that_part(make_series):
+    (scene,) = make_series(shape=(300, 400), dates=1)
+    whole, part = thumbnail(scene), open_cube([scene])[:, :, 96:160, 200:290]
+    np.testing.assert_array_equal(thumbnail(scene, cube_grid(part)), whole[96:160, 200:290])
+    assert thumbnail(scene, cube_grid(part), max_pixels=30).shape == (22, 30, 3)
+
+
 def test_a_thumbnail_shows_dark_water_as_observed(make_series):
     (scene,) = make_series(shape=(64, 64), dates=1)
     for band in ("red", "green", "blue"):

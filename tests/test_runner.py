@@ -296,6 +296,35 @@ def test_public_steps_keep_to_the_options_of_a_folder(make_series, config, clien
         run(config.model_copy(update={"out": str(tmp_path / "steps")}), client, scenes=scenes)
 
 
+def test_a_folder_keeps_maps_of_whole_tiles_and_of_parts_apart(make_series, config, client, tmp_path):
+    scenes = make_series(dates=3)
+    pairs, cube = s2cd.consecutive_pairs(scenes), s2cd.open_cube(scenes)
+    change = s2cd.detect_changes(cube[:, :, 20:120, 30:200], pairs, device="cpu")
+    s2cd.write_change_maps(change[:1], config.out)
+    message = r"31UDS of 100 x 170 pixels from \(500280, 5699800\), expected 200 x 232 pixels from \(499980, 5700000\)"
+    for use in (run, lambda config, *_, scenes: describe_plan(make_plan(config, scenes))):
+        with pytest.raises(OutputError, match=message):
+            use(config, client, scenes=scenes)
+    s2cd.write_change_maps(change, config.out)
+    with pytest.raises(OutputError, match="100 x 170 pixels from .*, expected 60 x 170 pixels"):
+        s2cd.write_change_maps(s2cd.detect_changes(cube[:, :, 20:80, 30:200], pairs, device="cpu"), config.out)
+    assert validate(config.out) == []
+
+
+def test_pixels_of_floating_point_numbers_may_be_none(make_series, config, client, tmp_path):
+    scenes = make_series(dates=2)
+    for scene in scenes:
+        with rasterio.open(scene.assets["red"].href) as dataset:
+            data, profile = dataset.read(1).astype(np.float32), dataset.profile
+        data[60:64, 70:74] = np.nan
+        with rasterio.open(scene.assets["red"].href, "w", **profile | {"dtype": "float32"}) as dataset:
+            dataset.write(data, 1)
+    assert run(config, client, scenes=scenes).ok
+    missing = np.isnan(read(next((tmp_path / "out").rglob("S2CD_*.tif"))))
+    assert missing.sum() == 16
+    assert missing[60:64, 70:74].all()
+
+
 def test_what_users_did_to_the_array_is_written_as_it_is_or_refused(make_series, client, tmp_path):
     scenes = make_series(dates=2)
     change = s2cd.detect_changes(s2cd.open_cube(scenes), s2cd.consecutive_pairs(scenes), device="cpu").compute()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from s2cd.catalog.scene import Grid
 from s2cd.errors import OutputError
-from s2cd.outputs.layout import path_of
+from s2cd.outputs.layout import path_of, tile_of
 from s2cd.outputs.profiles import PROFILES
 from s2cd.outputs.store import open_store, understood
 
@@ -49,6 +52,30 @@ def require_recipe(out: str, names: Collection[str], expected: Recipe) -> None:
         raise OutputError(
             f"{out} holds maps of {'; '.join(differ)}: choose another folder for these options, or ask for the same"
         )
+
+
+def require_grids(out: str, names: Iterable[str], expected: Mapping[str, Grid]) -> None:
+    """Raise OutputError if the finished maps of a tile lie on another grid than `expected` says, as maps of a part do.
+
+    One item of each tile is read and stands for all.
+    """
+    for tile, name in {tile_of(name): name for name in sorted(names, reverse=True)}.items():
+        if tile not in expected:
+            continue
+        path = path_of(name, ".json")
+        with understood(out, path, "the item of a map"):
+            properties = json.loads(open_store(out).get(path))["properties"]
+            shape, transform = (tuple(properties[f"proj:{what}"]) for what in ("shape", "transform"))
+            same = shape == tuple(expected[tile].shape) and np.allclose(transform, expected[tile].transform)
+        if not same:
+            found, wanted = _place(shape, transform), _place(expected[tile].shape, expected[tile].transform)
+            raise OutputError(
+                f"{out} holds maps of {tile} of {found}, expected {wanted}: choose another folder for maps of a part"
+            )
+
+
+def _place(shape: Sequence[int], transform: Sequence[float]) -> str:
+    return f"{shape[0]} x {shape[1]} pixels from ({transform[2]:.10g}, {transform[5]:.10g})"
 
 
 def _stated(out: str, path: str) -> Recipe:
