@@ -79,11 +79,13 @@ def made(root: Path, names: tuple[str, ...]) -> Path:
     return root
 
 
-def write(path: Path, data: np.ndarray, *, epsg: int = 32631, west: float = 500000, **options: float) -> None:
+def write(
+    path: Path, data: np.ndarray, *, epsg: int = 32631, west: float = 500000, pixel: float = 10, **options: float
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with rasterio.open(
         path, "w", driver="GTiff", height=data.shape[0], width=data.shape[1], count=1, dtype=data.dtype,
-        crs=f"EPSG:{epsg}", transform=Affine(10, 0, west, 0, -10, 5700000), **options,
+        crs=f"EPSG:{epsg}", transform=Affine(pixel, 0, west, 0, -pixel, 5700000), **options,
     ) as dataset:  # fmt: skip
         dataset.write(data, 1)
 
@@ -92,7 +94,8 @@ def write_item(root: Path, place: str, date: str, pixels: np.ndarray) -> None:
     assets = {}
     for band, plane in zip(BANDS, pixels, strict=True):
         href = f"assets/{place}/{date}/{band}.tif"
-        write(root / href, (plane[::2, ::2] if band in COARSE else plane).astype(np.uint16))
+        step = 2 if band in COARSE else 1
+        write(root / href, plane[::step, ::step].astype(np.uint16), pixel=10 * step)
         assets[band] = {"href": href, "raster:bands": [{"nodata": 0, "scale": 1e-4, "offset": 0.0}]}
     properties = {"datetime": f"{date[:4]}-01-01T00:00:00Z", "grid:code": f"TEST-{place}"}
     item = {"type": "Feature", "properties": properties, "assets": assets}
@@ -136,10 +139,10 @@ def test_the_input_of_training_is_that_of_the_model(catalogue):
 
 
 def change(data: Path, name: str, changes: dict[str, Any], asset: str | None = None) -> None:
-    """Change properties of an item, or fields of one of its assets; None takes one out."""
+    """Change properties of an item, fields of one of its assets or, if that is "", its assets; None takes one out."""
     path = data / f"{name}.json"
     item = json.loads(path.read_text())
-    target = item["assets"][asset] if asset else item["properties"]
+    target = item["properties"] if asset is None else item["assets"][asset] if asset else item["assets"]
     target.update(changes)
     for key in [key for key, value in changes.items() if value is None]:
         del target[key]
@@ -188,7 +191,7 @@ def test_what_a_label_does_not_tell_counts_nowhere(copy):
 def test_a_date_that_lacks_a_band_is_absent(copy):
     for date in ("20200101", "20210101"):
         for place in ("alba", "brno", "como"):
-            write(copy / "assets" / place / date / "swir22.tif", np.zeros((69, 71), np.uint16))
+            write(copy / "assets" / place / date / "swir22.tif", np.zeros((69, 71), np.uint16), pixel=20)
     with pytest.raises(CatalogError, match=r"alba\.tif: found 0 dates that show more than half of their pixels"):
         load_cities(copy)
 
@@ -198,6 +201,56 @@ def test_bands_of_neither_the_full_nor_half_the_size_are_refused(copy, band, ste
     path = copy / "assets" / "alba" / "20200101" / f"{band}.tif"
     write(path, np.ones((140 // step, 140 // step), np.uint16))
     with pytest.raises(CatalogError, match=r"alba_20200101\.json: \w+: found .* pixels, expected .* of blue, or half"):
+        load_cities(copy)
+
+
+@pytest.mark.parametrize(
+    ("band", "shape", "options", "message"),
+    [
+        ("red", (137, 141), {"west": 500010}, r"displaced by \(1\.0, 0\.0\) px against blue"),
+        ("red", (137, 141), {"epsg": 32632}, "found EPSG:32632, expected EPSG:32631 as blue"),
+        ("swir22", (69, 71), {"pixel": 20, "west": 499990}, r"displaced by \(-1\.0, 0\.0\) px against blue"),
+        ("swir22", (69, 71), {"pixel": 10}, r"displaced by \(0\.0, -68\.0\) px against blue"),
+        ("scl", (137, 141), {"west": 500010}, r"displaced by \(1\.0, 0\.0\) px against blue"),
+    ],
+)
+def test_bands_that_lie_elsewhere_than_blue_are_refused(copy, band, shape, options, message):
+    change(copy, "alba_20200101", {"scl": {"href": "assets/alba/20200101/scl.tif"}}, "")
+    write(copy / "assets" / "alba" / "20200101" / "scl.tif", np.full((137, 141), 4, np.uint8))
+    load_cities(copy)
+    write(copy / "assets" / "alba" / "20200101" / f"{band}.tif", np.full(shape, 4, np.uint8), **options)
+    with pytest.raises(CatalogError, match=rf"alba_20200101\.json: {band}: (found a corner )?{message}"):
+        load_cities(copy)
+
+
+@pytest.mark.parametrize(("shape", "pixel"), [((68, 70), 20), ((69, 71), 20), ((69, 71), 19.8)])
+def test_half_of_an_odd_number_of_pixels_may_be_rounded(copy, shape, pixel):
+    path = copy / "assets" / "alba" / "20200101" / "swir22.tif"
+    write(path, np.arange(1000, 1000 + shape[0] * shape[1], dtype=np.uint16).reshape(shape), pixel=pixel)
+    band = load_cities(copy)[0].before.reflectance[BANDS.index("swir22")]
+    assert band.shape == (137, 141)
+    assert band[3, 5] == np.float32(0.1 + 1e-4 * (shape[1] + 2))
+
+
+def test_what_a_raster_itself_declares_as_nodata_is_not_observed(copy):
+    path = copy / BAND
+    with rasterio.open(path) as dataset:
+        codes = dataset.read(1)
+    codes[:20, :30] = 65535
+    write(path, codes, nodata=65535)
+    seen = load_cities(copy)[0].before.seen
+    assert seen.sum() == seen.size - 20 * 30
+
+
+def test_reflectance_without_a_scale_is_refused_and_with_one_read(copy):
+    expected = load_cities(copy)[0].before.reflectance
+    with rasterio.open(copy / BAND) as dataset:
+        codes = dataset.read(1)
+    write(copy / BAND, codes * np.float32(1e-4))
+    change(copy, "alba_20200101", {"raster:bands": [{"scale": 1.0, "offset": 0.0}]}, "red")
+    np.testing.assert_allclose(load_cities(copy)[0].before.reflectance, expected, atol=1e-6)
+    change(copy, "alba_20200101", {"raster:bands": [{"nodata": 0}]}, "red")
+    with pytest.raises(CatalogError, match="item alba_20200101, band red: found float32 without a scale, expected"):
         load_cities(copy)
 
 
@@ -291,12 +344,45 @@ BAND = "assets/alba/20200101/red.tif"
             "https://x.invalid/red.tif: found an address, expected a",
         ),
         ({"raster:bands": 3}, "red", "item alba_20200101, band red: cannot be understood"),
+        ({"href": 5}, "red", r"alba_20200101\.json: asset red: found href 5, expected a path"),
+        ({"href": ["x"]}, "red", r"alba_20200101\.json: asset red: found href \['x'\], expected a path"),
+        ({"red": "x.tif"}, "", r"alba_20200101\.json: assets: red: found 'x\.tif', expected an object"),
+        ({"scl": ["x"]}, "", r"alba_20200101\.json: assets: scl: found \['x'\], expected an object"),
+        ({"scl": {}}, "", r"alba_20200101\.json: asset scl: found href None, expected a path"),
+        ({"sat:relative_orbit": "x"}, None, r"alba_20200101\.json: found sat:relative_orbit 'x', expected a number"),
     ],
 )
 def test_items_that_cannot_be_used_are_named(copy, changes, asset, message):
     change(copy, "alba_20200101", changes, asset)
     with pytest.raises((CatalogError, ReadError), match=message):
         load_cities(copy)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("properties", [1], r"properties: found \[1\], expected an object"),
+        ("properties", "x", "properties: found 'x', expected an object"),
+        ("assets", ["blue"], r"assets: found \['blue'\], expected an object"),
+        ("assets", "x", "assets: found 'x', expected an object"),
+        ("assets", {"scl": None}, "asset scl: found href None, expected a path"),
+    ],
+)
+def test_items_of_another_shape_are_named(copy, field, value, message):
+    path = copy / "alba_20200101.json"
+    item = json.loads(path.read_text())
+    item[field] = {**item[field], **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(item))
+    with pytest.raises(CatalogError, match=rf"alba_20200101\.json: {message}"):
+        load_cities(copy)
+
+
+def test_an_orbit_that_is_null_is_none(copy):
+    path = copy / "alba_20200101.json"
+    item = json.loads(path.read_text())
+    item["properties"]["sat:relative_orbit"] = None
+    path.write_text(json.dumps(item))
+    assert [city.name for city in load_cities(copy)] == ["alba", "brno", "como"]
 
 
 def test_documents_and_dates_that_do_not_fit_are_named(copy):

@@ -74,6 +74,11 @@ def radiometry_of(item: Item, band: str) -> tuple[float, float, int]:
     return scale, offset, nodata
 
 
+def stated_scale(asset: Item) -> float | None:
+    """Return the scale that an asset states; None for none, and for 0, which counts as none."""
+    return _number(_raster_fields(asset)["scale"]) or None
+
+
 class _Reader:
     """One item on its way to a scene: every fact looked up in all the places providers put it."""
 
