@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -689,6 +690,37 @@ def test_folds_hold_out_each_city_once():
     names = [f"c{i}" for i in range(14)]
     folds = [fold_cities(names, 3, i) for i in range(3)]
     assert sorted(sum(folds, ())) == sorted(names)
+    assert folds[1] == ("c1", "c10", "c12", "c4", "c7")  # as the folds of earlier runs
+
+
+def test_what_is_held_out_is_so_under_all_orbits_and_in_the_series(copy):
+    names = ["a", "b", "31UDS_R94", "c", "31UDS_R51"]
+    folds = [fold_cities(names, 4, i) for i in range(4)]
+    assert ("31UDS_R51", "31UDS_R94") in folds
+    assert sorted(sum(folds, ())) == sorted(names)
+    for place, orbit in (("alba", 51), ("brno", 94)):
+        for date in ("20200101", "20210101"):
+            change(copy, f"{place}_{date}", {"grid:code": "MGRS-31UDS", "sat:relative_orbit": orbit})
+        shutil.copy(copy / "labels" / f"{place}.tif", copy / "labels" / f"31UDS_R{orbit}.tif")
+    for labels in (True, False):
+        material = Material.load(copy, [copy], labels=labels, held_out=("31UDS_R51",), size=64)
+        assert [dates[0].place for dates in (*material.places, *material.quiet)] == ["como", "como"]
+    fit = ["fit", "--data", str(copy), "--out", str(copy / "run"), "--folds", "3"]
+    result = CliRunner().invoke(main, fit)
+    assert result.exit_code == 2
+    assert "3, expected at most 2, the number of places to hold out" in result.output
+
+
+def test_folds_that_share_a_place_are_not_scored(catalogue):
+    def fold(*held_out: str) -> Run:
+        return Run(Path("x"), held_out, True, True, "s2cd", None, None, False, (), None)
+
+    cities = load_cities(catalogue)
+    with pytest.raises(ConfigError, match=r"found alba held out in two folds \(alba; alba, brno\), expected each"):
+        cross_validate([fold("alba"), fold("alba", "brno"), fold("como")], cities)
+    cities = [replace(cities[0], name="x_R1"), replace(cities[1], name="x_R2")]
+    with pytest.raises(ConfigError, match=r"found x held out in two folds \(x_R1; x_R2\), expected each"):
+        cross_validate([fold("x_R1"), fold("x_R2")], cities)
 
 
 @pytest.mark.parametrize("name", sorted(BASELINES))

@@ -15,7 +15,7 @@ from s2cd.model import list_models, load_model
 from s2cd.model.registry import WEIGHTS
 from s2cd.training.baselines import BASELINES
 from s2cd.training.cards import publish
-from s2cd.training.data import City, load_cities
+from s2cd.training.data import City, ground, load_cities
 from s2cd.training.fitting import Plan
 from s2cd.training.material import fold_places
 from s2cd.training.robustness import of_baseline, of_model, table
@@ -98,8 +98,9 @@ def fit(
 
 
 def _held_out(names: list[str], folds: int, fold: int) -> tuple[str, ...]:
-    if folds > len(names):
-        found = f"{folds}, expected at most {len(names)}, the number of places to hold out"
+    number = len({ground(name) for name in names})
+    if folds > number:
+        found = f"{folds}, expected at most {number}, the number of places to hold out"
         raise click.BadParameter(found, param_hint="--folds")
     return fold_cities(names, folds, fold)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -105,6 +106,11 @@ def load_cities(root: Path) -> list[City]:
 def label_path(root: Path, place: str) -> Path:
     """Return where the label of a place lies, if it has one."""
     return root / "labels" / f"{place}.tif"
+
+
+def ground(place: str) -> str:
+    """Return the name of the ground that a place shows, its own without the relative orbit: orbits share it."""
+    return re.sub(r"_R\d+$", "", place)
 
 
 def load_series(root: Path) -> dict[str, list[Image]]:

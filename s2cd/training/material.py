@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from s2cd.errors import CatalogError, ConfigError
-from s2cd.training.data import City, Image, digest, label_path, load_cities, load_series
+from s2cd.training.data import City, Image, digest, ground, label_path, load_cities, load_series
 from s2cd.training.sampling import LabelledSampler, Mixture, Sampler
 from s2cd.training.simulated import BLOCK, URBAN_KINDS, Place, SimulatedSampler
 
@@ -38,20 +38,22 @@ class Material:
     def load(
         cls, data: Path, series: Iterable[Path], *, labels: bool, held_out: tuple[str, ...], size: int
     ) -> Material:
-        """Read all but the places `held_out`, to be cut into crops of edge `size` [px].
+        """Read all but the ground of the places `held_out`, under any orbit, to be cut into crops of edge `size` [px].
 
         Raises CatalogError as `load_cities` and `load_series` do, and for places smaller than a crop, ReadError for a
         raster, ConfigError if nothing is left.
         """
+        held = {ground(name) for name in held_out}
         if labels:
-            cities = [city for city in load_cities(data) if city.name not in held_out]
+            cities = [city for city in load_cities(data) if ground(city.name) not in held]
             places = [[city.before, city.after] for city in cities]
         else:
-            cities, places = [], [dates for name, dates in load_series(data).items() if name not in held_out]
+            cities, places = [], [dates for name, dates in load_series(data).items() if ground(name) not in held]
         if not places:
             left_out = f"but those held out ({', '.join(held_out)})" if held_out else "with a date that shows it"
             raise ConfigError(f"{data}: found no place {left_out}, expected some to train on")
-        quiet = [dates for root in series for dates in load_series(root).values() if len(dates) > 1]
+        unlabelled = [dates for root in series for name, dates in load_series(root).items() if ground(name) not in held]
+        quiet = [dates for dates in unlabelled if len(dates) > 1]
         for dates, least in [*((dates, size) for dates in places), *((dates, BLOCK) for dates in quiet)]:
             _require_size(dates[0], least)
         return cls(cities, places, quiet)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from s2cd.errors import ConfigError, ModelError
 from s2cd.model.device import Engine
 from s2cd.model.network import HALO, STRIDE, ChangeNet, Committee, network_of
 from s2cd.model.registry import WEIGHTS, Model, list_models, load_model
-from s2cd.training.data import City
+from s2cd.training.data import City, ground
 from s2cd.training.fcsiam import FCSiamDiff
 from s2cd.training.fitting import Plan, fit, require_same
 from s2cd.training.folders import made
@@ -153,10 +154,15 @@ def as_model(net: Trainable, name: str, threshold: float = 0.0, temperature: flo
 
 
 def fold_cities(names: Iterable[str], folds: int, fold: int) -> tuple[str, ...]:
-    """Return the names of the cities held out in `fold` of `folds`, a fixed shuffle of the sorted names."""
+    """Return the names of the cities held out in `fold` of `folds`, a fixed shuffle of the sorted names.
+
+    All orbits of a place are held out together: they show the same ground.
+    """
     names = sorted(names)
-    order = np.random.default_rng(FOLD_SEED).permutation(len(names))
-    return tuple(names[i] for i in sorted(order[fold::folds]))
+    grounds = sorted({ground(name) for name in names})
+    order = np.random.default_rng(FOLD_SEED).permutation(len(grounds))
+    held = {grounds[i] for i in order[fold::folds]}
+    return tuple(name for name in names if ground(name) in held)
 
 
 def train(
@@ -177,7 +183,7 @@ def train(
     """Fit one network and write it to `out`, going on from a checkpoint of the same training there.
 
     labels    train on the labels of `data`, or on simulated changes in its pixels and those of `series`
-    held_out  places of `data` that are not used
+    held_out  places that are not used, of `data` or of `series`, under any orbit
     start     a shipped model, or the path of a run or of a trained model, whose weights to start from
     blend     share of the trained weights in the result, the rest are those of `start`: what fine-tuning on few places
               gains without what it forgets (WiSE-FT, Wortsman et al., CVPR 2022)
@@ -261,8 +267,8 @@ def cross_validate(
     Returns the report as trained; the report after calibration, where the threshold and temperature for the cities of
     one run come from the cities of the other runs; and (threshold, temperature) over all, for the final model.
 
-    Raises ConfigError for runs of fewer than two folds and for those that hold out no city or others than these,
-    CatalogError if the cities of all other folds have not changed.
+    Raises ConfigError for runs of fewer than two folds, for those that hold out no city or others than these, and for
+    folds that share the ground of a city; CatalogError if the cities of all other folds have not changed.
     """
     names = {city.name for city in cities}
     for run in runs:
@@ -276,6 +282,11 @@ def cross_validate(
     folds = sorted({run.held_out for run in runs})
     if len(folds) < 2:
         raise ConfigError(f"--runs: found {len(folds)} fold ({', '.join(folds[0])} held out), expected at least 2")
+    for one, other in combinations(folds, 2):
+        shared = {ground(name) for name in one} & {ground(name) for name in other}
+        if shared:
+            found = f"{', '.join(sorted(shared))} held out in two folds ({', '.join(one)}; {', '.join(other)})"
+            raise ConfigError(f"--runs: found {found}, expected each place in one")
     for held_out in folds:
         predict = predictor(as_model(combined([run for run in runs if run.held_out == held_out]), "fold"))
         for city in cities:
