@@ -19,7 +19,7 @@ from rasterio.transform import Affine
 from safetensors.torch import load_file, save_file
 from scipy.special import expit, logit
 
-from s2cd.errors import CatalogError, ConfigError, ModelError, ReadError
+from s2cd.errors import CatalogError, ConfigError, ModelError, OutputError, ReadError
 from s2cd.model import BANDS, load_model
 from s2cd.model.network import ChangeNet, Committee, cost, network_of
 from s2cd.model.registry import WEIGHTS
@@ -27,6 +27,7 @@ from s2cd.training.__main__ import main
 from s2cd.training.baselines import BASELINES
 from s2cd.training.cards import publish
 from s2cd.training.data import City, load_cities, load_series
+from s2cd.training.fcsiam import FCSiamDiff
 from s2cd.training.fitting import Plan
 from s2cd.training.material import Material
 from s2cd.training.metrics import Histogram
@@ -291,16 +292,22 @@ def test_samples_leave_the_images_as_they_were(catalogue):
         np.testing.assert_array_equal(city.before.normalised, expected)
 
 
-def test_a_resumed_run_goes_on_where_it_was(catalogue, tmp_path):
+@pytest.mark.parametrize("kind", ["s2cd", "fc-siam-diff"])
+def test_a_resumed_run_goes_on_where_it_was(catalogue, tmp_path, kind):
     plan = Plan(steps=4, batch_size=2)
-    whole = train(catalogue, tmp_path / "whole", plan, labels=True, held_out=("como",), size=64)
+    options: dict[str, Any] = {"labels": True, "held_out": ("como",), "size": 64, "kind": kind}
+    whole = train(catalogue, tmp_path / "whole", plan, **options)
     assert whole.held_out == ("como",)
     cut = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
         _interrupted(catalogue, cut, plan, json.loads((whole.path / "run.json").read_text()))
-    again = train(catalogue, cut, plan, labels=True, held_out=("como",), size=64)
+    (cut / "curve.csv").write_text("step,loss,seconds\r\n2,0.9,70.5\r\n3,0.8,90.5\r\n")
+    again = train(catalogue, cut, plan, **options)
     for name, value in whole.network().state_dict().items():
         np.testing.assert_allclose(again.network().state_dict()[name], value, atol=1e-6, err_msg=name)
+    rows = [row.split(",") for row in (cut / "curve.csv").read_text().splitlines()]
+    assert [row[0] for row in rows] == ["step", "2", "4"]
+    assert 70.5 <= float(rows[2][2]) < 90.5
 
 
 def _interrupted(catalogue: Path, out: Path, plan: Plan, description: dict) -> None:
@@ -317,7 +324,8 @@ def _interrupted(catalogue: Path, out: Path, plan: Plan, description: dict) -> N
 
     torch.manual_seed(plan.seed)
     cities = [c for c in load_cities(catalogue) if c.name != "como"]
-    fit(ChangeNet(norm=True).pool(*HALF_POOL), Stopping(cities, 64), plan, out, description, save_every=0)
+    net = FCSiamDiff() if description["network"] == "fc-siam-diff" else ChangeNet(norm=True).pool(*HALF_POOL)
+    fit(net, Stopping(cities, 64), plan, out, description, save_every=0)
 
 
 BAND = "assets/alba/20200101/red.tif"
@@ -415,6 +423,13 @@ def test_mistakes_on_the_command_line_end_in_one_line(copy, tmp_path):
     assert said("fit", "--out", out, "--size", "100") == "error: size: found 100, expected a multiple of 64"
     assert said("fit", "--out", out, "--size", "192").endswith("found 137 x 141 pixels, expected at least 192 x 192")
     assert said("fit", "--out", copy / "catalog.json" / "x").endswith("Not a directory, expected a folder to write to")
+    nowhere = "/proc/self"  # a folder that takes no files
+    cannot = f"error: {nowhere}: cannot be written: "
+    assert said("fit", "--out", nowhere).startswith(cannot)
+    assert said("card", "mine", "--run", run, "--out", nowhere).startswith(cannot)
+    assert said("score", "--model", "generic", "--pictures", nowhere).startswith(cannot)
+    assert said(*fit, "--simulated", "nan") == "error: simulated: found nan, expected a share, 0 to 1"
+    assert said(*fit, "--start", "generic", "--blend", "nan") == "error: blend: found nan, expected a share, 0 to 1"
     assert said(*fit, "--folds", "4").endswith("4, expected at most 3, the number of places to hold out")
     assert said(*fit, "--blend", "0.5").endswith("found 0.5 without a start, expected one whose weights are the rest")
     assert said(*fit, "--rate", "-1") == "error: rate: found -1, expected a positive number"
@@ -435,6 +450,16 @@ def test_mistakes_on_the_command_line_end_in_one_line(copy, tmp_path):
     assert "network.safetensors: cannot be read" in said("card", "mine", "--run", run, "--out", shipped)
     assert not out.exists() or not any(out.iterdir())
     assert not shipped.exists()
+
+
+def test_files_that_cannot_be_written_are_named(catalogue, tmp_path):
+    for name in ("network.safetensors", "checkpoint.pt", "curve.csv", "run.json"):
+        (tmp_path / name / name).mkdir(parents=True)
+        with pytest.raises(OutputError, match=rf"{re.escape(str(tmp_path / name / name))}: cannot be written: \w"):
+            train(catalogue, tmp_path / name, Plan(steps=1, batch_size=1), labels=True, size=64)
+    (tmp_path / "pictures" / "alba.png").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"alba\.png: cannot be written: Is a directory"):
+        score(lambda city: np.zeros(city.label.shape, np.float32), load_cities(catalogue), tmp_path / "pictures")
 
 
 def test_series_smaller_than_a_block_are_refused_and_labels_are_not_asked_for_in_vain(copy, tmp_path):
@@ -588,10 +613,20 @@ def test_the_command_line_fits_and_scores(catalogue, tmp_path):
     assert "| **pooled** |" in result.output
     assert "3 folds, 3 runs in all: labels of a city never reach the network that is scored on it; " in result.output
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
-    for arguments in ([], ["--disturbed"]):
+    cva = ["--baseline", "cva"]
+    for arguments, message in (
+        ([], "found none, expected one of --model"),
+        (["--disturbed"], "found none, expected one of --model"),
+        ([*cva, "--model", "generic"], "found --model and --baseline, expected one of --model"),
+        ([*cva, *runs], "found --baseline and --runs, expected one of --model"),
+        (["--disturbed", *runs], "neither --runs, --pictures nor --share"),
+        ([*cva, "--disturbed", "--share", "0.1"], "neither --runs, --pictures nor --share"),
+        ([*cva, "--disturbed", "--pictures", str(tmp_path / "none")], "neither --runs, --pictures nor --share"),
+        ([*cva, "--share", "nan"], "nan, expected a share between 0 and 1"),
+    ):
         result = runner.invoke(main, ["score", *data, *arguments])
         assert result.exit_code == 2
-        assert "--model" in result.output
+        assert message in " ".join(result.output.split())
     for what in (["--model", "generic"], ["--baseline", "cva"]):
         result = runner.invoke(main, ["score", *data, *what, "--disturbed"])
         assert result.exit_code == 0, result.output

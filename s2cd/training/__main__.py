@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -125,15 +126,27 @@ def score_command(
     disturbed: bool, share: float | None,
 ) -> None:  # fmt: skip
     """Print precision, recall, F1, AP and ECE per city and pooled."""
+    _require_one_way(model, method, runs)
+    if disturbed and (runs or pictures or share is not None):
+        raise click.UsageError("--disturbed takes --model or --baseline, and neither --runs, --pictures nor --share")
+    if share is not None and math.isnan(share):  # which is in no range, nor outside
+        raise click.BadParameter("nan, expected a share between 0 and 1", param_hint="--share")
     cities = load_cities(data)
     if disturbed:
-        if not model and not method:
-            raise click.UsageError("--disturbed takes --model or --baseline")
         predict = of_model(load_model(model)) if model else of_baseline(str(method))
         click.echo(f"\n{table(predict, cities)}")
         return
     for title, report in _reports(cities, model, method, runs, pictures).items():
         click.echo(f"\n{title}\n\n{report.table(share)}")
+
+
+def _require_one_way(model: str | None, method: str | None, runs: tuple[Path, ...]) -> None:
+    given = [name for name, value in {"--model": model, "--baseline": method, "--runs": runs}.items() if value]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise click.UsageError(
+            f"found {found}, expected one of --model ({', '.join(list_models())}), --baseline, --runs"
+        )
 
 
 def _reports(
@@ -147,9 +160,7 @@ def _reports(
         return {"As trained": raw, f"Calibrated on the cities of the other folds ({final})": calibrated}
     if method:
         return {method: score(baseline(method), cities, pictures)}
-    if model:
-        return {model: score(predictor(load_model(model)), cities, pictures)}
-    raise click.UsageError(f"expected --model ({', '.join(list_models())}), --baseline or --runs")
+    return {str(model): score(predictor(load_model(str(model))), cities, pictures)}
 
 
 @main.command()

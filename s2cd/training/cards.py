@@ -17,7 +17,7 @@ from s2cd.model import Model
 from s2cd.model.network import Committee, cost
 from s2cd.training.data import City
 from s2cd.training.fcsiam import FCSiamDiff
-from s2cd.training.folders import made
+from s2cd.training.folders import made, written
 from s2cd.training.robustness import f1_under, false_change, of_model
 from s2cd.training.runs import NETWORKS, Run, as_model, combined, cross_validate, protocol
 from s2cd.training.scoring import Report, predictor, score
@@ -59,6 +59,7 @@ def publish(name: str, runs: list[Run], folds: list[Run], cities: list[City], fo
         raise ModelError(f"{runs[0].path.name}: found network {runs[0].kind!r}, expected {NETWORKS[0]!r} to be shipped")
     if not all(value.isfinite().all() for value in net.state_dict().values()):
         raise ModelError(f"{', '.join(run.path.name for run in runs)}: found weights that are not finite: it diverged")
+    made(folder)
     if folds:
         raw, report, (threshold, temperature) = cross_validate(folds, cities)
         how = protocol(folds)
@@ -100,10 +101,12 @@ def publish(name: str, runs: list[Run], folds: list[Run], cities: list[City], fo
             k: round(v, 4) for k, v in f1_under(of_model(model), cities).items()
         },
     }
-    made(folder)
+    text = json.dumps(card, indent=1) + "\n"
     weights = net.folded(temperature, -threshold / temperature).state_dict()
-    save_file({k: v.contiguous() for k, v in weights.items()}, folder / f"{name}.safetensors")
-    (folder / f"{name}.json").write_text(json.dumps(card, indent=1) + "\n")
+    with written(folder / f"{name}.safetensors") as path:
+        save_file({k: v.contiguous() for k, v in weights.items()}, path)
+    with written(folder / f"{name}.json") as path:
+        path.write_text(text)
     return card
 
 

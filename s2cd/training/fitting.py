@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.nn import functional
 
 from s2cd.errors import ConfigError, ModelError
 from s2cd.model.device import choose_device, fast_bfloat16
-from s2cd.training.folders import made
+from s2cd.training.folders import made, written
 from s2cd.training.sampling import Sampler, batch
 
 EXPLODED = 1e6  # no weight of a network that works is as large
@@ -74,7 +75,7 @@ def fit(
     """Train `net` and return it on the CPU with the averaged weights; goes on from `out`/checkpoint.pt if it is there.
 
     `description`, of plain JSON types, tells all that decides the weights: a checkpoint of another is refused.
-    The curve (step, loss, seconds) goes to `out`/curve.csv.
+    The curve (step, loss, seconds) goes to `out`/curve.csv, and goes on there from the checkpoint.
 
     Raises ModelError if the device is not there, the checkpoint is damaged or the loss is not finite; ConfigError for a
     checkpoint of another description; OutputError for `out`.
@@ -84,16 +85,16 @@ def fit(
     net.to(place, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # not in torch's stubs
     optimizer = torch.optim.AdamW(net.parameters(), lr=plan.rate, weight_decay=plan.decay)
     average = {k: v.detach().clone() for k, v in net.state_dict().items()}
-    step, checkpoint = 0, out / "checkpoint.pt"
+    step, checkpoint, curve = 0, out / "checkpoint.pt", out / "curve.csv"
     if checkpoint.is_file():
         step = _resume(checkpoint, net, optimizer, average, description)
-    else:
-        (out / "curve.csv").unlink(missing_ok=True)
+    begin = time.monotonic() - _cut_curve(curve, step)
     fast = fast_bfloat16(place)
-    saved, losses, begin = time.monotonic(), [], time.monotonic()
+    saved, losses = time.monotonic(), []
     while step < plan.steps:
         rng = np.random.default_rng((plan.seed, step))  # so that a resumed run draws what it would have drawn
         before, after, level, truth, weight = (t.to(place) for t in batch(sampler, plan.batch_size, rng))
+        torch.manual_seed(int(rng.integers(2**63)))  # of dropout, for the same reason
         for group in optimizer.param_groups:
             group["lr"] = plan.rate * _schedule(step, plan.steps)
         with torch.autocast(place.type, torch.bfloat16, enabled=fast):
@@ -109,7 +110,7 @@ def fit(
         step += 1
         _update_average(average, net, min(plan.average, step / (step + 10)))
         if step % 50 == 0 or step == plan.steps:
-            _log_curve(out / "curve.csv", step, float(np.mean(losses)), time.monotonic() - begin)
+            _log_curve(curve, step, float(np.mean(losses)), time.monotonic() - begin)
             log(f"step {step}/{plan.steps}  loss {np.mean(losses):.4f}  {time.monotonic() - begin:.0f} s")
             losses = []
         if time.monotonic() - saved > save_every or step == plan.steps:
@@ -153,8 +154,9 @@ def _diverged(out: Path, step: int, plan: Plan) -> ModelError:
 def _save(path: Path, net: nn.Module, optimizer: Any, average: dict, description: Mapping[str, Any], step: int) -> None:
     partial = path.with_suffix(".part")
     state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-    torch.save(state | {"step": step, "description": dict(description)}, partial)
-    os.replace(partial, path)
+    with written(path):
+        torch.save(state | {"step": step, "description": dict(description)}, partial)
+        os.replace(partial, path)
 
 
 def _resume(path: Path, net: nn.Module, optimizer: Any, average: dict, description: Mapping[str, Any]) -> int:
@@ -173,10 +175,16 @@ def _resume(path: Path, net: nn.Module, optimizer: Any, average: dict, descripti
     return int(state["step"])
 
 
+def _cut_curve(path: Path, step: int) -> float:
+    """Leave the rows of a curve up to `step` and return the seconds of the last one, 0 without."""
+    with written(path):
+        text = path.read_text(errors="replace") if path.exists() else ""
+        rows = [row for row in re.findall(r"^(\d+),(\S+),(\d+\.\d)$", text, re.MULTILINE) if int(row[0]) <= step]
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([("step", "loss", "seconds"), *rows])
+    return float(rows[-1][2]) if rows else 0.0
+
+
 def _log_curve(path: Path, step: int, loss: float, seconds: float) -> None:
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(["step", "loss", "seconds"])
-        writer.writerow([step, f"{loss:.5f}", f"{seconds:.1f}"])
+    with written(path), path.open("a", newline="") as file:
+        csv.writer(file).writerow([step, f"{loss:.5f}", f"{seconds:.1f}"])

@@ -23,7 +23,7 @@ from s2cd.model.registry import WEIGHTS, Model, list_models, load_model
 from s2cd.training.data import City, ground
 from s2cd.training.fcsiam import FCSiamDiff
 from s2cd.training.fitting import Plan, fit, require_same
-from s2cd.training.folders import made
+from s2cd.training.folders import made, written
 from s2cd.training.material import Material
 from s2cd.training.metrics import Histogram
 from s2cd.training.scoring import Map, Report, judged, predictor, score
@@ -198,6 +198,9 @@ def train(
     """
     if size % BLOCK or size < BLOCK:
         raise ConfigError(f"size: found {size}, expected a multiple of {BLOCK}")
+    for name, share in {"blend": blend, "simulated": simulated}.items():
+        if not 0 <= share <= 1:
+            raise ConfigError(f"{name}: found {share:g}, expected a share, 0 to 1")
     if blend != 1 and start is None:
         raise ConfigError(f"blend: found {blend:g} without a start, expected one whose weights are the rest")
     made(out)
@@ -211,8 +214,10 @@ def train(
     first = {name: value.clone() for name, value in net.state_dict().items()}
     trained = fit(net, material.sampler(size, simulated), plan, out, description, device=device).state_dict()
     mixed = {k: v.lerp(first[k], 1 - blend) if v.is_floating_point() else v for k, v in trained.items()}
-    save_file({k: v.contiguous() for k, v in mixed.items()}, out / "network.safetensors")
-    (out / "run.json").write_text(json.dumps(description, indent=1))
+    with written(out / "network.safetensors") as path:
+        save_file({k: v.contiguous() for k, v in mixed.items()}, path)
+    with written(out / "run.json") as path:
+        path.write_text(json.dumps(description, indent=1))
     return Run.open(out)
 
 
@@ -268,7 +273,8 @@ def cross_validate(
     one run come from the cities of the other runs; and (threshold, temperature) over all, for the final model.
 
     Raises ConfigError for runs of fewer than two folds, for those that hold out no city or others than these, and for
-    folds that share the ground of a city; CatalogError if the cities of all other folds have not changed.
+    folds that share the ground of a city; CatalogError if the cities of all other folds have not changed; OutputError
+    for `pictures`.
     """
     names = {city.name for city in cities}
     for run in runs:
@@ -287,6 +293,8 @@ def cross_validate(
         if shared:
             found = f"{', '.join(sorted(shared))} held out in two folds ({', '.join(one)}; {', '.join(other)})"
             raise ConfigError(f"--runs: found {found}, expected each place in one")
+    if pictures is not None:
+        made(pictures)
     for held_out in folds:
         predict = predictor(as_model(combined([run for run in runs if run.held_out == held_out]), "fold"))
         for city in cities:

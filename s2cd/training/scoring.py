@@ -14,7 +14,7 @@ from s2cd.errors import ModelError
 from s2cd.model import BANDS, Model
 from s2cd.training.baselines import BASELINES
 from s2cd.training.data import City
-from s2cd.training.folders import made
+from s2cd.training.folders import made, written
 from s2cd.training.metrics import Histogram, Scores
 
 Map = npt.NDArray[np.float32]
@@ -49,14 +49,16 @@ def _cells(s: Scores) -> str:
 
 
 def score(predict: Callable[[City], Map], cities: Iterable[City], pictures: Path | None = None) -> Report:
-    """Score a map for each city; with `pictures`, write one there for each. Raises OutputError for no folder."""
+    """Score a map for each city; with `pictures`, write one there for each. Raises OutputError if that cannot be."""
+    if pictures is not None:
+        made(pictures)
     histograms = {}
     for city in cities:
         probability = judged(predict(city), city)
         histograms[city.name] = Histogram.of(probability, city.label)
         if pictures is not None:
-            made(pictures)
-            picture(probability, city.label).save(pictures / f"{city.name}.png")
+            with written(pictures / f"{city.name}.png") as path:
+                picture(probability, city.label).save(path)
     return Report(histograms)
 
 
