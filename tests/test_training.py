@@ -26,13 +26,13 @@ from s2cd.model.registry import WEIGHTS
 from s2cd.training.__main__ import main
 from s2cd.training.baselines import BASELINES
 from s2cd.training.cards import publish
-from s2cd.training.data import City, load_cities, load_series
+from s2cd.training.data import City, Image, load_cities, load_series
 from s2cd.training.fcsiam import FCSiamDiff
 from s2cd.training.fitting import Plan
 from s2cd.training.material import Material
 from s2cd.training.metrics import Histogram
 from s2cd.training.nuisance import Nuisances, displaced
-from s2cd.training.robustness import disturbed, of_model
+from s2cd.training.robustness import disturbed, false_change, of_baseline, of_model
 from s2cd.training.runs import (
     HALF_POOL,
     Run,
@@ -45,7 +45,7 @@ from s2cd.training.runs import (
     train,
 )
 from s2cd.training.sampling import LabelledSampler, batch, to_tensor
-from s2cd.training.scoring import predictor, score
+from s2cd.training.scoring import baseline, predictor, score
 from s2cd.training.simulated import Place, SimulatedSampler
 
 COARSE = ("nir08", "swir16", "swir22")
@@ -290,6 +290,40 @@ def test_samples_leave_the_images_as_they_were(catalogue):
         batch(sampler, 12, np.random.default_rng(0))
     for city, expected in zip(cities, before, strict=True):
         np.testing.assert_array_equal(city.before.normalised, expected)
+
+
+def clouded(data: Path, date: str) -> Path:
+    """Hide 6 x 6 pixels of a date of each place."""
+    for path in data.glob(f"assets/*/{date}/*.tif"):
+        with rasterio.open(path, "r+") as dataset:
+            codes = dataset.read(1)
+            step = 1 + (path.stem in COARSE)
+            codes[20 // step : 26 // step, 20 // step : 26 // step] = 0
+            dataset.write(codes, 1)
+    return data
+
+
+def test_changes_simulated_beside_a_cloud_are_marked_as_far_as_they_are_seen(catalogue, copy):
+    marked, counted = [], []
+    for data in (catalogue, clouded(clouded(copy, "20200101"), "20210101")):
+        sampler = SimulatedSampler([Place.of([c.before, c.after]) for c in load_cities(data)], [], 128)
+        samples = [sampler.sample(np.random.default_rng(seed)) for seed in range(40)]
+        marked.append(sum((s.truth * s.weight).sum() for s in samples))
+        counted.append(sum(s.weight.sum() for s in samples))
+        for s in samples:
+            assert not s.weight[np.isnan(s.before).any(axis=0) | np.isnan(s.after).any(axis=0)].any()
+    assert marked[1] > 0.95 * marked[0]
+    assert counted[1] > 0.97 * counted[0]
+
+
+def test_what_a_pasted_crop_does_not_show_hides_nothing_beside_it(catalogue):
+    image = load_cities(catalogue)[0].before
+    pixels = image.reflectance.copy()
+    pixels[:, :, 70:] = np.nan
+    sampler = SimulatedSampler([Place.of([Image.of("half", "", pixels)])], [], 64, kinds={"construction": 1.0})
+    samples = [sampler.sample(np.random.default_rng(seed)) for seed in range(40)]
+    lost = [np.isnan(s.after).any(axis=0) & np.isfinite(s.before).all(axis=0) for s in samples]
+    assert 0 < np.mean(lost) < 0.12
 
 
 @pytest.mark.parametrize("kind", ["s2cd", "fc-siam-diff"])
@@ -764,6 +798,26 @@ def test_baselines_find_the_block(catalogue, name):
     magnitude = BASELINES[name](city.before.normalised, city.after.normalised)
     assert magnitude.shape == city.label.shape
     assert magnitude[city.label].mean() > 3 * magnitude[~city.label].mean()
+
+
+@pytest.mark.parametrize("name", sorted(BASELINES))
+def test_baselines_tell_nothing_of_what_a_date_does_not_show(copy, name):
+    city = load_cities(clouded(copy, "20200101"))[0]
+    hidden = ~city.before.seen
+    assert hidden.sum() == 36
+    probability = baseline(name)(city)
+    assert np.array_equal(np.isnan(probability), hidden)
+    assert (probability > 0.5).sum() == pytest.approx(0.025 * (~hidden).sum(), abs=1)
+    again = of_baseline(name)(city, city.before.reflectance, city.after.reflectance)
+    np.testing.assert_array_equal(again, probability)
+
+
+def test_a_card_of_clouded_places_is_json_and_of_such_that_show_nothing_none(copy, tmp_path):
+    run = train(clouded(copy, "20200101"), tmp_path / "run", SMALL, labels=True, size=64)
+    card = publish("mine", [run], [], load_cities(copy), tmp_path)
+    assert json.loads((tmp_path / "mine.json").read_text(), parse_constant=pytest.fail) == card
+    with pytest.raises(CatalogError, match="alba, brno, como: found no pixel that is seen under 'none', expected some"):
+        false_change(lambda _, before, after: np.full_like(before[0], np.nan), load_cities(copy))
 
 
 def test_scores_of_a_known_map():

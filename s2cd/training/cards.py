@@ -50,7 +50,8 @@ def publish(name: str, runs: list[Run], folds: list[Run], cities: list[City], fo
     on, whose scores flatter. Disturbances are tried on all cities.
 
     Raises ConfigError for a name that is no file's name, ModelError for runs of a network that is only there for
-    comparison and for weights that are not finite, CatalogError for labels without change, OutputError for `folder`.
+    comparison and for weights that are not finite, CatalogError for labels without change and first dates that
+    show nothing, OutputError for `folder`.
     """
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ConfigError(f"name of the model: found {name!r}, expected letters, digits, '_', '-' and '.'")
@@ -101,7 +102,7 @@ def publish(name: str, runs: list[Run], folds: list[Run], cities: list[City], fo
             k: round(v, 4) for k, v in f1_under(of_model(model), cities).items()
         },
     }
-    text = json.dumps(card, indent=1) + "\n"
+    text = json.dumps(card, indent=1, allow_nan=False) + "\n"
     weights = net.folded(temperature, -threshold / temperature).state_dict()
     with written(folder / f"{name}.safetensors") as path:
         save_file({k: v.contiguous() for k, v in weights.items()}, path)

@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from s2cd.catalog.bands import band_info
+from s2cd.errors import CatalogError
 from s2cd.model import BANDS, Model
 from s2cd.model.normalise import Array
 from s2cd.simulate import brdf, cirrus, gain, haze, noise, shift, sun_angle
 from s2cd.simulate.texture import fractal
-from s2cd.training.baselines import BASELINES
 from s2cd.training.data import City, Image
 from s2cd.training.metrics import Histogram
-from s2cd.training.scoring import judged, mapping
+from s2cd.training.scoring import judged, magnitude, mapping, scaled
 
 WAVELENGTHS = [band_info(band).wavelength for band in BANDS]
 Rng = np.random.Generator
@@ -91,26 +91,29 @@ def of_model(model: Model) -> Predict:
 def of_baseline(name: str) -> Predict:
     """Return what maps with a classical method, 0.5 where the most changed 2.5 % of the city's real pair begin."""
 
-    def magnitude(before: Image, after: Image) -> Array:
-        return np.asarray(BASELINES[name](*(np.nan_to_num(d.normalised.clip(-6, 6)) for d in (before, after))))
-
     def predict(city: City, before: Array, after: Array) -> Array:
-        usual = np.quantile(magnitude(city.before, city.after), 0.975)
-        found = magnitude(*(Image.of(city.name, "", date) for date in (before, after)))
-        return np.asarray(found / (found + usual), np.float32)
+        found = magnitude(name, *(Image.of(city.name, "", date) for date in (before, after)))
+        return scaled(found, magnitude(name, city.before, city.after))
 
     return predict
 
 
 def false_change(predict: Predict, cities: list[City]) -> dict[str, tuple[float, float, float]]:
     """Return for each nuisance, over the first dates of `cities` against themselves disturbed: the mean probability,
-    the share of pixels above 0.5, and the largest probability."""
+    the share of pixels above 0.5, and the largest probability, of the pixels that are mapped.
+
+    Raises CatalogError if none is.
+    """
     found = {}
     for kind in NUISANCES:
         maps = [
             predict(c, c.before.reflectance, disturbed(c.before, kind, seed)).ravel() for seed, c in enumerate(cities)
         ]
         values: npt.NDArray[np.float32] = np.concatenate(maps)
+        values = values[np.isfinite(values)]
+        if not len(values):
+            names = ", ".join(city.name for city in cities)
+            raise CatalogError(f"{names}: found no pixel that is seen under {kind!r}, expected some")
         found[kind] = (float(values.mean()), float((values > 0.5).mean()), float(values.max()))
     return found
 

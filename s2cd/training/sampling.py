@@ -69,7 +69,7 @@ class Sampler(Protocol):
 
 
 class LabelledSampler:
-    """Random crops of labelled cities, half of them around a changed pixel."""
+    """Random crops of labelled cities, six in ten around a changed pixel where a city has one."""
 
     def __init__(self, cities: list[City], size: int, nuisances: Nuisances = LIGHT):
         self._cities, self._size = cities, size

@@ -13,7 +13,7 @@ from PIL import Image as Picture
 from s2cd.errors import ModelError
 from s2cd.model import BANDS, Model
 from s2cd.training.baselines import BASELINES
-from s2cd.training.data import City
+from s2cd.training.data import City, Image
 from s2cd.training.folders import made, written
 from s2cd.training.metrics import Histogram, Scores
 
@@ -97,11 +97,22 @@ def baseline(name: str) -> Callable[[City], Map]:
     """Return what scores a baseline: its magnitude, scaled so that probability 0.5 is the 97.5th percentile."""
 
     def predict(city: City) -> Map:
-        dates = [np.nan_to_num(image.normalised.clip(-6, 6)) for image in (city.before, city.after)]
-        magnitude = BASELINES[name](*dates)
-        return magnitude / (magnitude + np.quantile(magnitude, 0.975))
+        found = magnitude(name, city.before, city.after)
+        return scaled(found, found)
 
     return predict
+
+
+def magnitude(name: str, before: Image, after: Image) -> Map:
+    """Return the magnitude of change by a baseline, float32 (y, x), NaN where either date does not show all bands."""
+    seen = before.seen & after.seen
+    dates = [np.where(seen, image.normalised.clip(-6, 6), np.float32(0)) for image in (before, after)]
+    return np.where(seen, BASELINES[name](*dates), np.float32(np.nan))
+
+
+def scaled(found: Map, usual: Map) -> Map:
+    """Return a magnitude as probabilities, 0.5 at the 97.5th percentile of `usual`; NaN does not count and stays."""
+    return np.asarray(found / (found + np.nanquantile(usual, 0.975)), np.float32)
 
 
 def picture(probability: Map, truth: npt.NDArray[np.bool_]) -> Picture.Image:

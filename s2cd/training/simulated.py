@@ -133,8 +133,8 @@ class SimulatedSampler:
             return
         new = self._content(kind, sample, image, rng)
         edge = np.clip(uniform_filter(outline.astype(np.float32), 3) * 1.5 - 0.25, 0, 1)
-        changed = sample.after + edge * (new - sample.after)
-        strength = uniform_filter(np.abs(changed - sample.after).mean(axis=0), 3)
+        changed = np.where(edge > 0, sample.after + edge * (new - sample.after), sample.after)  # `new` may hold NaN
+        strength = uniform_filter(np.nan_to_num(np.abs(changed - sample.after)).mean(axis=0), 3)
         sample.after = changed
         if kind == "field":
             return
