@@ -23,6 +23,7 @@ from benchmarks.archive import archive
 from benchmarks.device import seen_since, watched
 from s2cd.catalog import access
 from s2cd.catalog.scene import Scene
+from s2cd.clusters.environment import load_libraries
 from s2cd.reader import Layout, decoded
 
 if TYPE_CHECKING:
@@ -197,6 +198,7 @@ def _inside(href: str, folder: Path) -> Path:
 def _load_model(client: Client) -> None:
     s2cd.load_model("generic")
     client.run(s2cd.load_model, "generic")
+    client.run(load_libraries)
 
 
 def _try_out(client: Client, folder: Path, source: str) -> None:

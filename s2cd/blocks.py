@@ -14,8 +14,6 @@ import rasterio
 from isal import isal_zlib
 from isal.igzip_lib import IsalError
 
-from s2cd.jit import compiled
-
 _ZLIB = 15  # a stream with a header and a checksum, RFC 1950
 
 
@@ -40,8 +38,10 @@ class Packing:
         stored = np.frombuffer(flat, self.dtype).reshape(rows, self.block[1])[: shape[0], : shape[1]]
         if not self.predictor:
             return stored
+        from s2cd.predictor import add_up  # Numba: not for what only plans
+
         pixels = np.empty(shape, self.dtype)
-        _add_up(stored, pixels)
+        add_up(stored, pixels)
         return pixels
 
 
@@ -53,14 +53,3 @@ def packing(dataset: rasterio.DatasetReader) -> Packing | None:
     if not plain or dtype not in (np.uint8, np.uint16) or predictor not in {"1", "2"} or "NBITS" in kind:
         return None
     return Packing(dataset.block_shapes[0], dtype, predictor == "2")
-
-
-@compiled()
-def _add_up(differences: Any, out: Any) -> None:
-    """Write the sums along each row, which wrap as the differences did."""
-    for i in range(out.shape[0]):
-        total = differences[i, 0]
-        out[i, 0] = total
-        for j in range(1, out.shape[1]):
-            total += differences[i, j]
-            out[i, j] = total

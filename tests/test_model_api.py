@@ -283,9 +283,9 @@ def test_code_is_compiled_where_nothing_can_be_kept_on_disk():
 def test_code_is_compiled_where_the_disk_is_full(tmp_path):
     """No file of this process may have a byte, as where a quota is used up."""
     program = (
-        "import resource; from s2cd.blocks import _add_up; import numpy as np\n"
+        "import resource; from s2cd.predictor import add_up; import numpy as np\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
-        "out = np.empty((1, 3), np.uint16); _add_up(np.ones_like(out), out); print(*out[0])"
+        "out = np.empty((1, 3), np.uint16); add_up(np.ones_like(out), out); print(*out[0])"
     )
     home = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     found = subprocess.run([sys.executable, "-c", program], env=home, capture_output=True, text=True, check=False)
@@ -442,6 +442,13 @@ def test_infinite_pixels_are_no_observation(name, share):
     found = model.predict(infinite, after)
     np.testing.assert_array_equal(found, model.predict(missing, after))
     assert np.isfinite(found[:, int(share * shape[1]) :]).all()
+
+
+@pytest.mark.parametrize("name", ["generic", "urban"])
+def test_bytes_of_features_are_those_of_an_encoded_date(name):
+    model, edge = load_model(name, device="cpu"), 128
+    encoded = model.encode(ground((edge, edge)), np.ones((7, 2), np.float32), np.ones((edge, edge), bool))
+    assert model.feature_bytes * edge**2 == sum(f.numel() * f.element_size() for f in encoded.features)
 
 
 def test_what_torch_is_told_to_prefer_changes_no_map(monkeypatch):

@@ -68,6 +68,14 @@ def test_help_does_not_load_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_planning_does_not_load_numba():
+    code = (
+        "import sys, s2cd.plan, s2cd.runner; s2cd.load_model(device='cpu').feature_bytes; "
+        "sys.exit('numba' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 FORBIDDEN = {
     "catalog": {"dask", "distributed", "xarray", "torch", "s2cd.runner", "s2cd.cli", "s2cd.cube"},
     "pairs.py": {"dask", "distributed", "xarray", "torch", "s2cd.runner", "s2cd.cli"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import logging
 import math
 import os
@@ -88,10 +89,17 @@ class SetupWorker(WorkerPlugin):
             torch.set_num_threads(1)
         if "MALLOC_ARENA_MAX" not in os.environ:
             _tune_running_allocator()
+        threading.Thread(target=load_libraries, daemon=True).start()  # while the client searches and plans
 
     def teardown(self, worker: Worker) -> None:
         """Run when the worker ends or another client registers the plugin anew."""
         self._relief.stop()
+
+
+def load_libraries() -> None:
+    """Import what takes seconds, torch and Numba, and all that the first tasks would."""
+    for name in ("s2cd.maps", "s2cd.model.compiled", "s2cd.outputs.halving", "s2cd.predictor"):
+        importlib.import_module(name)
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:

@@ -132,6 +132,13 @@ class Engine:
             wait()
             return EncodedDate(self._split((batch,), lambda t: self._network.encode(t[0])), seen)
 
+    def feature_bytes(self, edge: int, channels: int) -> int:
+        """Return the bytes of the features of a date whose input is `edge` pixels high and wide."""
+        x = torch.zeros((1, channels, edge, edge), dtype=torch.float16, device=self.device)
+        with self._running(), torch.enable_grad():  # as in training: to load compiled code takes a third of a second
+            features = self._network.encode(x.contiguous(memory_format=torch.channels_last))
+        return sum(f.numel() * f.element_size() for f in features)
+
     def decode(self, a: EncodedDate, b: EncodedDate, background: float, finish: str, part: Part = WHOLE) -> Tensor:
         """Return what `finish` of `s2cd.model.tensors.FINISHES` makes of a part of a pair; it stays on the device.
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from s2cd.model import appearance, compiled
+from s2cd.model import appearance
 from s2cd.model.appearance import INPUTS, shuffled
 
 STRIDE = 16  # 10 m pixels that one pixel of the coarsest level covers
@@ -237,7 +237,11 @@ def _infers(x: Tensor) -> bool:
 
 def _beside(x: Tensor) -> ModuleType:
     """Return what computes that which stands beside the network."""
-    return compiled if _infers(x) else appearance
+    if not _infers(x):
+        return appearance
+    from s2cd.model import compiled  # Numba: not for what only plans
+
+    return compiled
 
 
 def _fuses(x: Tensor) -> bool:

@@ -22,8 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from s2cd.model.compiled import put_coarse, put_fine, put_seen
-
 LOW, HIGH = 10.0, 90.0
 SIGMAS = 2.5631  # between the 10th and 90th percentile of a normal distribution
 LEAST_SPREAD = 0.01  # reflectance; open sea would otherwise be stretched to noise
@@ -116,6 +114,8 @@ def network_input(
     at 20 m or replicated from it. Right and bottom are filled up to a multiple of `stride`: as not observed, after an
     odd edge was repeated once.
     """
+    from s2cd.model.compiled import put_coarse, put_fine, put_seen  # Numba: not for what only plans
+
     shape, edge = valid.shape, tuple((0, n % 2) for n in valid.shape)
     if any(n % 2 for n in shape):
         pixels = [np.pad(plane, edge, mode="edge") if plane.shape == shape else plane for plane in pixels]

@@ -85,10 +85,8 @@ class Model:
     @cached_property
     def feature_bytes(self) -> float:
         """Bytes that the features of a date take for each 10 m pixel."""
-        edge = 4 * self.stride
-        blank = np.zeros((len(self.bands), edge, edge), np.float32), np.ones((edge, edge), np.bool_)
-        encoded = self.encode(blank[0], self.affine(np.ones((len(self.bands), 2), np.float32)), blank[1])
-        return sum(f.numel() * f.element_size() for f in encoded.features) / edge**2
+        edge, channels = 4 * self.stride, 3 * self.fine + len(self.bands) + 1
+        return self._engine.feature_bytes(edge // 2, channels) / edge**2
 
     def statistics(self, reflectance: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return float32 (band, 2), centre and spread of reflectance (band, y, x) with NaN = no observation."""
