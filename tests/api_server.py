@@ -14,7 +14,7 @@ CONFORMS = [f"https://api.stacspec.org/v1.0.0/{name}" for name in ("core", "item
 class ApiServer(ThreadingHTTPServer):
     """Serves `items`; `answers` are bodies given instead of a page, by its number, or of the landing page, by "/".
 
-    `following` says which page a page leads on to, where that is not the next.
+    `following` says which page a page leads on to, where that is not the next. Searches are by box and query.
     """
 
     daemon_threads = True
@@ -38,11 +38,11 @@ class ApiServer(ThreadingHTTPServer):
         about = {"type": "Catalog", "stac_version": "1.0.0", "id": "pages", "description": "pages"}
         return about | {"conformsTo": CONFORMS, "links": links}
 
-    def page(self, number: int, link: dict[str, Any]) -> dict[str, Any]:
-        last = number >= len(self.items) - 1
+    def page(self, number: int, link: dict[str, Any], items: list[Mapping[str, Any]]) -> dict[str, Any]:
+        last = number >= len(items) - 1
         return {
             "type": "FeatureCollection",
-            "features": self.items[number : number + 1],
+            "features": items[number : number + 1],
             "links": [] if last and number not in self.following else [{"rel": "next", **link}],
         }
 
@@ -53,6 +53,14 @@ class ApiServer(ThreadingHTTPServer):
     def __exit__(self, *args: object) -> None:
         self.shutdown()
         self.server_close()
+
+
+def _matches(item: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """As pgstac has it: a box from east to west is taken for the rest of the Earth, and null is never less."""
+    west, _, east, _ = asked.get("bbox") or (-180, -90, 180, 90)
+    near = item["bbox"][0] <= max(west, east) and item["bbox"][2] >= min(west, east)
+    pairs = [(item["properties"].get(name), *test.items()) for name, test in (asked.get("query") or {}).items()]
+    return near and all(v == limit if op == "eq" else v is not None and v <= limit for v, (op, limit) in pairs)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -67,14 +75,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         number = int(self.path.partition("page=")[2] or 0)
         following = self.server.following.get(number, number + 1)
-        self._send(number, self.server.page(number, {"href": f"/items?page={following}"}))
+        self._send(number, self.server.page(number, {"href": f"/items?page={following}"}, self.server.items))
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         number = asked.get("page", 0)
         following = self.server.following.get(number, number + 1)
         link = {"href": f"{self.server.url}/search", "method": "POST", "body": {**asked, "page": following}}
-        self._send(number, self.server.page(number, link))
+        found = [item for item in self.server.items if _matches(item, asked)]
+        self._send(number, self.server.page(number, link, found))
 
     def _send(self, what: int | str, document: dict[str, Any]) -> None:
         body = self.server.answers.get(what) or json.dumps(document).encode()

@@ -281,6 +281,10 @@ def _box(west: float, south: float, east: float, north: float) -> dict[str, obje
         (_box(-178.5, 0, 178.5, 1), (179, 0, 179.5, 1), True),
         (_box(-178.5, 0, 178.5, 1), (-179.5, 0, -179, 1), True),
         (_box(-178.5, 0, 178.5, 1), (0, 0, 1, 1), False),
+        (_box(-180.7, 0, -179.5, 1), (179.4, 0, 179.9, 1), True),
+        (_box(-180.7, 0, -179.5, 1), (178, 0, 179, 1), False),
+        (_box(179.3, 0, 180.5, 1), (-179.9, 0, -179.6, 1), True),
+        (_box(179.3, 0, 180.5, 1), (-179.4, 0, -179, 1), False),
     ],
 )
 def test_footprints_meet_boxes(footprint: dict, bbox: tuple, meets: bool) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,6 +116,45 @@ def test_pages_that_lead_back_are_an_error(pages: ApiServer, place: str, number:
     pages.following[number] = following
     with pytest.raises(CatalogError, match=f"{pages.url}/.*: found a page of 1 items for the second time"):
         search(pages.url + place)
+
+
+def described(item: dict[str, Any], name: str, west: float = 3.0, **properties: object) -> dict[str, Any]:
+    """An item of another name and area; `properties` replace those that say where it lies and how cloudy it is."""
+    east, without = west + 0.5, ("grid:code", "eo:cloud_cover")
+    ring = [[west, -17], [east, -17], [east, -16], [west, -16], [west, -17]]
+    kept = {k: v for k, v in item["properties"].items() if k not in without}
+    return item | {
+        "id": name,
+        "geometry": {"type": "Polygon", "coordinates": [ring]},
+        "bbox": [west, -17, east, -16],
+        "properties": kept | {key.replace("__", ":"): value for key, value in properties.items()},
+    }
+
+
+def test_tiles_of_an_api_in_every_form(pages: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them counts by itself: one that an API we do not know holds otherwise is found beside one that it has."""
+    item = pages.items[0]
+    codes = {"short": "MGRS-9VWK", "long": "MGRS-09VWK", "other": "MGRS-31UDS"}
+    pages.items = [described(item, name, grid__code=code) for name, code in codes.items()]
+    pages.items.append(described(item, "hidden", s2__mgrs_tile="31UES"))
+    assert {s.id for s in search(pages.url, tiles=["09VWK", "31UDS"])} == set(codes)
+    assert {s.id for s in search(pages.url, tiles=["31UES", "31UDS"])} == {"hidden", "other"}
+    monkeypatch.setitem(PROVIDERS, "earth-search", replace(PROVIDERS["earth-search"], url=pages.url))
+    assert {s.id for s in search("earth-search", tiles="9VWK", collection=item["collection"])} == {"short", "long"}
+
+
+def test_a_box_across_the_antimeridian_is_asked_of_an_api_in_two(pages: ApiServer) -> None:
+    places = {"west of it": 179.3, "on both sides": -180.2, "east of it": -179.8, "elsewhere": 20.0}
+    pages.items = [described(pages.items[0], n, west, grid__code="MGRS-01KAB") for n, west in places.items()]
+    found = [s.id for s in search(pages.url, bbox=(179, -18, -179, -15))]
+    assert sorted(found) == ["east of it", "on both sides", "west of it"]
+
+
+def test_an_api_does_not_leave_out_what_states_no_cloud(pages: ApiServer) -> None:
+    item, tile = pages.items[0], {"grid__code": "MGRS-31UDS"}
+    pages.items = [described(item, "unknown", **tile)]
+    pages.items += [described(item, str(cloud), **tile, eo__cloud_cover=cloud) for cloud in (5, 95)]
+    assert {s.id for s in search(pages.url, max_cloud=30)} == {"unknown", "5"}
 
 
 NONSENSE = [

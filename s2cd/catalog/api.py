@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -12,7 +12,7 @@ from pystac.link import Link
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
 
-from s2cd.catalog.filters import Filter
+from s2cd.catalog.filters import Filter, boxes_of
 from s2cd.catalog.items import format_time
 from s2cd.catalog.providers import PROVIDERS, TILE_QUERY, Provider
 from s2cd.catalog.static import Document, iter_pages, links_of, parse_document, retry_policy
@@ -20,6 +20,7 @@ from s2cd.errors import CatalogError
 
 PAGE_SIZE = 250
 READ_TIMEOUT = 60.0
+Find = Callable[[dict[str, Any] | None], Iterator[Document]]
 
 
 def provider_at(url: str) -> Provider | None:
@@ -30,26 +31,33 @@ def provider_at(url: str) -> Provider | None:
 def search_api(url: str, wanted: Filter, collection: str | None, provider: Provider | None) -> Iterator[Document]:
     """Search a STAC API and yield its items as they arrive, one page in memory at a time, each item once.
 
+    The server checks area, time and tiles. Cloud cover is for the caller to check, as is all else: servers leave out
+    items that state none.
+
     Raises CatalogError if the API cannot be reached, is none, fails for good, or gives what is no page of items.
     """
     try:
         io = StacApiIO(max_retries=retry_policy(), timeout=READ_TIMEOUT)
         client = _open(url, io)
+
+        def find(query: dict[str, Any] | None) -> Iterator[Document]:
+            for box in boxes_of(wanted.bbox) if wanted.bbox else [None]:
+                found = client.search(
+                    method="POST",
+                    collections=[collection] if collection else None,
+                    bbox=box,
+                    datetime=_interval(wanted),
+                    query=query,
+                    limit=PAGE_SIZE,
+                )
+                yield from _iter_found(found, io)
+
         seen: set[tuple[str, str]] = set()
-        for query in _queries(wanted, provider, seen):
-            found = client.search(
-                method="POST",
-                collections=[collection] if collection else None,
-                bbox=wanted.bbox,
-                datetime=_interval(wanted),
-                query=query or None,
-                limit=PAGE_SIZE,
-            )
-            for item, page in _iter_found(found, io):
-                key = (str(item.get("collection") or ""), str(item.get("id") or ""))
-                if key not in seen:
-                    seen.add(key)
-                    yield item, _address(item, page)
+        for item, page in find(None) if wanted.tiles is None else _find_tiles(find, wanted.tiles, provider):
+            key = (str(item.get("collection") or ""), str(item.get("id") or ""))
+            if key not in seen:
+                seen.add(key)
+                yield item, _address(item, page)
     except (APIError, requests.RequestException, NotImplementedError) as error:
         raise CatalogError(f"{url}: search failed: {' '.join(str(error).split())[:300]}") from error
 
@@ -81,21 +89,23 @@ def _interval(wanted: Filter) -> str | None:
     return "/".join(format_time(t) if t else ".." for t in (start, end))
 
 
-def _queries(wanted: Filter, provider: Provider | None, seen: Collection[object]) -> Iterator[dict[str, Any]]:
-    """Queries of conditions a server can check by itself; all of them are checked again here.
+def _find_tiles(find: Find, tiles: Collection[str], provider: Provider | None) -> Iterator[Document]:
+    """Find items of `tiles`, asked for one by one, since servers differ in how they take a list of values.
 
-    Tiles are asked for one by one, since servers differ in how they take a list of values. An API we do not know may
-    not hold tiles as `grid:code`: if nothing was `seen` after that, a query without tiles follows.
+    Zones 1 to 9 are asked for in both forms: Earth Search has older items of MGRS-9VWK and newer ones of MGRS-09VWK. An
+    API we do not know may not hold tiles as `grid:code`: where one is not found, a query without tiles follows.
     """
-    cloud: dict[str, Any] = {}
-    if wanted.max_cloud is not None and wanted.max_cloud < 100:
-        cloud = {"eo:cloud_cover": {"lte": wanted.max_cloud}}
-    if wanted.tiles is not None:
-        name, form = provider.tile_query if provider else TILE_QUERY
-        for tile in sorted(wanted.tiles):
-            yield cloud | {name: {"eq": form.format(tile)}}
-    if wanted.tiles is None or (provider is None and not seen):
-        yield cloud
+    name, form = provider.tile_query if provider else TILE_QUERY
+    missing = False
+    for tile in sorted(tiles):
+        found = False
+        for written in dict.fromkeys((tile, tile.removeprefix("0"))):
+            for document in find({name: {"eq": form.format(written)}}):
+                found = True
+                yield document
+        missing |= not found
+    if missing and provider is None:
+        yield from find(None)
 
 
 def _address(item: Mapping[str, Any], page: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import calendar
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
@@ -164,16 +164,26 @@ def intersects(footprint: Mapping[str, Any], bbox: BBox) -> bool:
 
     Footprints are taken as drawn in the plane of longitude and latitude, their outer rings only.
     """
-    west, south, east, north = bbox
-    boxes = [bbox] if west <= east else [(west, south, 180.0, north), (-180.0, south, east, north)]
+    boxes = boxes_of(bbox)
     for ring in rings(footprint):
-        unwrapped = _unwrap(ring)
-        shifts = (0.0,) if unwrapped is ring else (0.0, -360.0)
-        for shift in shifts:
-            moved = [(p[0] + shift, p[1]) for p in unwrapped]
+        for moved in _copies(_unwrap(ring)):
             if any(_ring_meets_box(moved, box) for box in boxes):
                 return True
     return False
+
+
+def boxes_of(bbox: BBox) -> list[BBox]:
+    """Return the box, or its two parts on either side of the antimeridian that it crosses (west > east)."""
+    west, south, east, north = bbox
+    return [bbox] if west <= east else [(west, south, 180.0, north), (-180.0, south, east, north)]
+
+
+def _copies(ring: list[list[float]]) -> Iterator[list[tuple[float, float]]]:
+    """Draw a ring where it is, and once around the Earth where it reaches the antimeridian or beyond."""
+    west, east = min(p[0] for p in ring), max(p[0] for p in ring)
+    for shift, reaches in ((0.0, True), (-360.0, east >= 180), (360.0, west <= -180)):
+        if reaches:
+            yield [(p[0] + shift, p[1]) for p in ring]
 
 
 def _unwrap(ring: list[list[float]]) -> list[list[float]]:
