@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
@@ -176,6 +177,72 @@ def test_an_item_that_makes_no_sense_is_left_out(shared_data: Path, tmp_path: Pa
     (tmp_path / "items.json").write_text(json.dumps(collection))
     with pytest.warns(S2cdWarning, match=f"1 items left out, the first: item {items[0]['id']}: cannot be understood"):
         assert [s.id for s in search(tmp_path / "items.json")] == [items[1]["id"]]
+
+
+@pytest.mark.parametrize(
+    "coordinates", [[], [[]], [[1, 2]], [[[1, 2]]], [[[math.nan, 2], [3, 4], [5, 6], [math.nan, 2]]], "abcd"]
+)
+def test_an_item_that_lies_nowhere_is_left_out(shared_data: Path, tmp_path: Path, coordinates: Any) -> None:
+    _expect_left_out(shared_data, tmp_path, {"geometry": {"type": "Polygon", "coordinates": coordinates}})
+
+
+@pytest.mark.parametrize("fields", [{"id": 5}, {"collection": ["x"]}, {"s2:datatake_id": 5}])
+def test_an_item_whose_names_are_no_text_is_left_out(shared_data: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    _expect_left_out(shared_data, tmp_path, fields, ", expected text")
+
+
+@pytest.mark.parametrize("baseline", ["5.1.1", "", "new", 511, True, [5]])
+def test_a_baseline_that_is_none_is_not_taken_for_absent(shared_data: Path, tmp_path: Path, baseline: Any) -> None:
+    _expect_left_out(shared_data, tmp_path, {"s2:processing_baseline": baseline}, f"baseline {baseline!r}, expected")
+
+
+@pytest.mark.parametrize("cloud", ["cloudy", True, math.nan, "inf", [5]])
+def test_a_cloud_cover_that_is_no_number(shared_data: Path, tmp_path: Path, cloud: Any) -> None:
+    _expect_left_out(shared_data, tmp_path, {"eo:cloud_cover": cloud}, f"eo:cloud_cover {cloud!r}, expected percent")
+
+
+def _expect_left_out(shared_data: Path, folder: Path, fields: dict[str, Any], why: str = "") -> None:
+    """Search two items, of which one has other fields or properties."""
+    first, second = (scene_to_item(s) for s in search(shared_data / "oscd")[:2])
+    properties = first["properties"] | {k: v for k, v in fields.items() if ":" in k}
+    first |= {k: v for k, v in fields.items() if ":" not in k} | {"properties": properties}
+    (folder / "items.json").write_text(json.dumps({"type": "FeatureCollection", "features": [first, second]}))
+    with pytest.warns(S2cdWarning, match=rf"^1 items left out, the first: .*{re.escape(why)}"):
+        assert [s.id for s in search(folder / "items.json")] == [second["id"]]
+
+
+@pytest.mark.parametrize(
+    ("stated", "read"),
+    [
+        *((b, "05.11") for b in ("05.11", 5.11, "5.11", "N0511", "0511", "N05.11")),
+        *((b, "04.00") for b in (4.0, 4, "4.0")),
+        (5.1, "05.10"),
+        (None, None),
+    ],
+)
+def test_a_baseline_in_every_form(shared_data: Path, stated: Any, read: str | None) -> None:
+    item = scene_to_item(search(shared_data / "oscd")[0])
+    item["properties"] |= {"s2:processing_baseline": stated, "eo:cloud_cover": "99.5"}
+    found = scene_from_item(item)
+    assert (found.baseline, found.cloud_cover) == (read, 99.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "collection", "level"),
+    [
+        ("S2A_31UDS_20230501_0_L1C", None, "L1C"),
+        ("S2A_OPER_MSI_L1C_TL_SGS__20181231T203637_A018414_T31UDS", None, "L1C"),
+        ("S2A_31UDS_20230501", "sentinel2a-l1c", "L1C"),
+        ("x", "sentinel-s2-l2a-cogs", "L2A"),
+        ("S2A_31UDS_20230501", "sentinel-2a", "L1C"),  # nothing says so, and there is no SCL
+    ],
+)
+def test_the_level_is_not_that_of_the_platform(
+    shared_data: Path, name: str, collection: str | None, level: str
+) -> None:
+    item = scene_to_item(search(shared_data / "oscd")[0]) | {"id": name, "collection": collection}
+    del item["properties"]["s2:product_type"]
+    assert scene_from_item(item).level == level
 
 
 def test_item_behind_a_broken_link_is_named(tmp_path: Path) -> None:

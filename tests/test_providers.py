@@ -163,6 +163,18 @@ def test_orbit_from_absolute_orbit_agrees_where_both_are_stated(shared_data: Pat
 
 
 @pytest.mark.parametrize(
+    ("absolute", "relative"),
+    [(44635, 22), (49800, 39), (49801, None), (50827, 36), (52286, 65), (54503, 137), (57594, 82), (58365, 138)],
+)
+def test_sentinel_2a_was_moved_to_another_place(shared_data: Path, absolute: int, relative: int | None) -> None:
+    """As products state them, from A044635_T34VEL to A058365_T24MTS; nothing is guessed for the weeks of the move."""
+    item = json.loads((shared_data / "stac" / "odc-stac" / "S2A_28QCH_20200714_0_L2A.json").read_text())
+    item["properties"] = {k: v for k, v in item["properties"].items() if ":product" not in k and "orbit" not in k}
+    item["properties"]["s2:datatake_id"] = f"GS2A_20250101T000000_{absolute:06d}_N05.11"
+    assert scene_from_item(item).orbit == relative
+
+
+@pytest.mark.parametrize(
     ("href", "key"),
     [
         ("https://sentinel-cogs.s3.us-west-2.amazonaws.com/a/B04.tif", "earth-search"),

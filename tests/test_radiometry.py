@@ -97,7 +97,7 @@ def test_every_way_of_storing_an_image_gives_the_same_reflectance(case: str, sha
     bands = [{"nodata": 0} if stated is None else {"nodata": 0, "scale": 1e-4, "offset": stated}]
     item = {
         "type": "Feature",
-        "id": "S2A_31UDS_x",
+        "id": "S2A_31UDS_x_L2A",
         "geometry": {"type": "Polygon", "coordinates": [[[3, 50], [4, 50], [4, 51], [3, 50]]]},
         "properties": {"datetime": "2020-01-01T00:00:00Z", "grid:code": "MGRS-31UDS", "proj:epsg": 32631, **properties},
         "assets": {

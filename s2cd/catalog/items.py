@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -30,12 +31,19 @@ _GRANULE = re.compile(
 )
 _STRIP = re.compile(r"_S(?P<start>\d{8}T\d{6})_N")
 _EARTH_SEARCH_ID = re.compile(r"^S2[A-D]_T?(?P<tile>\d{1,2}[A-Z]{3})_\d{8}(?P<strip>T\d{6})?_")
-_BASELINE = re.compile(r"^\d{2}\.\d{2}$")
+_LEVEL = re.compile(r"(?:^|(?<![A-Z])L|MSIL?|LEVEL[-_ ]?)(1C|2A)")  # not that of S2A, sentinel-2a or Sentinel2A
 _KEY_SUFFIX = re.compile(r"(_\d{2}m|-\d{2}m)$")
 CLASS_CODES = "class codes"
 _GSD = {band.common_name: band.gsd for band in BANDS} | {SCL: 20}
-# (absolute orbit + shift) mod 143 + 1 is the relative orbit; shifts from products that state both.
-_ORBIT_SHIFT = {"S2A": 2, "S2B": -27, "S2C": 29}
+# (absolute orbit + shift) mod 143 + 1 is the relative orbit; absolute orbits and their shifts, from products that state
+# both. Sentinel-2A was moved in early 2025: A050827 (16 March) is R036, A052286 R065, A054503 R137, A057594 R082 and
+# A058365 R138. After A049800 (January), the last that is certain in the old place, and before A050827 nothing is told.
+_ALL = range(10**6)
+_ORBIT_SHIFTS = {
+    "S2A": ((range(49_801), 2), (range(50_827, 10**6), -27)),
+    "S2B": ((_ALL, -27),),
+    "S2C": ((_ALL, 29),),
+}
 _shared_grid = lru_cache(10_000)(Grid)  # one object for all dates of a tile: half the memory of their scenes
 
 
@@ -55,6 +63,8 @@ def scene_from_item(
     name = item.get("id")
     if item.get("type") != "Feature" or not name:
         raise CatalogError(f"{base or 'document'}: found type {item.get('type')!r}, expected a STAC item")
+    if not isinstance(name, str):
+        raise CatalogError(f"{base or 'document'}: found an item with id {name!r}, expected text")
     try:
         return _Reader(item, provider or infer_provider(item), base, extra).scene()
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
@@ -90,7 +100,8 @@ class _Reader:
         self.extra = extra
         self.properties: Mapping[str, Any] = item.get("properties") or {}
         self.product = self._match(_PRODUCT, "s2:product_uri", "sentinel:product_id", "id")
-        self.datatake = self._first("s2:datatake_id", "eopf:datatake_id")
+        self.datatake = self._text("datatake", self._first("s2:datatake_id", "eopf:datatake_id"))
+        self.collection = self._text("collection", item.get("collection")) or ""
         self.granule = self._match(_GRANULE, "s2:tile_id", "s2:granule_id", "id")
 
     def scene(self) -> Scene:
@@ -100,14 +111,14 @@ class _Reader:
         return Scene(
             id=self.id,
             provider=self._first("s2cd:provider") or self.provider,
-            collection=self.item.get("collection") or "",
+            collection=self.collection,
             level=level,
             tile=self._tile(),
             orbit=self._orbit(),
             time=self._time(),
             platform=self._platform(),
             baseline=baseline,
-            cloud_cover=_number(self.properties.get("eo:cloud_cover")),
+            cloud_cover=self._cloud_cover(),
             datatake=self.datatake,
             footprint=self._footprint(),
             assets=self._assets(level, baseline),
@@ -118,6 +129,11 @@ class _Reader:
 
     def _first(self, *names: str) -> Any:
         return next((v for n in names if (v := self.properties.get(n)) is not None), None)
+
+    def _text(self, name: str, value: Any) -> str | None:
+        if value is not None and not isinstance(value, str):
+            raise CatalogError(f"item {self.id}: found {name} {value!r}, expected text")
+        return value
 
     def _match(self, pattern: re.Pattern[str], *names: str) -> dict[str, str]:
         """Named groups of the first of these properties (or the item's id) that has the pattern."""
@@ -137,23 +153,32 @@ class _Reader:
 
     def level(self) -> str:
         stated = self._first("s2:product_type", "product:type", "processing:level") or ""
-        for text in (stated, self.product.get("level", ""), self.item.get("collection") or "", self.id):
-            found = re.search(r"(1C|2A)", str(text).upper())
+        for text in (stated, self.product.get("level", ""), self.collection, self.id):
+            found = _LEVEL.search(str(text).upper())
             if found:
                 return f"L{found[1]}"
         return "L2A" if any(_asset_band(k, a) == SCL for k, a in self.item["assets"].items()) else "L1C"
 
     def baseline(self) -> str | None:
-        names = ("s2:processing_baseline", "sentinel:processing_baseline", "processing:version")
-        for name in names:
-            value = self.properties.get(name)
-            if isinstance(value, str) and _BASELINE.match(value):
-                return value
-        if "baseline" in self.product:
-            digits = self.product["baseline"]
-            return f"{digits[:2]}.{digits[2:]}"
         taken = _DATATAKE.match(self.datatake or "")
-        return taken["baseline"] if taken else self.granule.get("baseline")
+        stated = self._first("s2:processing_baseline", "sentinel:processing_baseline")
+        named = self.product.get("baseline") or (taken and taken["baseline"]) or self.granule.get("baseline")
+        # last what may be the version of a program
+        value = next((v for v in (stated, named, self._first("processing:version")) if v is not None), None)
+        found = _baseline(value)
+        if found is None and value is not None:
+            raise CatalogError(f"item {self.id}: found processing baseline {value!r}, expected one such as '05.11'")
+        return found
+
+    def _cloud_cover(self) -> float | None:
+        stated = self.properties.get("eo:cloud_cover")
+        number = _number(stated)
+        if number is None and isinstance(stated, str):
+            with suppress(ValueError):
+                number = _number(float(stated))
+        if number is None and stated is not None:
+            raise CatalogError(f"item {self.id}: found eo:cloud_cover {stated!r}, expected percent")
+        return number
 
     def _tile(self) -> str:
         code = self._first("grid:code")
@@ -178,8 +203,7 @@ class _Reader:
             return int(self.product["orbit"])
         taken = _DATATAKE.match(self.datatake or "")
         absolute = self._first("sat:absolute_orbit") or (taken and taken["orbit"]) or self.granule.get("orbit")
-        shift = _ORBIT_SHIFT.get(_short_platform(self._platform()))
-        return None if absolute is None or shift is None else (int(absolute) + shift) % 143 + 1
+        return None if absolute is None else _relative_orbit(_short_platform(self._platform()), int(absolute))
 
     def _platform(self) -> str | None:
         stated = self._first("platform")
@@ -213,7 +237,12 @@ class _Reader:
         if not geometry or geometry.get("type") not in {"Polygon", "MultiPolygon"}:
             found = geometry.get("type") if geometry else None
             raise CatalogError(f"item {self.id}: found geometry {found!r}, expected Polygon or MultiPolygon")
-        return {"type": geometry["type"], "coordinates": _plain_coordinates(geometry["coordinates"])}
+        footprint = {"type": geometry["type"], "coordinates": _plain_coordinates(geometry["coordinates"])}
+        drawn = list(rings(footprint))
+        if not drawn or not all(map(_is_ring, drawn)):
+            found = repr(geometry["coordinates"])[:80]
+            raise CatalogError(f"item {self.id}: found coordinates {found}, expected rings of four or more positions")
+        return footprint
 
     def _assets(self, level: str, baseline: str | None) -> dict[str, Asset]:
         chosen: dict[str, tuple[tuple[bool, float], str, Item]] = {}
@@ -330,9 +359,23 @@ def _raster_fields(asset: Item) -> dict[str, Any]:
 
 def _number(value: Any) -> float | None:
     """Return a finite number, None for anything else ("nan", null, ...)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def _baseline(value: Any) -> str | None:
+    """Return a processing baseline as "05.11", however it is written: 5.11, "N0511"; None for what is none."""
+    digits = re.fullmatch(r"N?(\d{2})\.?(\d{2})", value) if isinstance(value, str) else None
+    if digits:
+        return f"{digits[1]}.{digits[2]}"
+    number = re.fullmatch(r"\d{1,2}(\.\d{1,2})?", str(value))
+    return f"{float(number[0]):05.2f}" if number else None  # it has lost its zeros: 5.1 is 05.10
+
+
+def _relative_orbit(platform: str, absolute: int) -> int | None:
+    shifts = _ORBIT_SHIFTS.get(platform, ())
+    return next(((absolute + shift) % 143 + 1 for orbits, shift in shifts if absolute in orbits), None)
 
 
 def _short_platform(platform: str | None) -> str:
@@ -341,9 +384,15 @@ def _short_platform(platform: str | None) -> str:
 
 def _plain_coordinates(value: Any) -> Any:
     """Coordinates as nested lists of floats, without heights."""
+    if isinstance(value, str):
+        raise TypeError(f"found coordinates {value!r}")
     if value and isinstance(value[0], (int, float)):
         return [float(value[0]), float(value[1])]
     return [_plain_coordinates(v) for v in value]
+
+
+def _is_ring(value: Any) -> bool:
+    return len(value) >= 4 and all(len(p) == 2 and all(map(math.isfinite, p)) for p in value)
 
 
 def normal_tile(tile: str) -> str:
