@@ -79,6 +79,15 @@ def test_older_baselines_stay_at_hand_and_in_what_is_frozen(page: list[dict[str,
     assert search(tmp_path / "scenes.parquet") == kept
 
 
+def test_a_product_made_with_the_toolbox_goes_after_official_ones(page: list[dict[str, Any]]) -> None:
+    newer, older = page[:2]
+    own = deepcopy(newer) | {"id": f"{newer['id']}_own"}
+    own["properties"]["s2:processing_baseline"] = "99.99"
+    kept, _ = reduce_duplicates(scenes(newer, own, older))
+    assert [s.baseline for s in kept] == ["05.00"]
+    assert [e.baseline for e in kept[0].editions] == ["02.14", "99.99"]
+
+
 def test_order_of_the_catalogue_does_not_matter(page: list[dict[str, Any]]) -> None:
     expected = reduce_duplicates(scenes(*page))[0]
     for seed in range(5):

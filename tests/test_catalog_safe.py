@@ -168,6 +168,18 @@ def test_l1c_products(tmp_path: Path, baseline: str, offset: int | None, expecte
     assert {a.offset for a in scene.assets.values()} == {expected}
 
 
+@pytest.mark.parametrize(("level", "baseline"), [("2A", "99.99"), ("1C", "99.99"), ("2A", "05.11")])
+@pytest.mark.parametrize(("offset", "expected"), [(None, 0.0), (-1000, -0.1)])
+def test_a_product_has_the_offset_that_its_metadata_state(
+    tmp_path: Path, level: str, baseline: str, offset: int | None, expected: float
+) -> None:
+    """As of Sen2Cor's toolbox, whose products are all of baseline 99.99: without one where their L1C has none."""
+    write_product(tmp_path, level=level, baseline=baseline, offset=offset)
+    (scene,) = search(tmp_path)
+    assert scene.baseline == baseline
+    assert {a.offset for a in scene.assets.values()} == {expected} | ({0.0} if level == "2A" else set())
+
+
 def test_a_product_that_cannot_be_understood_is_named(tmp_path: Path) -> None:
     product = write_product(tmp_path, level="1C", baseline="05.09", offset=-1000)
     info = product / "MTD_MSIL1C.xml"

@@ -26,7 +26,7 @@ LeftOut = tuple[Scene, str]
 def reduce_duplicates(scenes: Iterable[Scene]) -> tuple[list[Scene], list[LeftOut]]:
     """Reduce products of one acquisition of one tile to one scene.
 
-    Reprocessings of one datastrip reduce to the highest processing baseline, then to the latest processing
+    Reprocessings of one datastrip reduce to the highest processing baseline of ESA's, then to the latest processing
     time; an L2A product goes before the L1C it was made from. Two datastrips of one datatake that meet in a
     tile become one scene with the smaller piece in `parts`, to be read where the larger one has no
     observation. Older baselines of the same stay at hand as its `editions`: dates that have no newer one are better
@@ -145,7 +145,12 @@ _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def _newness(scene: Scene) -> tuple[bool, str, datetime, str]:
-    return (scene.level == "L2A", scene.baseline or "", scene.processed or _LONG_AGO, scene.id)
+    return (scene.level == "L2A", _rank(scene.baseline), scene.processed or _LONG_AGO, scene.id)
+
+
+def _rank(baseline: str | None) -> str:
+    """Return what orders baselines: that of products made with Sen2Cor's toolbox, 99.99, comes before all of ESA's."""
+    return "" if baseline in {None, "99.99"} else str(baseline)
 
 
 def _choose(strips: Sequence[Sequence[Scene]]) -> list[Scene]:
@@ -171,7 +176,7 @@ def _editions(strips: Sequence[Sequence[Scene]], main: Scene) -> tuple[Scene, ..
     """The whole acquisition in each other baseline that can be read as `main` can, newest first."""
     result = []
     baselines = {s.baseline for strip in strips for s in strip if s.baseline} - {main.baseline}
-    for baseline in sorted(baselines, reverse=True):
+    for baseline in sorted(baselines, key=_rank, reverse=True):
         alike = [[s for s in strip if s.baseline == baseline and _fits(s, main)] for strip in strips]
         if not all(alike):
             continue

@@ -82,8 +82,7 @@ def _assets(product: Path, info: ET.Element, tile: ET.Element) -> dict[str, Any]
         raster: dict[str, Any] = {"nodata": 0}
         if name != SCL.upper():
             raster["scale"] = 1 / quantification
-            if name in offsets:
-                raster["offset"] = offsets[name] / quantification
+            raster["offset"] = offsets.get(name, 0.0) / quantification
         assets[f"{name}_{metres}m"] = _asset(_image(product, stem), tile, metres, raster)
     for path in sorted(product.glob("GRANULE/*/QI_DATA/*CLD*_20m.*")):
         if path.suffix in _SUFFIXES:
@@ -102,7 +101,10 @@ def _asset(path: Path, tile: ET.Element, metres: int, raster: dict[str, Any]) ->
 
 
 def _offsets(info: ET.Element) -> dict[str, float]:
-    """Radiometric offset in digital numbers by band name; empty before baseline 04.00."""
+    """Radiometric offset in digital numbers by band name.
+
+    A band without one has none, whatever the baseline: Sen2Cor's toolbox writes 99.99 and adds the offset of its L1C.
+    """
     names = {}
     for node in info.iter("Spectral_Information"):
         physical = node.attrib["physicalBand"]
