@@ -104,7 +104,7 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--validity", is_flag=True, help="A layer that tells why a pixel has no value."),
             click.option(
                 "--strict", is_flag=True,
-                help="Any warning (offsets, baselines, orbits, shifts, items left out) ends a run; plan shows it.",
+                help="Warnings (offsets, baselines, levels, orbits, shifts, items left out) end runs; plan shows them.",
             ),
             click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
         ]

@@ -64,7 +64,7 @@ class RunConfig(BaseModel):
     cog_profile   encoding of the maps
     quicklook     write a PNG beside each map
     validity      write a layer beside each map that tells why a pixel has no value
-    strict        warnings about the input (offsets, baselines, orbits, shifts, items left out) are errors
+    strict        warnings about the input (offsets, baselines, levels, orbits, shifts, items left out) are errors
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -91,6 +91,10 @@ class BaselineWarning(S2cdWarning):
     """A pair mixes two processing baselines."""
 
 
+class LevelWarning(S2cdWarning):
+    """A pair mixes processing levels: L1C, top of the atmosphere, and L2A, the surface."""
+
+
 class OrbitWarning(S2cdWarning):
     """A pair mixes two relative orbits, so two viewing geometries."""
 

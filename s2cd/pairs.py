@@ -13,7 +13,7 @@ from typing import Literal
 
 from s2cd.catalog.duplicates import reduce_duplicates
 from s2cd.catalog.scene import Scene
-from s2cd.errors import BaselineWarning, ConfigError, GridError, OrbitWarning
+from s2cd.errors import BaselineWarning, ConfigError, GridError, LevelWarning, OrbitWarning
 
 REFERENCE_BAND_ORDER = ("red", "blue", "green", "nir")
 
@@ -149,9 +149,15 @@ def fields_of_view(scenes: Iterable[Scene], orbit: Literal["same", "any"] = "sam
 def _split_by_validity(
     scenes: list[Scene], min_valid: float, fractions: Mapping[str, float]
 ) -> tuple[list[Scene], list[LeftOut]]:
-    kept = [s for s in scenes if fractions.get(s.id, 1.0) >= min_valid]
-    low = [s for s in scenes if fractions.get(s.id, 1.0) < min_valid]
-    return kept, [LeftOut(s.id, f"valid fraction {fractions[s.id]:.3f} below {min_valid:g}") for s in low]
+    kept, left_out = [], []
+    for scene in scenes:
+        fraction = fractions.get(scene.id, 1.0)
+        if fraction >= min_valid:
+            kept.append(scene)
+        else:
+            why = "is no number" if math.isnan(fraction) else f"below {min_valid:g}"
+            left_out.append(LeftOut(scene.id, f"valid fraction {fraction:.3f} {why}"))
+    return kept, left_out
 
 
 def _require_same_grid(a: Scene, b: Scene) -> None:
@@ -192,4 +198,6 @@ def _notes(before: Scene, after: Scene) -> tuple[str, ...]:
         warnings.warn(f"{before.id} and {after.id}: {notes[-1]}: {risk}", OrbitWarning, stacklevel=4)
     if before.level != after.level:
         notes.append(f"processing levels differ: {before.level} and {after.level}")
+        risk = "the atmosphere is in the pixels of one alone, so it can appear as change"
+        warnings.warn(f"{before.id} and {after.id}: {notes[-1]}: {risk}", LevelWarning, stacklevel=4)
     return tuple(notes)

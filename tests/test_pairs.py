@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2cd.catalog.scene import Asset, Grid, Scene
-from s2cd.errors import BaselineWarning, ConfigError, GridError, OrbitWarning
+from s2cd.errors import BaselineWarning, ConfigError, GridError, LevelWarning, OrbitWarning
 from s2cd.pairs import Pair, consecutive_pairs
 
 GRID = Grid(32631, (10.0, 0.0, 499980.0, 0.0, -10.0, 5700000.0), (64, 64))
@@ -49,12 +50,15 @@ def test_every_pair_is_consecutive_in_one_tile_and_orbit(keys):
 
 def test_left_out_scenes_and_pairs_have_reasons():
     scenes = [scene(0), scene(5, cloud=80.0), scene(10), scene(15), scene(90), scene(3, orbit=94)]
-    pairs = consecutive_pairs(scenes, max_cloud=60, max_gap_days=30, min_valid=0.5, valid_fractions={scenes[3].id: 0.2})
+    scenes.append(scene(20))
+    fractions = {scenes[3].id: 0.2, scenes[-1].id: math.nan}
+    pairs = consecutive_pairs(scenes, max_cloud=60, max_gap_days=30, min_valid=0.5, valid_fractions=fractions)
     assert [pair.name for pair in pairs] == ["S2CD_31UDS_R051_20230101T105051_20230111T105051"]
     reasons = {item.what: item.reason for item in pairs.left_out}
     assert reasons == {
         "S2_31UDS_51_005": "cloud cover 80.0 % above 60 %",
         "S2_31UDS_51_015": "valid fraction 0.200 below 0.5",
+        "S2_31UDS_51_020": "valid fraction nan is no number",
         "S2_31UDS_94_003": "the only date left of its tile and orbit",
         "S2CD_31UDS_R051_20230111T105051_20230401T105051": "80.0 days apart, more than 30",
     }
@@ -78,6 +82,12 @@ def test_mixed_baselines_are_said():
     with pytest.warns(BaselineWarning, match=r"02\.14 and 05\.09"):
         (pair,) = consecutive_pairs([scene(0, baseline="02.14"), scene(5)])
     assert pair.notes == ("processing baselines differ: 02.14 and 05.09",)
+
+
+def test_mixed_levels_are_said():
+    with pytest.warns(LevelWarning, match="processing levels differ: L1C and L2A: the atmosphere is"):
+        (pair,) = consecutive_pairs([replace(scene(0), level="L1C"), scene(5)])
+    assert pair.notes == ("processing levels differ: L1C and L2A",)
 
 
 def test_a_pair_prefers_equal_baselines_and_says_which_date_stepped_back():
