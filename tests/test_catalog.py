@@ -307,6 +307,9 @@ def test_rows_have_one_form(shared_data: Path) -> None:
         (None, None, None),
         ("2023", datetime(2023, 1, 1, tzinfo=UTC), datetime(2023, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)),
         ("2024-02", datetime(2024, 2, 1, tzinfo=UTC), datetime(2024, 2, 29, 23, 59, 59, 999999, tzinfo=UTC)),
+        ("20240228/20240229", datetime(2024, 2, 28, tzinfo=UTC), datetime(2024, 2, 29, 23, 59, 59, 999999, tzinfo=UTC)),
+        ("20230501T105031", *(datetime(2023, 5, 1, 10, 50, 31, tzinfo=UTC),) * 2),
+        ("2023-05-01T10:50", *(datetime(2023, 5, 1, 10, 50, tzinfo=UTC),) * 2),
         ("2023-05-01/..", datetime(2023, 5, 1, tzinfo=UTC), None),
         ("../2023-05-01", None, datetime(2023, 5, 1, 23, 59, 59, 999999, tzinfo=UTC)),
         ("2023-05-01T10:00:00Z/2023-05-01T12:00:00+02:00",) + (datetime(2023, 5, 1, 10, tzinfo=UTC),) * 2,
@@ -322,7 +325,10 @@ def test_intervals(text: str | date | None, start: datetime | None, end: datetim
     assert parse_interval(text) == (start, end)
 
 
-@pytest.mark.parametrize("text", ["yesterday", "2023-13", "2023/2022", "2022/2023/2024", "2023-02-30"])
+NONE = ["yesterday", "2023-13", "2023/2022", "2022/2023/2024", "2023-02-30", "20230230", "202305"]
+
+
+@pytest.mark.parametrize("text", [*NONE, "2023-W18", "2023-W18/2023-W20", "2023-W18-1", "2023-121", "2023-05-01T10"])
 def test_intervals_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="datetime"):
         parse_interval(text)

@@ -118,11 +118,13 @@ def _text(values: Collection[float]) -> str:
 
 
 _DAY = re.compile(r"^(\d{4})(?:-(\d{2})(?:-(\d{2}))?)?$")
+_COMPACT_DAY = re.compile(r"^(\d{4})(\d{2})(\d{2})$")
+_TIME = re.compile(r"^\d{4}-?\d{2}-?\d{2}[Tt ]\d{2}:?\d{2}")
 
 
 def parse_interval(text: str | date | None) -> Interval:
-    """Parse "2023", "2023-05", "2023-05-01", a full time, or two of them as "start/end" with ".." for an open
-    end; a date or datetime means what its ISO form does.
+    """Parse "2023", "2023-05", "2023-05-01" or "20230501", a time to the minute or finer, or two of them as "start/end"
+    with ".." for an open end; a date or datetime means what its ISO form does.
 
     Both ends are inclusive; a year, month or day means all of it. Raises ConfigError for anything else.
     """
@@ -147,8 +149,10 @@ def parse_interval(text: str | date | None) -> Interval:
 
 def _span(text: str) -> tuple[datetime, datetime]:
     """First and last microsecond of what `text` names."""
-    found = _DAY.match(text)
+    found = _DAY.match(_COMPACT_DAY.sub(r"\1-\2-\3", text))
     if not found:
+        if not _TIME.match(text):  # Python reads weeks, and hours alone, as their first moment
+            raise ValueError(f"{text!r} is no year, month, day or time to the minute")
         time = parse_time(text)
         return time, time
     year, month, day = (int(v) if v else None for v in found.groups())
