@@ -254,6 +254,7 @@ def test_signatures_are_fetched_once_and_again_when_they_expire(
 ) -> None:
     monkeypatch.setenv("S2CD_SAS_URL", f"{server.url}/token")
     monkeypatch.setattr(access, "SIGNER", access.SasSigner())
+    monkeypatch.setattr(access, "SIGNED_DOMAIN", "127.0.0.1")
     server.lifetime = 1.0
     href = f"{server.url}/signed/container/red.tif"
     rows, cols = slice(100, 300), slice(7, 900)
@@ -266,9 +267,24 @@ def test_signatures_are_fetched_once_and_again_when_they_expire(
     assert server.counts["refused"] == 0
 
 
+def test_only_the_hosts_of_planetary_computer_are_signed(server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An archive of one's own, with a query string of its own, may hold items of Planetary Computer."""
+    monkeypatch.setenv("S2CD_SAS_URL", f"{server.url}/token")
+    monkeypatch.setattr(access, "SIGNER", access.SasSigner())
+    server.tokens["own"] = time.time() + 60
+    data = read(f"{server.url}/signed/container/red.tif?sig=own", slice(0, 9), slice(0, 9), "planetary-computer")
+    assert np.array_equal(data, pixels(9)[:9, :9])
+    assert list(server.tokens) == ["own"]
+    monkeypatch.setenv("S2CD_SAS_URL", f"{server.url}/none")
+    href = "https://sentinel2l2a01.blob.core.windows.net/container/red.tif"
+    with pytest.raises(ReadError, match="cannot be signed: .*/none/sentinel2l2a01/container answered 404"):
+        read(href, slice(0, 9), slice(0, 9), "planetary-computer")
+
+
 def test_a_signature_refused_before_its_time_is_replaced(server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S2CD_SAS_URL", f"{server.url}/token")
     monkeypatch.setattr(access, "SIGNER", access.SasSigner())
+    monkeypatch.setattr(access, "SIGNED_DOMAIN", "127.0.0.1")
     monkeypatch.setattr(access, "FRESH_TOKEN", 0.0)
     href = f"{server.url}/signed/container/red.tif"
     read(href, slice(0, 9), slice(0, 9), "planetary-computer")
@@ -283,6 +299,7 @@ def test_a_signature_that_cannot_be_had_is_named_and_no_secret_is_told(
 ) -> None:
     monkeypatch.setenv("S2CD_SAS_URL", f"{server.url}/nowhere")
     monkeypatch.setattr(access, "SIGNER", access.SasSigner())
+    monkeypatch.setattr(access, "SIGNED_DOMAIN", "127.0.0.1")
     with pytest.raises(ReadError, match="cannot be signed.*answered 404"):
         read(f"{server.url}/signed/c/red.tif?sig=secret", slice(0, 9), slice(0, 9), "planetary-computer")
     href = server.url.replace("//", "//user:secret@") + "/{}?sig=secret"

@@ -40,6 +40,7 @@ ATTEMPTS = 5
 FIRST_DELAY = 0.5
 LONGEST_DELAY = 20.0
 SAS_URL = "https://planetarycomputer.microsoft.com/api/sas/v1/token"
+SIGNED_DOMAIN = ".blob.core.windows.net"  # whose tokens SAS_URL gives out: copies of an archive may lie elsewhere
 RESIGN_BEFORE = 300.0
 FRESH_TOKEN = 5.0
 
@@ -246,7 +247,8 @@ def _source(provider: str, href: str) -> HttpSource | S3Source:
         return s3_source(bucket, key, s3_options(provider, href))
     if not is_url(href):
         raise ReadError(href, "found an address of another kind, expected a path, http(s):// or s3://")
-    signed = record is not None and record.signing == "planetary-computer"
+    signing = record is not None and record.signing == "planetary-computer"
+    signed = signing and (urlsplit(href).hostname or "").endswith(SIGNED_DOMAIN)
     return HttpSource(SIGNER.sign(href) if signed else href)
 
 
