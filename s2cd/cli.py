@@ -134,17 +134,20 @@ def _number(_ctx: click.Context, _param: click.Parameter, value: str) -> str | i
 @main.command()
 @_search_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a scene.")
-@click.option("--save", metavar="FILE", help="Freeze the scenes to stac-geoparquet, to run on exactly these.")
+@click.option("--save", metavar="X.parquet", help="Freeze the scenes to stac-geoparquet, to run on exactly these.")
 def search(as_json: bool, save: str | None, **options: Any) -> None:
     """List the scenes of CATALOG in one form, wherever they come from.
 
     CATALOG is earth-search, planetary-computer or cdse, the URL of a STAC API, a static catalogue or frozen scenes.
     """
     from s2cd import catalog
+    from s2cd.catalog.frozen import writable
     from s2cd.pairs import select_scenes
     from s2cd.plan import search_scenes
 
     config = RunConfig(out=".", **options)
+    if save:
+        writable(save)
     scenes, left_out = select_scenes(search_scenes(config), max_cloud=config.max_cloud)
     if save:
         catalog.freeze(scenes, save)

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rustac
 
 from s2cd.catalog import freeze, load_scenes, scene_from_item, scene_rows, scene_to_item, search
 from s2cd.catalog.filters import check_bbox, intersects, parse_interval
 from s2cd.catalog.frozen import BATCH
 from s2cd.catalog.scene import Scene
+from s2cd.catalog.static import read_document
 from s2cd.errors import CatalogError, ConfigError, NoScenesError, OutputError, S2cdWarning
 from s2cd.reader import band_source, read_window
 
@@ -64,6 +66,12 @@ def test_band_that_nobody_offers_is_named(shared_data: Path) -> None:
 def test_nothing_found_says_what_the_catalogue_holds(shared_data: Path) -> None:
     with pytest.raises(NoScenesError, match=r"190 by datetime.*190 scenes.*31UDS.*51, 94.*2017-08-04"):
         search(shared_data / "flanders", datetime="2031")
+
+
+def test_another_collection_is_named(shared_data: Path) -> None:
+    with pytest.raises(NoScenesError, match="no scenes found, 28 by collection left out; its collections are 'oscd'$"):
+        search(shared_data / "oscd", collection="nope")
+    assert len(search(shared_data / "oscd", collection="oscd")) == 28
 
 
 def test_swapped_bbox_is_named(shared_data: Path) -> None:
@@ -142,7 +150,12 @@ def test_catalogue_that_is_none(tmp_path: Path) -> None:
     strange.write_text('{"type": "Topology"}')
     cases = {
         tmp_path / "nowhere": "does not exist; expected a path, a URL or one of earth-search",
-        tmp_path: "is a folder without catalog.json",
+        tmp_path: r"is a folder without catalog.json or collection.json or products \(\*\.SAFE\)$",
+        "": "^'': does not exist; expected a path, a URL or one of earth-search",
+        "x" * 300: "x: does not exist; expected a path, a URL",
+        "x" * 300 + ".parquet": "x.parquet: does not exist",
+        "http://[bad": r"^http://\[bad: is no address: Invalid IPv6 URL",
+        "file://[bad/catalog.json": "is no address: Invalid IPv6 URL",
         text: "is not JSON, so not STAC",
         number: "is JSON but not STAC",
         strange: "found type 'Topology', expected Catalog",
@@ -157,6 +170,8 @@ def test_catalogue_that_is_none(tmp_path: Path) -> None:
     ):
         (tmp_path / f"{name}_.json").write_text(json.dumps(content))
         cases[tmp_path / f"{name}_.json"] = f"{name}_.json: {message}"
+    (tmp_path / "bad.json").write_text('{"type": "Catalog", "links": [{"rel": "item", "href": "http://[bad"}]}')
+    cases[tmp_path / "bad.json"] = r"^http://\[bad: cannot be read: Invalid IPv6 URL"
     for source, message in cases.items():
         with pytest.raises(CatalogError, match=message):
             search(source)
@@ -269,6 +284,17 @@ def test_items_that_are_no_scene_are_left_out_with_a_warning(shared_data: Path) 
     page = shared_data / "stac" / "earth-search" / "search_10items_a8dc97a1.json"
     with pytest.warns(S2cdWarning, match="3 items left out, the first: item S1A_IW.*expected sentinel-2"):
         assert len(search(page)) == 7
+
+
+def test_a_geoparquet_file_of_another_program_is_read_as_its_items_are(shared_data: Path, tmp_path: Path) -> None:
+    page = shared_data / "stac" / "earth-search" / "search_10items_a8dc97a1.json"
+    rustac.write_sync(str(tmp_path / "page.parquet"), read_document(str(page))["features"])
+    found = {}
+    for source in (page, tmp_path / "page.parquet"):
+        with pytest.warns(S2cdWarning, match="3 items left out, the first: item S1A_IW.*expected sentinel-2"):
+            found[source.suffix] = search(source, extra=["cloud"])
+    assert [(s.id, s.assets) for s in found[".parquet"]] == [(s.id, s.assets) for s in found[".json"]]
+    assert any("cloud" in s.assets for s in found[".parquet"])
 
 
 @pytest.mark.parametrize("name", ["oscd", "flanders", "stac/cdse/search_4items_4bbff1fb.json"])
@@ -400,6 +426,15 @@ def test_freezing_nothing_and_nowhere(shared_data: Path, tmp_path: Path) -> None
     with pytest.raises(NoScenesError, match="no scenes to freeze"):
         freeze([], tmp_path / "x.parquet")
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=r"x\.parquet: cannot be written"):
-        freeze(search(shared_data / "oscd"), tmp_path / "file" / "x.parquet")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "folder.parquet").mkdir()
+    scenes = search(shared_data / "oscd")[:1]
+    for name, message in (
+        ("file/x.parquet", r"file/x\.parquet: cannot be written: .*file is no folder"),
+        ("nowhere/x.parquet", r"nowhere/x\.parquet: cannot be written: .*nowhere is no folder"),
+        ("folder.parquet", r"folder\.parquet: cannot be written: .*Is a directory"),
+        (f"{'x' * 300}.parquet", r"x\.parquet: cannot be written"),
+        ("x.json", r"x\.json: found a name in '\.json', expected \.parquet or \.geoparquet"),
+    ):
+        with pytest.raises(OutputError, match=rf"^[^\n]*{message}[^\n]*$"):
+            freeze(scenes, tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.parquet"]

@@ -166,6 +166,7 @@ NONSENSE = [
     (b'{"type": "FeatureCollection", "features": ["a"]}', r"features: found \['a'\], expected a list"),
     (b'{"type": "FeatureCollection", "features": [], "links": [5]}', r"links: found \[5\], expected a list"),
     (b'{"type": "FeatureCollection", "features": [], "links": [{"rel": "next", "href": 5}]}', "found href 5"),
+    (b'{"type": "FeatureCollection", "features": [], "links": [{"rel": "next", "href": "//[b"}]}', r"link to //\[b, "),
 ]
 
 

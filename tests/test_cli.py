@@ -111,6 +111,14 @@ def test_search_lists_and_freezes(catalog, tmp_path):
     assert [json.loads(line)["id"] for line in again.output.splitlines()] == [r["id"] for r in rows]
 
 
+def test_a_search_that_cannot_be_saved_is_not_begun(tmp_path):
+    for name, message in (("s.json", "found a name in '.json', expected .parquet"), ("no/s.parquet", "no folder")):
+        result = invoke("search", "nowhere", "--save", tmp_path / name)
+        assert result.exit_code == 1
+        assert result.stderr.startswith(f"error: {tmp_path / name}: ")
+        assert message in result.stderr
+
+
 def test_run_status_validate_and_plan(catalog, tmp_path):
     out = tmp_path / "maps[" / "of]:warning:"  # as rich would write a tag's end and an emoji
     planned = invoke("plan", catalog, "--out", out)

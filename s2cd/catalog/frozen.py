@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,9 +18,10 @@ from uuid import uuid4
 import rustac
 from arro3.core import RecordBatchReader, Table
 from arro3.io import read_parquet
+from rustac.exceptions import BaseError as StoreError
 from rustac.store import LocalStore
 
-from s2cd.catalog.items import scene_from_item, scene_to_item
+from s2cd.catalog.items import scene_from_item, scene_to_item, understood
 from s2cd.catalog.packed import grouped
 from s2cd.catalog.scene import Scene
 from s2cd.catalog.static import fetch, is_url
@@ -27,27 +29,43 @@ from s2cd.errors import CatalogError, NoScenesError, OutputError, S2cdError
 
 PART_OF, EDITION_OF = "s2cd:part_of", "s2cd:edition_of"
 MAGIC = b"PAR1"
+SUFFIXES = (".parquet", ".geoparquet")
 BATCH = 250  # items written at a time: those of a continent are gigabytes
 
 
 def freeze(scenes: Iterable[Scene], path: str | PathLike[str]) -> None:
-    """Write scenes to a stac-geoparquet file; `search(path)` gives back equal scenes.
+    """Write scenes to a stac-geoparquet file (.parquet, .geoparquet); `search(path)` gives back equal scenes.
 
     Raises NoScenesError without scenes and OutputError if the file cannot be written.
     """
     scenes = scenes if isinstance(scenes, Collection) else tuple(scenes)
     if not scenes:
         raise NoScenesError(f"{fspath(path)}: no scenes to freeze, expected at least one")
-    target = Path(path).absolute()
+    target = writable(path)
     partial = target.with_name(f".s2cd-{uuid4().hex}.parquet")  # a plain name: the writer takes it for part of a URL
     try:
         with ThreadPoolExecutor(1) as thread:  # a notebook has an event loop of its own
             thread.submit(asyncio.run, _write(scenes, partial)).result()
         partial.replace(target)
-    except (OSError, rustac.RustacError) as error:
+    except (OSError, rustac.RustacError, StoreError) as error:
         with suppress(OSError):
             partial.unlink()
-        raise OutputError(f"{target}: cannot be written: {error}") from error
+        raise OutputError(f"{target}: cannot be written: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong, without the internals that obstore appends."""
+    return " ".join(str(error).partition("Debug source:")[0].split())
+
+
+def writable(path: str | PathLike[str]) -> Path:
+    """Return the absolute path of a file to freeze scenes to. Raises OutputError for one that cannot be."""
+    target = Path(path).absolute()
+    if target.suffix not in SUFFIXES:
+        raise OutputError(f"{target}: found a name in {target.suffix!r}, expected {' or '.join(SUFFIXES)}")
+    if not os.path.isdir(target.parent) or not os.access(target.parent, os.W_OK):
+        raise OutputError(f"{target}: cannot be written: {target.parent} is no folder that can be written to")
+    return target
 
 
 async def _write(scenes: Collection[Scene], path: Path) -> None:
@@ -92,17 +110,21 @@ class _Stored(NamedTuple):
     edition_of: str | None
 
 
-def read_frozen(path: str | PathLike[str]) -> Iterator[Scene]:
-    """Yield every scene of a stac-geoparquet file, tile by tile. Raises CatalogError if it is none."""
+def read_frozen(path: str | PathLike[str], extra: Collection[str] = ()) -> Iterator[Scene]:
+    """Yield every scene of a stac-geoparquet file, tile by tile. Raises CatalogError if it is none.
+
+    Items of other programs may be no scenes, of which it warns, and have `extra` assets to keep.
+    """
     source = fspath(path)
-    if not is_url(source) and not Path(source).is_file():
+    if not is_url(source) and not os.path.isfile(source):  # pathlib raises an error for a long name
         raise CatalogError(f"{source}: does not exist")
     base = source if "://" in source else str(Path(source).absolute())
-    stored = (
-        _Stored(scene_from_item(item, base=base), *map(item["properties"].get, (PART_OF, EDITION_OF)))
-        for item in _read(source)
-    )
-    for _, scenes in grouped(stored, lambda s: s.scene.tile):
+
+    def stored(item: dict[str, Any]) -> _Stored:
+        scene = scene_from_item(item, base=base, extra=extra)
+        return _Stored(scene, *map(item["properties"].get, (PART_OF, EDITION_OF)))
+
+    for _, scenes in grouped(understood(_read(source), stored), lambda s: s.scene.tile):
         yield from _together(scenes)
 
 

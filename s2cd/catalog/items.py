@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urljoin
 
 from s2cd import radiometry
@@ -17,9 +19,11 @@ from s2cd.addresses import local_path, with_login
 from s2cd.catalog.bands import BANDS, SCL, canonical_band
 from s2cd.catalog.providers import infer_provider
 from s2cd.catalog.scene import Asset, Grid, Scene
-from s2cd.errors import CatalogError, ConfigError
+from s2cd.errors import CatalogError, ConfigError, S2cdWarning
 
 Item = Mapping[str, Any]
+T = TypeVar("T")
+R = TypeVar("R")
 
 _PRODUCT = re.compile(
     r"(?P<platform>S2[A-D])_MSIL(?P<level>1C|2A)_(?P<start>\d{8}T\d{6})(?:_N(?P<baseline>\d{4}))?_R(?P<orbit>\d{3})"
@@ -69,6 +73,21 @@ def scene_from_item(
         return _Reader(item, provider or infer_provider(item), base, extra).scene()
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise CatalogError(f"item {name}: cannot be understood: {error!r}") from error
+
+
+def understood(items: Iterable[T], read: Callable[[T], R]) -> Iterator[R]:
+    """Yield what `read` makes of items, as they stream; of those that it refuses (CatalogError) one is told."""
+    refused: Counter[str] = Counter()
+    for item in items:
+        try:
+            result = read(item)
+        except CatalogError as error:
+            refused[str(error)] += 1
+        else:
+            yield result
+    if refused:
+        first = next(iter(refused))
+        warnings.warn(f"{refused.total()} items left out, the first: {first}", S2cdWarning, stacklevel=2)
 
 
 def radiometry_of(item: Item, band: str) -> tuple[float, float, int]:

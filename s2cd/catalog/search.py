@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,12 +17,12 @@ from s2cd.catalog import static
 from s2cd.catalog.api import provider_at, search_api
 from s2cd.catalog.bands import canonical_band
 from s2cd.catalog.filters import Filter, describe, intersects, make_filter
-from s2cd.catalog.frozen import read_frozen
-from s2cd.catalog.items import format_time, scene_from_item
+from s2cd.catalog.frozen import SUFFIXES, read_frozen
+from s2cd.catalog.items import format_time, scene_from_item, understood
 from s2cd.catalog.providers import PROVIDERS
 from s2cd.catalog.safe import find_products, scene_from_safe
 from s2cd.catalog.scene import Scene
-from s2cd.errors import CatalogError, NoScenesError, S2cdWarning
+from s2cd.errors import CatalogError, NoScenesError
 
 
 def search(
@@ -75,19 +75,30 @@ def found_scenes(
 
     Raises CatalogError and NoScenesError as `search` does, when it comes to them.
     """
-    address = local_path(fspath(source))
+    address = _address(source)
     none = True
     failed: list[Scene] = []
+    others: Counter[str] = Counter()
     for scene in _read_scenes(address, wanted, collection, extra):
         if collection and scene.collection != collection:
-            continue
-        if not wanted.rejects(scene):
+            others[scene.collection] += 1
+        elif not wanted.rejects(scene):
             none, failed = False, []
             yield scene
         elif none:
             failed.append(scene)
     if none:
-        raise NoScenesError(_why_none(address, wanted, failed))
+        raise NoScenesError(_why_none(address, wanted, failed, others))
+
+
+def _address(source: str | PathLike[str]) -> str:
+    """Path or URL of a source. Raises CatalogError for an address that is none."""
+    try:
+        address = local_path(fspath(source))
+        urlsplit(address)
+    except ValueError as error:
+        raise CatalogError(f"{fspath(source)}: is no address: {error}") from None
+    return address
 
 
 def load_scenes(source: str | PathLike[str]) -> list[Scene]:
@@ -100,7 +111,7 @@ def _read_scenes(source: str, wanted: Filter, collection: str | None, extra: Col
     if source in PROVIDERS:
         record = PROVIDERS[source]
         return _scenes(search_api(record.url, wanted, collection or record.collections[0], record), source, extra)
-    if static.is_url(source) and not urlsplit(source).path.endswith(_PARQUET):
+    if static.is_url(source) and not urlsplit(source).path.endswith(SUFFIXES):
         document = static.read_document(source)
         root, api_collection = _api_behind(document, source)
         if root is not None:
@@ -111,24 +122,21 @@ def _read_scenes(source: str, wanted: Filter, collection: str | None, extra: Col
     return _read_local(source, extra)
 
 
-_PARQUET = (".parquet", ".geoparquet")
-
-
 def _read_local(source: str, extra: Collection[str]) -> Iterator[Scene]:
     if "://" in source and not static.is_url(source):
         kind = source.partition("://")[0]
         raise CatalogError(f"{source}: found an address of kind {kind}://, expected a path, http(s):// or file://")
-    if source.endswith(_PARQUET):
-        return read_frozen(source)
+    if source.endswith(SUFFIXES):
+        return read_frozen(source, extra)
     path = Path(source).absolute()
-    if not path.exists():
+    if not source or not os.path.exists(path):  # pathlib raises an error for a name that is too long
         known = ", ".join(PROVIDERS)
-        raise CatalogError(f"{source}: does not exist; expected a path, a URL or one of {known}")
+        raise CatalogError(f"{source or repr(source)}: does not exist; expected a path, a URL or one of {known}")
     if path.is_dir():
         products = find_products(path)
         if products:
             return (scene_from_safe(product, extra) for product in products)
-        path = static.entry_document(path)
+        path = static.entry_document(path, "products (*.SAFE)")
     document = static.read_document(str(path))
     root, _ = _api_behind(document, str(path))
     if root is not None:
@@ -137,16 +145,7 @@ def _read_local(source: str, extra: Collection[str]) -> Iterator[Scene]:
 
 
 def _scenes(items: Iterable[static.Document], provider: str | None, extra: Collection[str]) -> Iterator[Scene]:
-    """Items to scenes as they stream; those that are none are warned about."""
-    refused: Counter[str] = Counter()
-    for item, base in items:
-        try:
-            yield scene_from_item(item, provider, base, extra)
-        except CatalogError as error:
-            refused[str(error)] += 1
-    if refused:
-        first = next(iter(refused))
-        warnings.warn(f"{refused.total()} items left out, the first: {first}", S2cdWarning, stacklevel=2)
+    return understood(items, lambda document: scene_from_item(document[0], provider, document[1], extra))
 
 
 def _api_behind(document: Mapping[str, Any], source: str) -> tuple[str | None, str | None]:
@@ -172,7 +171,10 @@ def _require_bands(scenes: list[Scene], bands: Sequence[str]) -> None:
             raise CatalogError(f"band {name!r} is offered by none of {len(scenes)} scenes, they offer {offered}")
 
 
-def _why_none(source: str, wanted: Filter, failed: list[Scene]) -> str:
+def _why_none(source: str, wanted: Filter, failed: list[Scene], others: Counter[str]) -> str:
+    if not failed and others:
+        names = ", ".join(map(repr, sorted(others)))
+        return f"{source}: no scenes found, {others.total()} by collection left out; its collections are {names}"
     if not failed:
         return f"{source}: no Sentinel-2 scenes found"
     why = Counter(wanted.rejects(s) for s in failed)

@@ -70,7 +70,7 @@ def read_document(source: str) -> Mapping[str, Any]:
         text = fetch(source) if is_url(source) else Path(source).read_bytes()
     except FileNotFoundError:
         raise CatalogError(f"{source}: does not exist") from None
-    except (OSError, urllib3.exceptions.HTTPError) as error:
+    except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:  # a ValueError of an address that is none
         raise CatalogError(f"{source}: cannot be read: {_reason(error)}") from error
     return parse_document(text, source)
 
@@ -99,12 +99,15 @@ def _reason(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def entry_document(folder: Path) -> Path:
-    """Return the document a folder's catalogue starts at. Raises CatalogError if it has none."""
+def entry_document(folder: Path, *others: str) -> Path:
+    """Return the document a folder's catalogue starts at.
+
+    Raises CatalogError if it has none; `others` are what the caller would have taken instead.
+    """
     for name in ENTRY_FILES:
         if (folder / name).is_file():
             return folder / name
-    raise CatalogError(f"{folder}: is a folder without {' or '.join(ENTRY_FILES)}")
+    raise CatalogError(f"{folder}: is a folder without {' or '.join((*ENTRY_FILES, *others))}")
 
 
 def iter_items(document: Mapping[str, Any], base: str) -> Iterator[Document]:
@@ -195,7 +198,10 @@ def links_of(document: Mapping[str, Any], base: str, *relations: str) -> list[di
 
 def _resolve_link(href: str, base: str) -> str:
     """Resolve a link as `resolve_href` does, but "/a" behind a URL is on its server."""
-    return resolve_href(urljoin(base, href) if is_url(base) else href, base)
+    try:
+        return resolve_href(urljoin(base, href) if is_url(base) else href, base)
+    except ValueError as error:
+        raise CatalogError(f"{base}: found a link to {href}, expected an address: {error}") from None
 
 
 def _all_links(document: Mapping[str, Any], base: str) -> list[dict[str, Any]]:
