@@ -93,18 +93,15 @@ def _find_tiles(find: Find, tiles: Collection[str], provider: Provider | None) -
     """Find items of `tiles`, asked for one by one, since servers differ in how they take a list of values.
 
     Zones 1 to 9 are asked for in both forms: Earth Search has older items of MGRS-9VWK and newer ones of MGRS-09VWK. An
-    API we do not know may not hold tiles as `grid:code`: where one is not found, a query without tiles follows.
+    API we do not know may not hold tiles as `grid:code`: if none is found, a query without tiles follows.
     """
     name, form = provider.tile_query if provider else TILE_QUERY
-    missing = False
-    for tile in sorted(tiles):
-        found = False
-        for written in dict.fromkeys((tile, tile.removeprefix("0"))):
-            for document in find({name: {"eq": form.format(written)}}):
-                found = True
-                yield document
-        missing |= not found
-    if missing and provider is None:
+    found = False
+    for written in dict.fromkeys(code for tile in sorted(tiles) for code in (tile, tile.removeprefix("0"))):
+        for document in find({name: {"eq": form.format(written)}}):
+            found = True
+            yield document
+    if not found and provider is None:
         yield from find(None)
 
 

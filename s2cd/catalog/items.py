@@ -35,6 +35,7 @@ _GRANULE = re.compile(
 )
 _STRIP = re.compile(r"_S(?P<start>\d{8}T\d{6})_N")
 _EARTH_SEARCH_ID = re.compile(r"^S2[A-D]_T?(?P<tile>\d{1,2}[A-Z]{3})_\d{8}(?P<strip>T\d{6})?_")
+_BASELINE = re.compile(r"^\d{2}\.\d{2}$")
 _LEVEL = re.compile(r"(?:^|(?<![A-Z])L|MSIL?|LEVEL[-_ ]?)(1C|2A)")  # not that of S2A, sentinel-2a or Sentinel2A
 _KEY_SUFFIX = re.compile(r"(_\d{2}m|-\d{2}m)$")
 CLASS_CODES = "class codes"
@@ -182,10 +183,12 @@ class _Reader:
         taken = _DATATAKE.match(self.datatake or "")
         stated = self._first("s2:processing_baseline", "sentinel:processing_baseline")
         named = self.product.get("baseline") or (taken and taken["baseline"]) or self.granule.get("baseline")
-        # last what may be the version of a program
-        value = next((v for v in (stated, named, self._first("processing:version")) if v is not None), None)
+        value = next((v for v in (stated, named) if v is not None), None)
+        if value is None:
+            version = self._first("processing:version")  # which may be that of a program, such as 4.0
+            return version if isinstance(version, str) and _BASELINE.match(version) else None
         found = _baseline(value)
-        if found is None and value is not None:
+        if found is None:
             raise CatalogError(f"item {self.id}: found processing baseline {value!r}, expected one such as '05.11'")
         return found
 
