@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import timedelta
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import rasterio
 from outputs_support import AFTER, INFO, make_grid, make_pair, random_codes
 
+from s2cd.codes import CODE_NODATA
 from s2cd.outputs import validate, write_catalog, write_map
 from s2cd.outputs.profiles import PROFILES
 
@@ -122,6 +124,83 @@ def test_a_map_without_item_and_a_catalogue_out_of_date_are_found(out, item):
     assert len(validate(str(out))) == 1
 
 
-def test_an_item_that_is_no_json_is_named(out, item):
-    item.write_text("{")
-    assert any(item.name in problem for problem in validate(str(out)))
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "[1]", "\0"], ids=["cut", "deep", "list", "binary"])
+def test_an_item_that_is_no_json_is_named(out, item, text):
+    item.write_text(text)
+    (problem,) = validate(str(out))
+    assert problem.startswith(f"31UDS/{item.name}: ")
+
+
+def put(value, *keys):
+    """Return a change of a document: another value at a place in it; without a value there is nothing."""
+
+    def change(document):
+        for key in keys[:-1]:
+            document = document[key]
+        del document[keys[-1]]
+        if value is not ...:
+            document[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put({}, "assets"), "no asset change, expected the map"),
+        (put(..., "assets"), "no asset change, expected the map"),
+        (put([], "assets"), "no asset change, expected the map"),
+        (put(None, "assets"), "no asset change, expected the map"),
+        (put(..., "assets", "change", "href"), "KeyError 'href', expected the item of a map"),
+        (put(None, "assets", "change", "raster:bands"), "TypeError"),
+        (put([], "assets", "change", "raster:bands"), "IndexError"),
+        (put(None, "assets", "change", "raster:bands", 0, "scale"), "TypeError"),
+        (put(10**400, "assets", "change", "raster:bands", 0, "scale"), "OverflowError"),
+        (put(..., "links"), "KeyError 'links', expected the item of a map"),
+        (put(None, "links"), "TypeError links of type NoneType"),
+        (put("", "links"), "TypeError links of type str"),
+        (put(..., "links", 0, "href"), "KeyError 'href'"),
+        (put(..., "links", 0, "rel"), "KeyError 'rel'"),
+        (put(..., "properties"), "properties None, expected an object"),
+        (put(None, "properties"), "properties None, expected an object"),
+        (put(None, "bbox"), "bbox None, expected west, south, east, north in degrees"),
+        (put([3, 52, 4, 51], "bbox"), "bbox [3, 52, 4, 51], expected"),
+        (put(None, "properties", "start_datetime"), "start_datetime None, expected a time such as"),
+        (put("2023-02-30T10:00:00Z", "properties", "end_datetime"), "end_datetime '2023-02-30T10:00:00Z', expected"),
+        (put("x", "properties", "s2cd:changed_fraction"), "s2cd:changed_fraction 'x', expected 0 to 1, or null where"),
+        (put(None, "properties", "s2cd:changed_fraction"), "s2cd:changed_fraction None, expected"),
+        (put(float("nan"), "properties", "s2cd:valid_fraction"), "s2cd:valid_fraction nan, expected 0 to 1"),
+    ],
+)
+def test_a_damaged_item_is_one_problem_and_other_maps_are_checked(out, item, change, message):
+    pair = make_pair(GRID, after=AFTER + timedelta(days=5))
+    write_map(random_codes(GRID.shape), pair, GRID, INFO, str(out))
+    write_catalog(str(out))
+    other = out / "31UDS" / f"{pair.name}.tif"
+    other.write_bytes(other.read_bytes()[:-1000])
+    edit(item, change)
+    damaged, cut = validate(str(out))
+    assert damaged.startswith(f"31UDS/{item.name}: {message}")
+    assert cut.startswith(f"31UDS/{other.name}: ")
+
+
+def test_a_map_without_observations_is_valid(tmp_path):
+    write_map(np.full(GRID.shape, CODE_NODATA, np.uint16), PAIR, GRID, INFO, str(tmp_path))
+    write_catalog(str(tmp_path))
+    assert validate(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("path", ["collection.json", "31UDS/catalog.json"])
+@pytest.mark.parametrize("links", [None, "abc", [{"rel": "child"}, {"rel": "item"}]], ids=str)
+def test_a_damaged_catalogue_is_named(out, item, path, links):
+    edit(out / path, put(links, "links"))
+    problems = validate(str(out))
+    assert re.match(rf"{path}: \w+Error .*, expected a document of the catalogue", problems[0])
+    assert problems[1:] == [f"31UDS/{item.name}: not listed in the catalogue"]
+
+
+def test_a_folder_of_other_maps_below_is_not_its_own(bucket):
+    for place in ("s3://maps/all", "s3://maps/all/other"):
+        write_map(random_codes(GRID.shape), PAIR, GRID, INFO, place)
+    write_catalog("s3://maps/all")
+    assert validate("s3://maps/all") == []

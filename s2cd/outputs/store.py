@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from obstore import Attributes
 
 STALE_SECONDS = 600
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What Python raises where a JSON document is none, or lacks what is taken from it."""
 _STAGED = re.compile(r"(.*)#\d+")  # obstore writes "name#1" and renames it to "name"
 
 
@@ -182,7 +184,7 @@ def understood(out: str, name: str, expected: str) -> Iterator[None]:
     """Raise OutputError that names the folder and the object if what the block takes from its JSON is not there."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except DAMAGED as error:
         raise OutputError(f"{out}: {name}: {type(error).__name__} {error}, expected {expected}") from None
 
 
