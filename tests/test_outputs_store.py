@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,25 @@ def locked():
     folder.rmdir()
 
 
+@pytest.fixture
+def locked_below():
+    """Makes a folder with a subfolder that may not be read, for root too: it acts as another user meanwhile."""
+    folder, user = Path(tempfile.mkdtemp()), os.geteuid()
+    folder.chmod(0o777)
+
+    def make(name: str) -> Path:
+        (folder / name).mkdir(mode=0)
+        if user == 0:
+            os.seteuid(65534)
+        return folder
+
+    yield make
+    os.seteuid(user)
+    for path in folder.iterdir():
+        path.chmod(0o700) if path.is_dir() and not path.is_symlink() else None
+    shutil.rmtree(folder)
+
+
 def test_a_folder_without_permission_is_named(locked):
     for folder in (locked, locked / "new"):
         with pytest.raises(OutputError, match=rf"{folder} cannot be .*[Pp]ermission denied"):
@@ -139,6 +159,27 @@ def test_a_read_only_disk_is_named(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OutputError, match="disk cannot be written to: .*Read-only file system"):
         check_writable(str(small_disk))
+
+
+def test_what_lies_beside_the_maps_does_not_matter(locked_below):
+    """A disk's lost+found, links in a circle, names in another encoding, another output folder."""
+    out = locked_below("lost+found")
+    (out / "again").symlink_to(out)
+    (out / "itself").symlink_to("itself")
+    (out / os.fsdecode(b"caf\xe9")).mkdir()
+    pair = make_pair(GRID)
+    other = make_pair(GRID, tile="33UVP")
+    write_map(random_codes(GRID.shape), pair, GRID, INFO, str(out))
+    write_map(random_codes(GRID.shape), other, GRID, INFO, str(out / "another"))
+    write_catalog(str(out))
+    assert finished(str(out)) == {pair.name}
+    assert validate(str(out)) == []
+
+
+def test_a_folder_of_maps_that_cannot_be_read_is_named(locked_below):
+    out = locked_below("31UDS")
+    with pytest.raises(OutputError, match=f"{out} cannot be listed: .*Permission denied: '{out}/31UDS'"):
+        finished(str(out))
 
 
 def test_an_unknown_kind_of_url_is_named():

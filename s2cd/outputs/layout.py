@@ -27,6 +27,7 @@ _TYPES = {
 SAME_TIME = 2  # seconds: reprocessing moves a sensing time by a millisecond or so, and names cut it to seconds
 _NAME = re.compile(r"S2CD_(?P<tile>[\w.\-]*\w)_R[\d\-]+_(?P<start>\d{8}T\d{6})_(?P<end>\d{8}T\d{6})")
 _TIME = "%Y%m%dT%H%M%S"
+_PART = re.compile(r"[\w.\-]*\w")
 _FILE = re.compile(rf"(?P<name>{_NAME.pattern})(?P<extension>{re.escape(VALIDITY)}|\.tif|\.json|\.png)")
 _DOCUMENT = re.compile(
     r"collection\.json|run\.yaml|scenes\.parquet|report\.json|watch\.json|watch\.lock|index\.html|\.s2cd-[0-9a-f]{32}"
@@ -62,6 +63,11 @@ def path_of(name: str, extension: str) -> str:
 def is_map_name(name: str) -> bool:
     """Whether a file of this name (without extension) belongs to a map."""
     return _NAME.fullmatch(name) is not None
+
+
+def can_be_ours(name: str) -> bool:
+    """Whether s2cd may write a file or folder of this name, wherever below an output folder."""
+    return _PART.fullmatch(name) is not None
 
 
 def is_ours(path: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import socket
 import stat
@@ -21,7 +23,7 @@ from obstore.store import LocalStore, ObjectStore, from_url
 from s2cd.addresses import local_path, public_href
 from s2cd.buckets import client_options, environment_digest, s3_endpoint
 from s2cd.errors import OutputError
-from s2cd.outputs.layout import is_ours, media_type
+from s2cd.outputs.layout import can_be_ours, is_ours, media_type
 
 if TYPE_CHECKING:
     from obstore import Attributes
@@ -84,8 +86,14 @@ class Store:
         return True
 
     def list(self, prefix: str | None = None) -> Iterator[tuple[str, int]]:
-        """Yield (name, size in bytes) of every object below a folder, in no particular order."""
+        """Yield (name, size in bytes) of every object below a folder, in no particular order.
+
+        Of a local folder only where ours may lie: what else is below it, such as lost+found, may be unreadable.
+        """
         with _output_errors(self.out, "cannot be listed"):
+            if self.folder is not None:
+                yield from _files(self.folder, prefix or "")
+                return
             for batch in obstore.list(self._store, prefix=prefix):
                 yield from ((str(meta["path"]), int(meta["size"])) for meta in batch)
 
@@ -114,6 +122,37 @@ class Store:
                 staged = _STAGED.fullmatch(path.relative_to(self.folder).as_posix())
                 if staged and is_ours(staged[1]):
                     _remove_stale(path)
+
+
+def _files(folder: Path, below: str = "") -> Iterator[tuple[str, int]]:
+    """Yield path and size of each file in a folder and in its folders, or only in its folder `below`."""
+    for name, status in _entries(folder / below):
+        path = f"{below}/{name}".lstrip("/")
+        if stat.S_ISREG(status.st_mode):
+            yield path, status.st_size
+        elif stat.S_ISDIR(status.st_mode) and not below:
+            yield from _files(folder, name)
+
+
+def _entries(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield what lies in a folder under names such as ours; nothing if it is gone."""
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if can_be_ours(entry.name) and (status := _status(entry)):
+                    yield entry.name, status
+    except FileNotFoundError:
+        return
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Return what a name stands for, None for what is gone and for a link that leads nowhere or to itself."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        if error.errno in {errno.ENOENT, errno.ELOOP}:
+            return None
+        raise
 
 
 def _remote(url: str) -> ObjectStore:
