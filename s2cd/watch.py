@@ -34,6 +34,7 @@ from s2cd.runner import Progress, Report, read_view, run, view_path
 STATE = "watch.json"
 SEARCH = ("catalog", "bbox", "datetime", "tiles", "collection", "orbit", "max_cloud", "min_valid", "max_gap_days")
 STAMP = "%Y-%m-%dT%H:%M:%SZ"
+LONGEST = 366 * 86400.0  # seconds between two looks
 LATE = timedelta(days=30)  # an acquisition that is published later than this after newer ones is not seen
 LOG = logging.getLogger(__name__)
 
@@ -55,10 +56,11 @@ def watch(
 
     A look that finds nothing new yields an empty report. A catalogue that does not answer, or answers nonsense, ends
     the watch at the first look, and is tried again at later ones. A look at a folder that another watch works in waits
-    for its next turn; with `once` it raises BusyError. Raises S2cdError otherwise as `s2cd.run` does.
+    for its next turn; with `once` it raises BusyError. Raises ConfigError for an interval of more than a year or none
+    at all, S2cdError otherwise as `s2cd.run` does.
     """
-    if interval <= 0:
-        raise ConfigError(f"interval: found {interval:g} s, expected more than 0")
+    if not 0 < interval <= LONGEST:  # nor NaN
+        raise ConfigError(f"interval: found {interval:g} s, expected more than 0 and at most a year ({LONGEST:.0f} s)")
     first = True
     while True:
         started = time.monotonic()

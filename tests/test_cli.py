@@ -163,6 +163,14 @@ def test_status_of_a_folder_without_a_run(tmp_path):
     assert not (tmp_path / "mistyped").exists()
 
 
+@pytest.mark.parametrize("interval", ["nan", "inf"])
+def test_an_interval_that_never_ends_is_refused(catalog, tmp_path, interval):
+    result = invoke("watch", catalog, "--out", tmp_path / "out", "--interval", interval)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: interval: found {interval} s, expected more than 0 and at most a year")
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_to_do_is_said_too(catalog, tmp_path):
     result = invoke("run", catalog, "--out", tmp_path / "out", "--max-gap-days", "0.5", "-q")
     assert result.exit_code == 0

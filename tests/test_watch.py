@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from dataclasses import replace
 from datetime import timedelta
@@ -315,6 +316,9 @@ def _in_collection(item, folder):
     return item | {"collection": COLLECTION, "links": [], "assets": assets}
 
 
-def test_an_interval_must_be_positive(config):
-    with pytest.raises(ConfigError, match="interval: found 0 s"):
-        next(watch(config, interval=0))
+@pytest.mark.parametrize("interval", [0, float("nan"), float("inf"), 1e9])
+def test_an_interval_must_be_one(config, interval):
+    with pytest.raises(
+        ConfigError, match=f"interval: found {re.escape(f'{interval:g}')} s, expected more than 0 and at"
+    ):
+        next(watch(config, interval=interval))
