@@ -121,6 +121,8 @@ def test_command_line(tmp_path):
     done = CliRunner().invoke(main, [str(tmp_path / "s"), "--size", "33", "--dates", "2", "--orbit", "51"])
     assert done.exit_code == 0, done.output
     assert done.output.strip() == str(tmp_path / "s" / "catalog.json")
+    nowhere = CliRunner().invoke(main, [""])
+    assert (nowhere.exit_code, nowhere.stderr) == (1, "error: out: found '', expected a folder\n")
     wrong = CliRunner().invoke(main, [str(tmp_path / "t"), "--tile", "00AAA"])
     assert wrong.exit_code == 1
     assert "unknown tile" in wrong.output

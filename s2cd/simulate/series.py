@@ -57,9 +57,12 @@ def simulate(
     reprocessed  deliver the first acquisition a second time, as baseline 05.00 with the offset in its pixels
     split        deliver the second acquisition as two halves of one datatake
 
-    Raises ConfigError for an argument that cannot be, for acquisitions that would share an id (of one platform and
-    day) and for some that would not follow each other in time; OutputError if `out_dir` cannot be written.
+    Raises ConfigError for an argument that cannot be, such as an empty `out_dir`, for acquisitions that would share an
+    id (of one platform and day) and for some that would not follow each other in time; OutputError if `out_dir` cannot
+    be written.
     """
+    if not str(out_dir):
+        raise ConfigError(f"out: found {out_dir!r}, expected a folder")
     rows, columns = size if isinstance(size, tuple | list) and len(size) == 2 else (size, size)
     shape = (_whole("size", rows, 1, FULL_TILE), _whole("size", columns, 1, FULL_TILE))
     cut = cut_of(tile, shape)
