@@ -29,7 +29,7 @@ from s2cd.outputs.parts import joined, map_part
 from s2cd.outputs.profiles import PROFILES
 
 SHAPES = [(1, 1), (17, 19), (1, 1025), (512, 512), (513, 513), (1023, 1025)]
-TOLERANCE = {"default": 0.0, "zstd": 0.0, "lerc": QUANTUM / 2 + 1e-6, "uint8": 0.5 / 254 + 1e-6}
+TOLERANCE = {"default": 0.0, "zstd": 0.0, "lerc": 0.0, "uint8": 0.5 / 254 + 1e-6}
 
 
 def write(path: Path, codes: np.ndarray, system=UTM, **options) -> Path:
@@ -94,9 +94,11 @@ def test_profiles_keep_values_within_their_precision(tmp_path, profile, missing)
     with rasterio.open(write(tmp_path / "map.tif", codes, profile=profile)) as dataset:
         found = probability(dataset, profile)
         assert dataset.scales == (PROFILES[profile].scale,)
+        steps = found.astype(np.float64) / float(dataset.tags()["QUANTUM"])
     expected = decode_codes(codes)
     np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
     assert np.nanmax(np.abs(found - expected), initial=0) <= TOLERANCE[profile]
+    assert np.nanmax(np.abs(steps - np.rint(steps)), initial=0) < 1e-4
 
 
 def test_map_without_change_is_zero_everywhere(tmp_path):

@@ -21,6 +21,7 @@ from s2cd.codes import CODE_NODATA, encode_codes
 from s2cd.errors import ConfigError, GridError, OutputError
 from s2cd.outputs import MapInfo, finished, is_done, save_report, save_run, write_catalog, write_map
 from s2cd.outputs.item import footprint
+from s2cd.outputs.page import write_page
 from s2cd.pairs import Pair
 from s2cd.simulate import simulate
 
@@ -154,6 +155,18 @@ def test_probabilities_are_accepted_as_well_as_codes(out):
     assert a["properties"] | {"created": ""} == b["properties"] | {"created": ""}
     first, second = ((out / n / "31UDS" / f"{NAME}.tif").read_bytes() for n in "ab")
     assert first == second
+
+
+@pytest.mark.parametrize(("profile", "steps"), [("default", "1/1024"), ("lerc", "1/1024"), ("uint8", "1/254")])
+def test_an_item_states_the_precision_of_its_profile(out, profile, steps):
+    item = write_map(random_codes(GRID.shape), make_pair(GRID), GRID, INFO, str(out), profile=profile)
+    assert item["assets"]["change"]["description"].startswith(f"0 to 1 in steps of {steps}; nodata")
+
+
+def test_the_page_names_tiles_in_full(out):
+    write_map(random_codes(GRID.shape), make_pair(GRID, "saclay_e"), GRID, INFO, str(out))
+    write_page(str(out))
+    assert "<b>saclay_e: 2023-01-02 to 2023-02-03</b>" in (out / "index.html").read_text()
 
 
 @pytest.mark.parametrize("fill", [CODE_NODATA, 0])

@@ -47,7 +47,7 @@ def map_cog(
     """
     chosen = PROFILES[profile]
     shapes = [coarser(grid.shape, level) for level in range(len(blocks) + len(pyramid))]
-    about = {"QUANTUM": str(QUANTUM), **(tags or {})}
+    about = {"QUANTUM": str(chosen.quantum), **(tags or {})}
     if chosen.deflated:
         with _by_gdal(_vrt(shapes, [], grid, chosen, about), chosen, SPARSE_OK="YES") as header:
             yield memoryview(filled(bytes(header), [*blocks, *(blocks_of(level, chosen) for level in pyramid)]))

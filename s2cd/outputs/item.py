@@ -16,7 +16,6 @@ from rasterio.warp import transform_geom
 from s2cd.addresses import public_href
 from s2cd.catalog.providers import PROVIDERS
 from s2cd.catalog.scene import Grid, Scene
-from s2cd.codes import QUANTUM
 from s2cd.outputs.layout import COG_TYPE, COLLECTION_ID, ITEM_TYPE, ROOT, TILE_CATALOG, VALIDITY
 from s2cd.outputs.parts import THRESHOLD
 from s2cd.outputs.profiles import PROFILES, Profile
@@ -200,11 +199,12 @@ def _change_asset(name: str, profile: Profile, size: int) -> dict[str, Any]:
         "nodata": "nan" if np.isnan(profile.nodata) else profile.nodata,
         "unit": "1",
     }
+    steps = f"1/{round(1 / profile.quantum)}"
     return {
         "href": f"./{name}.tif",
         "type": COG_TYPE,
         "title": "Probability of change",
-        "description": f"0 to 1 in steps of {QUANTUM}; nodata where either date has no valid observation",
+        "description": f"0 to 1 in steps of {steps}; nodata where either date has no valid observation",
         "roles": ["data"],
         "file:size": size,
         **values,

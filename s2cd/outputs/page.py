@@ -9,7 +9,7 @@ from typing import Any
 from s2cd.addresses import public_href
 from s2cd.errors import OutputError
 from s2cd.outputs.catalog import finished
-from s2cd.outputs.layout import path_of
+from s2cd.outputs.layout import path_of, tile_of
 from s2cd.outputs.store import Store, open_store, require_there, understood
 
 PAGE = "index.html"
@@ -63,7 +63,7 @@ def _figure(name: str, item: dict[str, Any]) -> str:
     image = (
         f'<img loading="lazy" src="{html.escape(f"{folder}/{name}.png")}" alt="{html.escape(name)}">' if picture else ""
     )
-    tile = html.escape(name.split("_")[1])
+    tile = html.escape(tile_of(name))
     caption = f"<b>{tile}: {start} to {end}</b><br>{figures} · {files}{notes}"
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 

@@ -23,6 +23,11 @@ class Profile:
     options: Mapping[str, str]
 
     @property
+    def quantum(self) -> float:
+        """Step between two probabilities that can be stored, of 0 to 1."""
+        return QUANTUM if self.dtype == "float32" else self.scale
+
+    @property
     def deflated(self) -> bool:
         """Whether blocks are plain DEFLATE streams."""
         return self.options == _DEFLATE
@@ -49,6 +54,7 @@ _DEFLATE = {"COMPRESS": "DEFLATE", "PREDICTOR": "NO"}
 PROFILES: Mapping[str, Profile] = {
     "default": _float32(**_DEFLATE),
     "zstd": _float32(COMPRESS="ZSTD", LEVEL="1", PREDICTOR="FLOATING_POINT"),
+    # Its error counts from a block's smallest value, a multiple of QUANTUM, and so hits every other one exactly.
     "lerc": _float32(COMPRESS="LERC_DEFLATE", MAX_Z_ERROR=str(QUANTUM / 2)),
     "uint8": Profile("uint8", 1 / 254, 255, _DEFLATE),
 }
