@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from typing import TYPE_CHECKING, cast
+from urllib.parse import urlsplit
+
+from obstore.store import ObjectStore, from_url
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig
@@ -49,6 +53,25 @@ def client_options(scheme: str, **usual: str) -> ClientConfig:
     stated = {name: os.environ.get(f"{prefix}{name.upper()}") for name in _CONNECTION} if prefix else {}
     known = {name: value for name, value in stated.items() if value is not None}
     return cast("ClientConfig", {"allow_http": True, **usual, **known})
+
+
+def open_bucket(url: str) -> ObjectStore:
+    """Return the store of what lies below a URL such as s3://bucket/prefix; keys come from the environment.
+
+    Raises obstore's errors, and ValueError, for a URL of an unknown kind.
+    """
+    scheme = urlsplit(url).scheme
+    config = s3_endpoint() if scheme in {"s3", "s3a"} else {}
+    return from_url(url, config=config or None, client_options=client_options(scheme))  # type: ignore[arg-type]
+
+
+def reason_of(error: Exception) -> str:
+    """Return what went wrong in one line, without the page of internals that obstore appends."""
+    text = str(error)
+    answer = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL)  # what a bucket says
+    if answer:
+        return f"{answer[1]}: {answer[2]}"
+    return re.sub(r"^Generic \w+ error: ", "", text.split("\n", 1)[0].strip())
 
 
 def environment_digest() -> str:

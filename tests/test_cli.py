@@ -148,6 +148,8 @@ def test_no_secret_of_an_address_is_told(catalog, bucket):
         assert "s3://maps/told\n" in result.output
     assert invoke("view", out).output == "s3://maps/told/index.html\n"
     assert "HIDDEN" not in "".join(result.output for result in told)
+    again = invoke("run", "s3://maps/told/scenes.parquet", "--out", "s3://maps/told", "-q")
+    assert "0 maps written, 2 were there" in again.output
 
 
 def test_status_of_a_folder_without_a_run(tmp_path):

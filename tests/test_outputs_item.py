@@ -18,7 +18,7 @@ from rasterio.warp import transform_bounds
 from s2cd.addresses import public_href, without_secrets
 from s2cd.catalog import freeze, load_scenes, search
 from s2cd.codes import CODE_NODATA, encode_codes
-from s2cd.errors import ConfigError, GridError, OutputError
+from s2cd.errors import CatalogError, ConfigError, GridError, OutputError
 from s2cd.outputs import MapInfo, finished, is_done, save_report, save_run, write_catalog, write_map
 from s2cd.outputs.item import footprint
 from s2cd.outputs.page import write_page
@@ -273,3 +273,13 @@ def test_a_run_is_kept_beside_its_maps(out):
     kept = load_scenes(out / "scenes.parquet")
     assert [(s.id, s.time, s.assets) for s in kept] == [(s.id, s.time, s.assets) for s in scenes]
     assert json.loads((out / "report.json").read_text())["maps"] == []
+
+
+def test_frozen_scenes_of_a_bucket_are_read_there(bucket):
+    scenes = [make_scene(GRID, datetime(2023, 1, d, tzinfo=UTC)) for d in (1, 2)]
+    save_run(bucket.url, "catalog: x\n", scenes)
+    kept = load_scenes(f"{bucket.url}/scenes.parquet")
+    assert [(s.id, s.time, s.assets) for s in kept] == [(s.id, s.time, s.assets) for s in scenes]
+    for place in (f"{bucket.url}/none.parquet", "s3://none/scenes.parquet", "ftp://none/scenes.parquet"):
+        with pytest.raises(CatalogError, match=rf"^{place}: cannot be read as stac-geoparquet: .*$"):
+            load_scenes(place)

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from uuid import uuid4
 
+import obstore
 import rustac
 from arro3.core import RecordBatchReader, Table
 from arro3.io import read_parquet
 from rustac.exceptions import BaseError as StoreError
 from rustac.store import LocalStore
 
+from s2cd.buckets import open_bucket, reason_of
 from s2cd.catalog.items import scene_from_item, scene_to_item, understood
 from s2cd.catalog.packed import grouped
 from s2cd.catalog.scene import Scene
@@ -50,12 +52,7 @@ def freeze(scenes: Iterable[Scene], path: str | PathLike[str]) -> None:
     except (OSError, rustac.RustacError, StoreError) as error:
         with suppress(OSError):
             partial.unlink()
-        raise OutputError(f"{target}: cannot be written: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    """What went wrong, without the internals that obstore appends."""
-    return " ".join(str(error).partition("Debug source:")[0].split())
+        raise OutputError(f"{target}: cannot be written: {reason_of(error)}") from error
 
 
 def writable(path: str | PathLike[str]) -> Path:
@@ -111,12 +108,13 @@ class _Stored(NamedTuple):
 
 
 def read_frozen(path: str | PathLike[str], extra: Collection[str] = ()) -> Iterator[Scene]:
-    """Yield every scene of a stac-geoparquet file, tile by tile. Raises CatalogError if it is none.
+    """Yield every scene of a stac-geoparquet file, of a server or bucket too, tile by tile.
 
-    Items of other programs may be no scenes, of which it warns, and have `extra` assets to keep.
+    Items of other programs may be no scenes, of which it warns, and have `extra` assets to keep. Raises CatalogError if
+    it is none.
     """
     source = fspath(path)
-    if not is_url(source) and not os.path.isfile(source):  # pathlib raises an error for a long name
+    if "://" not in source and not os.path.isfile(source):  # pathlib raises an error for a long name
         raise CatalogError(f"{source}: does not exist")
     base = source if "://" in source else str(Path(source).absolute())
 
@@ -153,13 +151,22 @@ def _together(stored: Iterable[_Stored]) -> list[Scene]:
 def _read(source: str) -> Iterator[dict[str, Any]]:
     """Yield the file's items, a thousand in memory at a time: rustac alone would hold all, at 75 kB each."""
     try:
-        with BytesIO(fetch(source)) if is_url(source) else Path(source).open("rb") as file:
+        with _opened(source) as file:
             for batch in _batches(file):
                 yield from map(_without_nulls, rustac.from_arrow(Table.from_batches([batch]))["features"])
     except S2cdError:
         raise
     except Exception as error:  # arro3 raises no narrower one for a damaged file
-        raise CatalogError(f"{source}: cannot be read as stac-geoparquet: {error}") from error
+        raise CatalogError(f"{source}: cannot be read as stac-geoparquet: {reason_of(error)}") from error
+
+
+def _opened(source: str) -> BinaryIO:
+    if is_url(source):
+        return BytesIO(fetch(source))
+    if "://" in source:
+        bucket, _, name = source.rpartition("/")
+        return BytesIO(obstore.get(open_bucket(bucket), name).bytes().to_bytes())
+    return Path(source).open("rb")
 
 
 def _batches(file: BinaryIO) -> RecordBatchReader:

@@ -42,7 +42,8 @@ def search(
     Args:
         source: a provider ("earth-search", "planetary-computer", "cdse"), the URL of a STAC API, or the path
             or URL of a static catalogue, collection, item, ItemCollection or stac-geoparquet file, or a
-            folder that holds a catalogue or .SAFE products. An ItemCollection by URL is read to its last page.
+            folder that holds a catalogue or .SAFE products. An ItemCollection by URL is read to its last page;
+            a stac-geoparquet file may lie in a bucket (s3://), with keys from the environment.
         bbox: (west, south, east, north) in degrees; west > east crosses the antimeridian.
         datetime: "2023-01-01/2023-12-31", either end "..", or one year, month, day or time, ends included;
             a date or datetime names one day or time.
@@ -123,11 +124,11 @@ def _read_scenes(source: str, wanted: Filter, collection: str | None, extra: Col
 
 
 def _read_local(source: str, extra: Collection[str]) -> Iterator[Scene]:
+    if source.endswith(SUFFIXES):
+        return read_frozen(source, extra)
     if "://" in source and not static.is_url(source):
         kind = source.partition("://")[0]
         raise CatalogError(f"{source}: found an address of kind {kind}://, expected a path, http(s):// or file://")
-    if source.endswith(SUFFIXES):
-        return read_frozen(source, extra)
     path = Path(source).absolute()
     if not source or not os.path.exists(path):  # pathlib raises an error for a name that is too long
         known = ", ".join(PROVIDERS)

@@ -13,15 +13,14 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import LocalStore, ObjectStore, from_url
+from obstore.store import LocalStore
 
 from s2cd.addresses import local_path, public_href
-from s2cd.buckets import client_options, environment_digest, s3_endpoint
+from s2cd.buckets import environment_digest, open_bucket, reason_of
 from s2cd.errors import OutputError
 from s2cd.outputs.layout import can_be_ours, is_ours, media_type
 
@@ -46,7 +45,7 @@ class Store:
         self.out = str(out)
         self.folder = local_folder(self.out)
         with _output_errors(self.out, "cannot be used"):
-            self._store: Any = LocalStore(self.folder, mkdir=True) if self.folder else _remote(self.out)
+            self._store: Any = LocalStore(self.folder, mkdir=True) if self.folder else open_bucket(self.out)
 
     def put(self, name: str, data: bytes | memoryview) -> None:
         """Write an object: after this call it is there whole, or OutputError was raised and nothing is."""
@@ -155,12 +154,6 @@ def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
         raise
 
 
-def _remote(url: str) -> ObjectStore:
-    scheme = urlsplit(url).scheme
-    config = s3_endpoint() if scheme in {"s3", "s3a"} else {}
-    return from_url(url, config=config or None, client_options=client_options(scheme))  # type: ignore[arg-type]
-
-
 def open_store(out: str) -> Store:
     """Return the store of an output folder; one per process and keys, since tasks ask for it again and again."""
     return _open_store(out, environment_digest())
@@ -232,13 +225,4 @@ def _output_errors(what: str, failure: str) -> Iterator[None]:
     try:
         yield
     except (BaseError, OSError, ValueError) as error:
-        raise OutputError(f"{what} {failure}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """Return what went wrong in one line, without the page of internals that obstore appends."""
-    text = str(error)
-    answer = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL)  # what a bucket says
-    if answer:
-        return f"{answer[1]}: {answer[2]}"
-    return re.sub(r"^Generic \w+ error: ", "", text.split("\n", 1)[0].strip())
+        raise OutputError(f"{what} {failure}: {reason_of(error)}") from error
