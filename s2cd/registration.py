@@ -69,8 +69,10 @@ def phase_shift(before: np.ndarray, after: np.ndarray, valid: np.ndarray | None 
         return nothing
     whole = _whole_pixels(detail, moved)
     shift = np.add(whole, _rest(*_overlap(detail, moved, whole)))
-    for _ in range(0 if usable.all() or np.hypot(*shift) < SMALL else REFINEMENTS):
+    for _ in range(REFINEMENTS if not usable.all() and np.hypot(*shift) >= SMALL else 0):
         shift = shift + _rest(*_put_in_place(first, second, usable, shift))
+    if np.isnan(shift).any():
+        return nothing
     return Shift(float(shift[0]), float(shift[1]), _quality(detail, moved, (shift[0], shift[1])))
 
 
@@ -141,7 +143,7 @@ def _overlap(first: np.ndarray, second: np.ndarray, shift: tuple[int, int]) -> t
 
 
 def _rest(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """Shift of less than about a pixel, where the low frequencies' correlation is greatest."""
+    """Shift of less than about a pixel, where the low frequencies' correlation is greatest; NaN if they share none."""
     cross = _cross_power(first, second)
     fy, fx = (
         frequencies(fft.next_fast_len(n, real=True)) for n, frequencies in zip(first.shape, FREQUENCIES, strict=True)
@@ -151,7 +153,10 @@ def _rest(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     fy, fx = fy[np.abs(fy) < HIGHEST], fx[fx < HIGHEST]
     radius = np.hypot(fy[:, None], fx[None, :])
     cross[(radius >= HIGHEST) | (radius == 0)] = 0
-    cross /= np.sqrt(np.abs(cross)) + 1e-12 * np.abs(cross).max()
+    power = np.abs(cross)
+    if not power.any():
+        return float("nan"), float("nan")
+    cross /= np.sqrt(power) + 1e-12 * power.max()
 
     def negative(shift: np.ndarray) -> float:
         return -float(np.real(np.exp(2j * np.pi * fy * shift[0]) @ cross @ np.exp(2j * np.pi * fx * shift[1])))
@@ -167,5 +172,6 @@ def _quality(first: np.ndarray, second: np.ndarray, shift: tuple[float, float]) 
     known = (first != 0) & (moved != 0)
     if known.sum() < MIN_SIZE:
         return 0.0
-    correlation = np.corrcoef(first[known], moved[known])[0, 1]
+    with np.errstate(invalid="ignore"):  # one of them may be the same everywhere
+        correlation = np.corrcoef(first[known], moved[known])[0, 1]
     return float(np.clip(np.nan_to_num(correlation), 0, 1))

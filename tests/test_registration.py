@@ -79,6 +79,17 @@ def test_nothing_to_compare(shape: tuple[int, int]) -> None:
     assert np.isnan(hidden.dx)
 
 
+@pytest.mark.filterwarnings("error")
+def test_too_little_is_left_to_compare() -> None:
+    """Three rows are valid, and once the second image is moved back none of them in both."""
+    valid = np.zeros((16, 16), dtype=bool)
+    valid[:3] = True
+    images = np.random.default_rng(0).normal(size=(2, 16, 16))
+    found = phase_shift(*images, valid)
+    assert np.isnan(found.dy)
+    assert found.quality == 0
+
+
 def test_images_of_different_places_have_no_quality() -> None:
     assert phase_shift(scenery((200, 200), 1), scenery((200, 200), 2)).quality < 0.3
 
