@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import threading
 import time
 import warnings
@@ -36,6 +35,7 @@ from s2cd.config import RunConfig
 from s2cd.cube import common_grid
 from s2cd.errors import ClusterError, OutputError, S2cdError, S2cdWarning, ShiftError, ShiftWarning
 from s2cd.inference import Levels, change_blocks
+from s2cd.interrupts import noted_interrupts
 from s2cd.maps import LARGEST_SHIFT, write_pair
 from s2cd.masks import Mask
 from s2cd.model import Model, ModelRef, load_model
@@ -214,7 +214,7 @@ class _Submission:
     def run(self) -> None:
         """Work through the plan; on an interrupt cancel what is under way and leave finished maps alone."""
         try:
-            with _noted_interrupts(self.interrupted):
+            with noted_interrupts(self.interrupted):
                 for unit in self._units():
                     while len(self._units_under_way()) >= self._units_at_a_time():
                         self._collect()
@@ -454,28 +454,6 @@ def _checked(pair: Pair, surveys: dict[str, Survey], strict: bool) -> Pair:
         return pair
     note = f"darkest pixels differ by {found:+.3f} in every band: an offset may be applied to one date only"
     return replace(pair, notes=(*pair.notes, note))
-
-
-@contextmanager
-def _noted_interrupts(interrupted: threading.Event) -> Iterator[None]:
-    """Note the first Ctrl-C instead of raising it anywhere: Python drops one that hits while it frees an object.
-
-    A second one is raised where it hits. Handlers that others installed, and other threads, are left alone.
-    """
-    default = signal.default_int_handler
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not default:
-        yield
-        return
-
-    def note(_number: int, _frame: Any) -> None:
-        signal.signal(signal.SIGINT, default)
-        interrupted.set()
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, default)
 
 
 @contextmanager

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import rasterio
 from click.testing import CliRunner
@@ -243,6 +246,25 @@ def test_damaged_files_are_told_of_without_a_traceback(tmp_path):
     assert re.match(rf"cannot read \S+{last.parent.name}/B04.tif: B04.tif, band 1: IReadBlock failed at", told[-1]), (
         told
     )
+
+
+def test_an_interrupt_while_the_cluster_starts_is_one_line(catalog, tmp_path):
+    """As a terminal sends it: to the worker process too, which is still importing."""
+    command = [*HEEDING, "run", str(catalog), "--out", str(tmp_path), "-q"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not _starts_a_worker(process) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    lines = [line for line in stderr.splitlines() if not line.startswith("warning: ")]
+    assert lines == ["interrupted: finished maps are complete, run the same command to go on"]
+
+
+def _starts_a_worker(process):
+    with suppress(psutil.Error):  # another child may end meanwhile
+        return any("spawn_main" in " ".join(child.cmdline()) for child in psutil.Process(process.pid).children())
 
 
 def test_an_interrupt_stops_the_workers_and_leaves_finished_maps(tmp_path):

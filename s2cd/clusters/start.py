@@ -33,6 +33,7 @@ from s2cd.clusters.profiles import (
     load_profile,
 )
 from s2cd.errors import ClusterError
+from s2cd.interrupts import deaf_processes, noted_interrupts
 
 log = logging.getLogger(__name__)
 
@@ -69,16 +70,35 @@ def cluster(profile: str | Path | Profile | dict[str, Any] = "local") -> Iterato
     # A run loads the network here too; meanwhile workers start.
     threading.Thread(target=importlib.import_module, args=("s2cd.model",), daemon=True).start()
     with dask.config.set(SCHEDULING), contextlib.ExitStack() as stack:
-        if isinstance(settings, ExistingProfile):
-            client = stack.enter_context(_connect(settings))
-        else:
-            try:
-                client = stack.enter_context(Client(stack.enter_context(_start(settings))))
-            except (OSError, RuntimeError) as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise ClusterError(f"cluster of kind {settings.kind}: does not start ({reason})") from error
-        log.info("Dask dashboard: %s", client.dashboard_link)
-        _prepare(client)
+        with _interrupts_later() if isinstance(settings, LocalProfile | CudaProfile) else contextlib.nullcontext():
+            client = stack.enter_context(_client(settings))
+            log.info("Dask dashboard: %s", client.dashboard_link)
+            _prepare(client)
+        yield client
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Raise a Ctrl-C when the block ends: a cluster that is half started can neither be used nor taken down."""
+    interrupted = threading.Event()
+    with noted_interrupts(interrupted):
+        yield
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _client(settings: Profile) -> Iterator[Client]:
+    if isinstance(settings, ExistingProfile):
+        with _connect(settings) as client:
+            yield client
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            client = stack.enter_context(Client(stack.enter_context(_start(settings))))
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ClusterError(f"cluster of kind {settings.kind}: does not start ({reason})") from error
         yield client
 
 
@@ -139,7 +159,7 @@ def cuda_threads(profile: CudaProfile) -> int:
 def _local(profile: LocalProfile) -> Iterator[SpecCluster]:
     threads, memory = local_resources(profile)
     variables = worker_environment(threads) | profile.environment
-    with _nanny_environment(variables), _quiet_ports(), _script_unseen():
+    with deaf_processes(), _nanny_environment(variables), _quiet_ports(), _script_unseen():
         started = LocalCluster(
             n_workers=profile.processes,
             threads_per_worker=threads,
@@ -193,7 +213,7 @@ def _cuda(profile: CudaProfile) -> Iterator[SpecCluster]:
     options: dict[str, Any] = {} if profile.memory == "auto" else {"memory_limit": profile.memory}
     if profile.gpus != "all":
         options["CUDA_VISIBLE_DEVICES"] = profile.gpus
-    with _nanny_environment(variables), _quiet_ports(), _script_unseen():
+    with deaf_processes(), _nanny_environment(variables), _quiet_ports(), _script_unseen():
         started = local_cuda_cluster(
             threads_per_worker=threads,
             device_memory_limit=profile.device_memory,
