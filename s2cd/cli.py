@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -21,13 +23,25 @@ from s2cd.config import RunConfig
 from s2cd.errors import S2cdError, S2cdWarning
 
 # Names of users may look like rich's markup or emoji: "x[/y]".
-OUT = Console(soft_wrap=True, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
+OUT = Console(soft_wrap=True, markup=False, emoji=False, width=None if sys.stdout and sys.stdout.isatty() else 160)
 WORDY = ("detail", "bands")
 ERR = Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
 
 
 class _Commands(click.Group):
     """Prints an S2cdError on one line and exits with 1; an interrupt exits with 130."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """Run the program; that its output cannot be written, even its help, is one line as well."""
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # letters that its encoding lacks
+        try:
+            return super().main(*arguments, **options)
+        except OSError:
+            if reason := _stdout_failure():
+                ERR.print(f"error: standard output cannot be written: {reason}", style="red", highlight=False)
+                sys.exit(1)
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -39,6 +53,16 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             ERR.print("interrupted: finished maps are complete, run the same command to go on")
             sys.exit(130)
+
+
+def _stdout_failure() -> str | None:
+    """Say why nothing can be printed, if so, and drop what was, so that Python does not try once more at its end."""
+    try:
+        print(flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error.strerror
+    return None
 
 
 @click.group(cls=_Commands, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})

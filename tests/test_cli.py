@@ -155,6 +155,27 @@ def test_no_secret_of_an_address_is_told(catalog, bucket):
     assert "0 maps written, 2 were there" in again.output
 
 
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["models", "list"], ["models", "show", "urban", "--json"], ["run", "--help"]])
+def test_an_output_that_cannot_be_written_is_one_line(arguments, buffered):
+    environment = os.environ | {"PYTHONUNBUFFERED": buffered}
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment
+        )
+    assert result.stderr == "error: standard output cannot be written: No space left on device\n"
+    assert result.returncode == 1
+
+
+def test_letters_that_an_encoding_lacks_are_told_by_their_number(tmp_path):
+    (tmp_path / "größe").mkdir()
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [*COMMAND, "validate", str(tmp_path / "größe")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert "gr\\xf6\\xdfe: no maps\n" in result.stdout
+    assert result.stderr == ""
+
+
 def test_status_of_a_folder_without_a_run(tmp_path):
     result = invoke("status", tmp_path)
     assert result.exit_code == 1
