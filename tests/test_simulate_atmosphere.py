@@ -117,11 +117,12 @@ def test_hash_is_uniform_and_stable():
     assert np.array_equal(numbers[:5], hash01(7, np.arange(5), np.arange(5) % 3))
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(main, [str(tmp_path / "s"), "--size", "33", "--dates", "2", "--orbit", "51"])
     assert done.exit_code == 0, done.output
     assert done.output.strip() == str(tmp_path / "s" / "catalog.json")
-    nowhere = CliRunner().invoke(main, [""])
+    nowhere = CliRunner().invoke(main, ["", "--size", "16", "--dates", "1"])
     assert (nowhere.exit_code, nowhere.stderr) == (1, "error: out: found '', expected a folder\n")
     wrong = CliRunner().invoke(main, [str(tmp_path / "t"), "--tile", "00AAA"])
     assert wrong.exit_code == 1
