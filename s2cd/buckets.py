@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from obstore.store import ObjectStore, from_url
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig
+    from obstore.store import ClientConfig, S3Config
 
 # What obstore takes from the environment: keys, regions and servers of S3, Azure and Google.
 _PREFIXES = {
@@ -61,8 +61,8 @@ def open_bucket(url: str) -> ObjectStore:
     Raises obstore's errors, and ValueError, for a URL of an unknown kind.
     """
     scheme = urlsplit(url).scheme
-    config = s3_endpoint() if scheme in {"s3", "s3a"} else {}
-    return from_url(url, config=config or None, client_options=client_options(scheme))  # type: ignore[arg-type]
+    config = cast("S3Config", s3_endpoint()) if scheme in {"s3", "s3a"} else None
+    return from_url(url, config=config, client_options=client_options(scheme))
 
 
 def reason_of(error: Exception) -> str:
