@@ -28,7 +28,7 @@ from s2cd import jit
 from s2cd.codes import encode_codes, split_reasons
 from s2cd.errors import ModelError
 from s2cd.model import BANDS, appearance, compiled, device, list_models, load_model, normalise, registry
-from s2cd.model.appearance import INPUTS, RED, along_edges, box, edges
+from s2cd.model.appearance import BAND_COUNT, INPUTS, RED, along_edges, box, edges
 from s2cd.model.device import Engine, fast_bfloat16, out_of_memory, with_memory
 from s2cd.model.network import HALO, REACH, STRIDE, STRIP, ChangeNet, cost, network_of
 from s2cd.model.tensors import to_input
@@ -250,19 +250,21 @@ def test_a_distant_pixel_has_no_influence(model):
     columns=st.integers(1, 13),
     count=st.integers(1, 2),
     dtype=st.sampled_from([torch.float16, torch.float32]),
+    learnt=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_what_is_compiled_for_cpus_is_what_torch_does(rows, columns, count, dtype, seed):
+def test_what_is_compiled_for_cpus_is_what_torch_does(rows, columns, count, dtype, learnt, seed):
     """And gives the same to the bit whichever date comes first."""
     generator = torch.Generator().manual_seed(seed)
     dates = 4 * torch.randn(2, count, INPUTS, 8 * rows, 8 * columns, generator=generator).to(dtype)
     dates[:, :, -1] = torch.randint(0, 5, dates[:, :, -1].shape, generator=generator) / 4
     logits = 5 * torch.randn(count, 1, 8 * rows, 8 * columns, generator=generator)
+    metric = torch.randn(BAND_COUNT, BAND_COUNT, generator=generator) if learnt else torch.eye(BAND_COUNT)
 
     def results(module, a, b):
         (edges_a, cells_a, means_a), (edges_b, cells_b, means_b) = looks = [module.appearance(x) for x in (a, b)]
         hazy = module.haze_between(cells_a, cells_b)
-        length = module.magnitude(means_a, means_b, hazy)
+        length = module.magnitude(means_a, means_b, hazy, metric)
         return *looks[0], *looks[1], hazy[:, :-1], length, module.finished(logits, edges_a, edges_b)
 
     found = results(compiled, *dates)
@@ -271,6 +273,17 @@ def test_what_is_compiled_for_cpus_is_what_torch_does(rows, columns, count, dtyp
     assert torch.equal(swapped[-3], -found[-3])
     assert torch.equal(swapped[-2], found[-2])
     assert torch.equal(swapped[-1], found[-1])
+
+
+def test_the_magnitude_is_float32_where_the_network_is_bfloat16():
+    generator = torch.Generator().manual_seed(0)
+    dates = torch.rand(2, 1, INPUTS, 32, 32, generator=generator)
+    (_, cells_a, means_a), (_, cells_b, means_b) = map(appearance.appearance, dates)
+    vectors = means_a, means_b, appearance.haze_between(cells_a, cells_b)
+    metric = torch.randn(BAND_COUNT, BAND_COUNT, generator=generator)
+    expected = appearance.magnitude(*vectors, metric)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(appearance.magnitude(*vectors, metric), expected)
 
 
 def test_code_is_compiled_where_nothing_can_be_kept_on_disk():
@@ -305,7 +318,7 @@ def test_what_differs_alike_all_around_is_no_evidence_and_a_large_change_stays_o
 
     def evidence(a, b):
         (_, cells_a, means_a), (_, cells_b, means_b) = map(module.appearance, (a, b))
-        return module.magnitude(means_a, means_b, module.haze_between(cells_a, cells_b))[0, 0]
+        return module.magnitude(means_a, means_b, module.haze_between(cells_a, cells_b), torch.eye(BAND_COUNT))[0, 0]
 
     found = evidence(first, second)
     torch.testing.assert_close(found, evidence(second, first))

@@ -85,7 +85,7 @@ def test_flanders_gives_a_map_for_each_consecutive_pair_of_clear_dates(shared_da
     assert "left out: S2_31UDS_" in result.stdout
 
 
-@pytest.mark.parametrize(("name", "largest", "share"), [("generic", 0.045, 0.012), ("urban", 0.025, 0.005)])
+@pytest.mark.parametrize(("name", "largest", "share"), [("generic", 0.045, 0.012), ("urban", 0.02, 0.001)])
 def test_bfloat16_is_as_close_to_float32_as_documented(shared_data, name, largest, share):
     """docs/performance.md; the target, 0.01 at most, is missed. Beihai is the worst city."""
     model = s2cd.load_model(name, device="cpu")

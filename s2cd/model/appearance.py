@@ -1,4 +1,4 @@
-"""What stands beside the network, without any training: the magnitude of change, and the edges that a map follows.
+"""What stands beside the network, untrained but for a metric: the magnitude of change, and the edges maps follow.
 
 Like this in training and on GPUs; on CPUs `s2cd.model.compiled` does the same in fewer passes through memory.
 """
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 FINE_BANDS = 4  # the first bands, at 10 m
 COARSE_BANDS = 3  # the others, at 20 m
+BAND_COUNT = FINE_BANDS + COARSE_BANDS
 INPUTS = 4 * FINE_BANDS + COARSE_BANDS + 1  # the last channel tells where there is an observation
 RED = slice(8, 12)  # channels of the input: the band whose edges the logits follow, four 10 m pixels
 FLAT = 0.3  # variance of that band around a pixel, in squares of its spread, below which edges count less and less
@@ -72,18 +73,29 @@ def haze_between(a: Tensor, b: Tensor) -> Tensor:
     return functional.interpolate(around, scale_factor=CELL / 2, mode="bilinear")
 
 
-def magnitude(a: Tensor, b: Tensor, hazy: Tensor) -> Tensor:
+def magnitude(a: Tensor, b: Tensor, hazy: Tensor, metric: Tensor) -> Tensor:
     """Return the logarithm of the length of the change vector, of each 20 m pixel and of its surroundings of 60 m.
 
-    a, b are the `band_means` of two dates, `hazy` is their `haze_between`; the result is float32 (n, 1, h, w). What
-    either date does not show counts as unchanged. Change-vector analysis: Malila, 1980.
+    a, b are the `band_means` of two dates, `hazy` is their `haze_between`; `metric` (bands, bands) float32 is what
+    vectors are multiplied with before they are measured, see `ChangeNet`; the result is float32 (n, 1, h, w).
+    Change-vector analysis: Malila, 1980.
+    """
+    vectors = change_vectors(a, b, hazy)
+    with torch.autocast(vectors.device.type, enabled=False):  # as for `band_means`
+        vectors = functional.linear(vectors.permute(0, 2, 3, 1), metric).permute(0, 3, 1, 2)
+    squares = (vectors.square() + box(vectors).square()).sum(dim=1, keepdim=True)
+    return 0.5 * torch.log(squares + LEAST_SQUARE)
+
+
+def change_vectors(a: Tensor, b: Tensor, hazy: Tensor) -> Tensor:
+    """Return how two dates differ beyond what differs alike all around, (n, bands, h, w) float32, as `magnitude`.
+
+    What either date does not show counts as unchanged.
     """
     difference, seen = a - b, torch.minimum(a[:, -1:], b[:, -1:])
     for row, col in itertools.product((0, 1), repeat=2):
         difference[:, :, row::2, col::2] -= hazy
-    difference *= seen
-    squares = (difference.square() + box(difference).square())[:, :-1].sum(dim=1, keepdim=True)
-    return 0.5 * torch.log(squares + LEAST_SQUARE)
+    return (difference * seen)[:, :-1]
 
 
 def finished(logits: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -47,12 +47,15 @@ def haze_between(a: Tensor, b: Tensor) -> Tensor:
     return result.permute(0, 3, 1, 2)
 
 
-def magnitude(a: Tensor, b: Tensor, hazy: Tensor) -> Tensor:
+def magnitude(a: Tensor, b: Tensor, hazy: Tensor, metric: Tensor) -> Tensor:
     """Return `s2cd.model.appearance.magnitude` of two dates' bands."""
     squares = _empty((len(a), 1, *a.shape[2:]))
+    columns = np.zeros((VALUES, VALUES), F)  # of the metric, and nothing of where a pixel is seen
+    columns[:-1, :-1] = metric.T.numpy()
+    plain = bool((columns[:-1, :-1] == np.eye(VALUES - 1, dtype=F)).all())
     dates = (_bands_last(x) for x in (a, b, hazy))
     for first, second, around, (out,) in zip(*dates, squares.numpy(), strict=True):
-        _square(first, second, around, out)
+        _square(first, second, around, columns, plain, out)
     return squares.add_(LEAST_SQUARE).log_().mul_(0.5)
 
 
@@ -202,17 +205,20 @@ def _beyond(i: int, size: int) -> int:
 
 
 @compiled(fastmath=SUMS)
-def _square(a: Any, b: Any, hazy: Any, out: Any) -> None:
+def _square(a: Any, b: Any, hazy: Any, columns: Any, plain: bool, out: Any) -> None:
     """Write the squared length of the change vector of a pixel, and of its surroundings, together.
 
-    a, b are (h, w * VALUES), hazy is (h / 2, w / 2 * VALUES).
+    a, b are (h, w * VALUES), hazy is (h / 2, w / 2 * VALUES); vectors are sums of `columns`, unless `plain`.
     """
     height, width = out.shape
     lines = np.empty((3, (width + 2) * VALUES), F)  # the differences of three rows, their ends repeated
     total = np.empty((width + 2) * VALUES, F)
     for ahead in range(height + 1):
         if ahead < height:
-            _differ(a[ahead], b[ahead], hazy[ahead // 2], lines[ahead % 3])
+            line = lines[ahead % 3]
+            _differ(a[ahead], b[ahead], hazy[ahead // 2], line)
+            if not plain:
+                _turn(line, columns)
         if ahead == 0:
             continue
         i = ahead - 1
@@ -247,6 +253,17 @@ def _differ(a: Any, b: Any, hazy: Any, line: Any) -> None:
                 line[value] *= seen
     for k in range(VALUES):
         line[k], line[size + VALUES + k] = line[k + VALUES], line[size + k]
+
+
+@compiled(fastmath=SUMS)
+def _turn(line: Any, columns: Any) -> None:
+    """Make of each vector in a row the sum of `columns` (VALUES, VALUES) with its values as weights."""
+    for k in range(0, len(line), VALUES):
+        v = line[k : k + VALUES]
+        p, q, r, s, t, u, w = v[0], v[1], v[2], v[3], v[4], v[5], v[6]
+        for i in range(VALUES):
+            first = p * columns[0, i] + q * columns[1, i] + r * columns[2, i] + s * columns[3, i]
+            v[i] = first + t * columns[4, i] + u * columns[5, i] + w * columns[6, i]
 
 
 @compiled(fastmath=SUMS)

@@ -14,7 +14,7 @@ on nothing beyond `HALO` and a chunk gives what the whole image gives.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from s2cd.model import appearance
-from s2cd.model.appearance import INPUTS, shuffled
+from s2cd.model.appearance import BAND_COUNT, INPUTS, shuffled
 
 STRIDE = 16  # 10 m pixels that one pixel of the coarsest level covers
 REACH = 52  # 10 m pixels beyond a multiple of STRIDE that what lies before it depends on
@@ -76,10 +76,14 @@ class ChangeNet(nn.Module):
 
     `encode` takes (n, INPUTS, h, w) on the 20 m grid, h and w multiples of 8, and returns four tensors at strides 1,
     2, 4 and 8; `decode` takes two of those and returns logits (n, 1, 2h, 2w) on the 10 m grid.
+
+    `metric` (bands, bands) tells which differences count: change vectors are multiplied with it before they are
+    measured. Without labels all bands count alike; from labels `s2cd.training.metric` learns it.
     """
 
     discount: Tensor
     evidence: Tensor
+    metric: Tensor
 
     def __init__(self, *, norm: bool = False, widths: tuple[int, ...] = WIDTHS, depths: tuple[int, ...] = DEPTHS):
         super().__init__()
@@ -100,6 +104,7 @@ class ChangeNet(nn.Module):
         self.head = nn.Conv2d(widths[0], 4, 1)
         self.register_buffer("discount", torch.zeros(()))  # logits by which e times the usual difference counts less
         self.register_buffer("evidence", torch.zeros(()))  # logits that e times the magnitude adds
+        self.register_buffer("metric", torch.eye(BAND_COUNT))
 
     def encode(self, x: Tensor) -> Features:
         """Return the features of one date at every level, and its `appearance`."""
@@ -125,7 +130,7 @@ class ChangeNet(nn.Module):
 
         `background` is `s2cd.model.normalise.background` of each of the n pairs, (n, 1, 1, 1), or of all.
         """
-        logits = pooled(self.vote(a, b), a, b, background, self.discount, self.evidence)
+        logits = pooled(self.vote(a, b), a, b, background, [self])
         return shuffled(logits) if self.training else _beside(logits).finished(logits, a[-3], b[-3])
 
     def vote(self, a: Features, b: Features) -> Tensor:
@@ -186,6 +191,7 @@ class ChangeNet(nn.Module):
                 unit.conv.load_state_dict({"weight": weight, "bias": offset})
         net.head.load_state_dict(self.head.state_dict())
         net.pool(float(self.discount), float(self.evidence)).scale(1 / temperature)
+        net.metric.copy_(self.metric)
         assert net.head.bias is not None
         net.head.bias += bias
         return net.eval()
@@ -217,8 +223,7 @@ class Committee(nn.Module):
         parts = [slice(i * size, (i + 1) * size) for i in range(len(self.members))]
         dates = [((*a[part], *a[-3:]), (*b[part], *b[-3:])) for part in parts]
         votes = [member.vote(*pair) for member, pair in zip(self.networks, dates, strict=True)]
-        weights = [torch.stack([getattr(m, name) for m in self.networks]).mean() for name in ("discount", "evidence")]
-        logits = pooled(torch.stack(votes).mean(dim=0), a, b, background, *weights)
+        logits = pooled(torch.stack(votes).mean(dim=0), a, b, background, self.networks)
         return shuffled(logits) if self.training else _beside(logits).finished(logits, a[-3], b[-3])
 
     def forward(self, before: Tensor, after: Tensor, background: Tensor | float = 1.0) -> Tensor:
@@ -273,12 +278,17 @@ def _by_strips(like: Tensor, make: Callable[[slice], Tensor], margin: int, *, wh
 
 
 def pooled(
-    logits: Tensor, a: Features, b: Features, background: Tensor | float, discount: Tensor, evidence: Tensor
+    logits: Tensor, a: Features, b: Features, background: Tensor | float, networks: Sequence[ChangeNet]
 ) -> Tensor:
-    """Return logits of 20 m pixels with what the magnitude between two dates says against their background."""
+    """Return logits of 20 m pixels with what the magnitude between two dates says against their background.
+
+    How much either counts, and the metric, are the mean of those of `networks`.
+    """
+    names = "discount", "evidence", "metric"
+    discount, evidence, metric = (torch.stack([getattr(n, name) for n in networks]).mean(dim=0) for name in names)
     (_, cells_a, means_a), (_, cells_b, means_b) = a[-3:], b[-3:]
     beside = _beside(logits)
-    lengths = beside.magnitude(means_a, means_b, beside.haze_between(cells_a, cells_b))
+    lengths = beside.magnitude(means_a, means_b, beside.haze_between(cells_a, cells_b), metric.float())
     usual = torch.log(torch.as_tensor(background, device=logits.device))
     return logits - discount * usual + evidence * (lengths - usual)
 

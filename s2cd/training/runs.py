@@ -25,6 +25,7 @@ from s2cd.training.fcsiam import FCSiamDiff
 from s2cd.training.fitting import Plan, fit, require_same
 from s2cd.training.folders import made, written
 from s2cd.training.material import Material
+from s2cd.training.metric import spectral_metric
 from s2cd.training.metrics import Histogram
 from s2cd.training.scoring import Map, Report, judged, predictor, score
 from s2cd.training.simulated import BLOCK
@@ -211,6 +212,9 @@ def train(
     description |= {"norm": _has_norm(net), "simulated": simulated if labels else 1.0, "blend": blend}
     description |= {"network": "fc-siam-diff" if isinstance(net, FCSiamDiff) else NETWORKS[0], **material.digests()}
     _require_free(out / "run.json", description)
+    for part in net.modules() if labels else ():
+        if isinstance(part, ChangeNet):
+            part.metric.copy_(spectral_metric(material.cities, HALF_POOL[1]))
     first = {name: value.clone() for name, value in net.state_dict().items()}
     trained = fit(net, material.sampler(size, simulated), plan, out, description, device=device).state_dict()
     mixed = {k: v.lerp(first[k], 1 - blend) if v.is_floating_point() else v for k, v in trained.items()}
