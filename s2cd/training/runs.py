@@ -212,9 +212,11 @@ def train(
     description |= {"norm": _has_norm(net), "simulated": simulated if labels else 1.0, "blend": blend}
     description |= {"network": "fc-siam-diff" if isinstance(net, FCSiamDiff) else NETWORKS[0], **material.digests()}
     _require_free(out / "run.json", description)
-    for part in net.modules() if labels else ():
-        if isinstance(part, ChangeNet):
-            part.metric.copy_(spectral_metric(material.cities, HALF_POOL[1]))
+    parts = [part for part in net.modules() if isinstance(part, ChangeNet)]
+    if labels and parts:
+        metric = spectral_metric(material.cities, HALF_POOL[1])
+        for part in parts:
+            part.metric.copy_(metric)
     first = {name: value.clone() for name, value in net.state_dict().items()}
     trained = fit(net, material.sampler(size, simulated), plan, out, description, device=device).state_dict()
     mixed = {k: v.lerp(first[k], 1 - blend) if v.is_floating_point() else v for k, v in trained.items()}
