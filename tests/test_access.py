@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import pickle
 import random
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,6 +148,24 @@ def test_a_file_is_asked_for_its_head_once_until_it_is_replaced(server: FaultSer
     write(path, pixels(3), 16)
     window = slice(900, 940), slice(0, 40)
     assert np.array_equal(read(href, *window), pixels(3)[window])
+
+
+def file_systems() -> list[str]:
+    """The prefixes of GDAL's virtual file systems, from the library that rasterio has loaded."""
+    loaded = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgdal" in line]
+    gdal = ctypes.CDLL(loaded[0])
+    gdal.VSIGetFileSystemsPrefixes.restype = ctypes.POINTER(ctypes.c_char_p)
+    return [prefix.decode() for prefix in takewhile(bool, gdal.VSIGetFileSystemsPrefixes())]
+
+
+def test_no_file_system_comes_or_goes_while_threads_read(server: FaultServer) -> None:
+    """GDAL's threads walk through their list without a lock, so that a change of it crashes the process."""
+    before = file_systems()
+    assert "/vsicurl/" in before
+    with access.open_dataset("static", f"{server.url}/0.tif") as dataset:
+        assert file_systems() == before
+        assert dataset.name.startswith(tuple(before))
+    assert file_systems() == before
 
 
 @pytest.mark.parametrize("threads", ["1", "2", "ALL_CPUS"])

@@ -23,14 +23,16 @@ from s2cd.addresses import local_path
 from s2cd.buckets import s3_endpoint
 from s2cd.catalog.items import parse_time
 from s2cd.catalog.providers import PROVIDERS
-from s2cd.catalog.ranges import HEADS, HttpSource, Opener, RangeFile, S3Source, s3_source
+from s2cd.catalog.ranges import HEADS, HttpSource, RangeFile, RangePath, S3Source, s3_source
 from s2cd.catalog.static import is_url, retry_policy
 from s2cd.errors import GridError, ReadError, S2cdError
 
 T = TypeVar("T")
 
-# No listing of folders and no search for side files: an asset is one file. GDAL's own threads cannot read through an
-# opener, and do not say so: they leave blocks of JPEG 2000 as they find them in memory.
+with rasterio.Env():  # adds the file system of `RangePath` before threads read
+    pass
+
+# No listing of folders and no search for side files: an asset is one file. One thread, since s2cd reads in many.
 GDAL_OPTIONS = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_NUM_THREADS": "1"}
 # Buckets whose readers pay for the transfer, and the region they stand in.
 REQUESTER_PAYS = {"sentinel-s2-l1c": "eu-central-1", "sentinel-s2-l2a": "eu-central-1"}
@@ -65,25 +67,25 @@ def open_dataset(provider: str, href: str) -> Iterator[rasterio.DatasetReader]:
             yield dataset
         return
     source = _source(provider, href)
-    opener = Opener(RangeFile(source, HEADS.get(href, source)), PurePosixPath(urlsplit(href).path).suffix)
+    file = RangeFile(source, HEADS.get(href, source))
+    suffix = PurePosixPath(urlsplit(href).path).suffix
     try:
-        with rasterio.Env(**GDAL_OPTIONS), rasterio.open(opener.name, opener=opener) as dataset:
-            if opener.file.failure is not None:
-                raise opener.file.failure
-            HEADS.put(href, opener.file.head)
-            _files[id(dataset)] = opener.file
+        with rasterio.Env(**GDAL_OPTIONS), RangePath(file, suffix) as path, path.open() as dataset:
+            if file.failure is not None:
+                raise file.failure
+            HEADS.put(href, file.head)
+            _files[id(dataset)] = file
             try:
                 yield dataset
             finally:
                 del _files[id(dataset)]
     except Exception as error:
         HEADS.forget(href)
-        failure = opener.file.failure
-        if failure is None or failure is error:  # an error that is its own cause cannot be pickled
+        if file.failure is None or file.failure is error:  # an error that is its own cause cannot be pickled
             raise
-        raise failure from error
-    if opener.file.failure is not None:
-        raise opener.file.failure
+        raise file.failure from error
+    if file.failure is not None:
+        raise file.failure
 
 
 def is_local(href: str) -> bool:
@@ -236,8 +238,7 @@ def _parts_of(edition: tuple[object, ...], ranges: Iterable[tuple[int, int]]) ->
 def _fetched(file: RangeFile, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
     file.prefetch(ranges)
     for start, stop in ranges:
-        file.seek(start)
-        yield file.read(stop - start)
+        yield file.read(start, stop)
 
 
 def _source(provider: str, href: str) -> HttpSource | S3Source:

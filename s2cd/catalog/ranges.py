@@ -7,7 +7,6 @@ blocks that were never written, so as nodata. Here an answer counts only if it i
 from __future__ import annotations
 
 import io
-import itertools
 import re
 import threading
 import time
@@ -16,11 +15,12 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, Self
 
 import obstore
 import urllib3
 from obstore.store import S3Store
+from rasterio.io import FilePath
 
 from s2cd.addresses import login_headers
 from s2cd.buckets import client_options, environment_digest
@@ -171,58 +171,46 @@ class Heads:
 HEADS = Heads()
 
 
-class RangeFile(io.RawIOBase):
-    """A remote file as GDAL's virtual file system wants one: read, seek, tell, close.
+class RangeFile:
+    """The bytes of a remote file that were fetched so far, and those that are asked for next.
 
-    What goes wrong in `read` is kept in `failure`, since GDAL may carry on without the bytes it did not get.
+    What went wrong is kept in `failure`, since GDAL may carry on without the bytes it did not get. rasterio's
+    `FilePath` opens it as it does files of fsspec: `file.fs.open(file.path, file.mode)`.
     """
 
+    path, mode = "", "rb"
+
     def __init__(self, source: Source, head: Head | None = None):
-        super().__init__()
         self.source = source
         self.failure: Exception | None = None
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
-        self._position = 0
         self.head = head or self._read_head()  # what another `RangeFile` of the same file can start from
         source.size, source.tag = self.head.size, self.head.tag
         self._store(0, self.head.data)
 
-    def readable(self) -> bool:
-        """Return True."""
-        return True
+    @property
+    def size(self) -> int:
+        """The bytes of the file."""
+        return self.source.size or 0
 
-    def seekable(self) -> bool:
-        """Return True."""
-        return True
+    @property
+    def fs(self) -> Self:
+        """The file system that has this file only: itself."""
+        return self
 
-    def tell(self) -> int:
-        """Return the position in bytes."""
-        return self._position
+    def open(self, path: str, mode: str) -> RangeReader:
+        """Return a reader at the start of the file."""
+        return RangeReader(self)
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move as any file does."""
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.source.size or 0}[whence]
-        self._position = max(0, start + offset)
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        """Return `size` bytes, fewer only at the end of the file."""
-        end = self.source.size or 0
-        stop = end if size < 0 else min(self._position + size, end)
-        if stop <= self._position:
+    def read(self, start: int, stop: int) -> bytes:
+        """Return bytes [start, stop), fewer only at the end of the file. Raises what the transport raises."""
+        stop = min(stop, self.size)
+        if stop <= start:
             return b""
-        data = self._cached(self._position, stop) or self._read_ahead(self._position, stop, end)
-        self._position += len(data)
-        return data
+        return self._cached(start, stop) or self._read_ahead(start, stop)
 
-    def _read_ahead(self, start: int, stop: int, end: int) -> bytes:
-        """Bytes [start, stop), none after a failure: GDAL calls this through C, where nothing can be raised."""
-        if self.failure is not None:
-            return b""
-        try:
-            ahead = self._fetch(start, max(stop, min(start + HEAD_BYTES, end)))
-        except Exception:
-            return b""
+    def _read_ahead(self, start: int, stop: int) -> bytes:
+        ahead = self._fetch(start, max(stop, min(start + HEAD_BYTES, self.size)))
         self._store(start, ahead)
         return ahead[: stop - start]
 
@@ -259,6 +247,35 @@ class RangeFile(io.RawIOBase):
         return None
 
 
+class RangeReader:
+    """A position in a `RangeFile`. GDAL calls it through C, where nothing can be raised."""
+
+    def __init__(self, file: RangeFile):
+        self._file = file
+        self._position = 0
+
+    def tell(self) -> int:
+        """Return the position in bytes."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move as in any file."""
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def read(self, size: int) -> bytes:
+        """Return `size` bytes, fewer at the end of the file, and none from the first failure on."""
+        if self._file.failure is not None:
+            return b""
+        try:
+            data = self._file.read(self._position, self._position + size)
+        except Exception:  # which the file keeps
+            return b""
+        self._position += len(data)
+        return data
+
+
 def merge_ranges(ranges: Iterable[tuple[int, int]], gap: int = GAP_BYTES) -> list[tuple[int, int]]:
     """Merge byte ranges [start, stop) that lie at most `gap` bytes apart; the result is ordered."""
     merged: list[tuple[int, int]] = []
@@ -270,22 +287,16 @@ def merge_ranges(ranges: Iterable[tuple[int, int]], gap: int = GAP_BYTES) -> lis
     return merged
 
 
-_numbers = itertools.count()
+class RangePath(FilePath):
+    """A name by which GDAL opens a `RangeFile` as long as this is entered, as `rasterio.open(opener=...)` has one.
 
-
-class Opener:
-    """Hands one `RangeFile` to rasterio under a name of its own, since GDAL allows one opener a name."""
+    An opener adds a file system to GDAL's list and removes it again, with every file, while other threads walk through
+    that list without a lock: with GDAL 3.10, a process that reads in several threads crashes sooner or later. Names of
+    this kind share one file system, which the first `rasterio.Env` adds.
+    """
 
     def __init__(self, file: RangeFile, suffix: str):
-        self.file = file
-        self.name = f"s2cd-{next(_numbers)}{suffix}"
-
-    def __call__(self, name: str, mode: str = "rb", **options: object) -> RangeFile:
-        """Return the file; GDAL asks for side files (.aux.xml, .ovr) too, which there are none of."""
-        if name.rpartition("/")[2] != self.name:
-            raise FileNotFoundError(name)
-        self.file.seek(0)
-        return self.file
+        super(FilePath, self).__init__(file, filename=f"asset{suffix}")  # FilePath's own only warns to use an opener
 
 
 def s3_source(bucket: str, key: str, config: Mapping[str, str]) -> S3Source:
