@@ -238,7 +238,7 @@ def _chosen(part: dict[str, Any]) -> str:
 
 def _stages_block(parts: Parts) -> str:
     alone, within = parts["stages"], parts.get("engine", {}).get("stages_cpu_s", {})
-    names = ("decode", "network", "encode", "mask", "survey")
+    names = ("decode", "network", "encode", "mask", "survey", "displacement")
     rows = [
         f"| {name} | {_number(alone.get(name))} | {_number(within.get(name))} |"
         for name in names
@@ -345,7 +345,14 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-COLOURS = {"survey": "#bbbbbb", "decode": "#4477aa", "mask": "#66ccee", "network": "#ee6677", "encode": "#ccbb44"}
+COLOURS = {
+    "survey": "#bbbbbb",
+    "decode": "#4477aa",
+    "mask": "#66ccee",
+    "network": "#ee6677",
+    "encode": "#ccbb44",
+    "displacement": "#228833",
+}
 
 
 def draw(parts: Parts, path: Path) -> None:

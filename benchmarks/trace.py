@@ -23,7 +23,8 @@ STAGES = (
     ("s2cd.survey", "survey_scene", "survey"),
     ("s2cd.outputs.parts", "map_part", "encode"),
     ("s2cd.outputs", "write_map", "encode"),
-    ("s2cd.runner", "thumbnail", "encode"),
+    ("s2cd.maps", "thumbnail", "encode"),
+    ("s2cd.inference", "phase_shift", "displacement"),
 )
 _events: list[tuple[int, int, str, float, float, float]] = []
 _inside = threading.local()

@@ -25,6 +25,7 @@ import dask
 from dask.highlevelgraph import HighLevelGraph
 from dask.typing import Key
 from distributed import Client, Future, wait
+from distributed.comm import CommClosedError
 
 from s2cd import outputs
 from s2cd.addresses import public_href
@@ -60,6 +61,7 @@ from s2cd.survey import Survey, scene_input, survey_scene
 Progress = Callable[[str, int, int], None]
 VIEWS = "views"
 HEED = 0.5  # seconds between looks for an interrupt
+NOTICE = 10.0  # seconds in which a client notices that its scheduler is gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -462,7 +464,10 @@ def _scheduler_needed(client: Client) -> Iterator[None]:
     place = client.scheduler_info(n_workers=0)["address"]
     try:
         yield
-    except (CancelledError, OSError):
+    except (CancelledError, OSError) as error:
+        patience = time.monotonic() + NOTICE * isinstance(error, CommClosedError)
+        while client.status == "running" and time.monotonic() < patience:  # it may not have noticed yet
+            time.sleep(HEED / 10)
         if client.status == "running":
             raise
         raise ClusterError(

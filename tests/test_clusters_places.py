@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from distributed.comm import CommClosedError
 from places_support import BIN, PAIRS, background, demo_catalogue, maps_by, maps_of, run_in_small_parts, wait_for_file
 from rasterio.io import MemoryFile
 
@@ -93,7 +94,9 @@ def test_a_run_goes_on_when_its_only_worker_was_killed(catalog, expected, tmp_pa
     assert maps_of(tmp_path) == expected
 
 
-def test_a_scheduler_that_is_gone_ends_a_run_with_one_line(catalog, expected, tmp_path):
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_scheduler_that_is_gone_ends_a_run_with_one_line(catalog, expected, tmp_path, asked):
+    """Also where a question that is under way learns of it before Dask's client does."""
     file = tmp_path / "scheduler.json"
     located = ["--scheduler-file", str(file)]
     scheduler = [str(BIN / "dask"), "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
@@ -104,6 +107,8 @@ def test_a_scheduler_that_is_gone_ends_a_run_with_one_line(catalog, expected, tm
         def kill(phase, done, _total):
             if phase == "maps" and done:
                 process.kill()
+                if asked:
+                    raise CommClosedError("connection reset by peer")
 
         with (
             background([*worker, *located], tmp_path / "worker.log"),
