@@ -252,7 +252,6 @@ def _simulated_tasks(workers: Workers) -> Iterator[None]:
         mock.patch.object(runner, "survey_scene", nodes.survey_scene),
         mock.patch.object(runner, "write_pair", nodes.write_pair),
         mock.patch.object(inference, "_infer_block", nodes.infer_block),
-        mock.patch.object(inference, "measure_shifts", nodes.measure_shifts),
     ):
         yield
 

@@ -10,7 +10,6 @@ import asyncio
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 import dask
@@ -22,7 +21,6 @@ from s2cd.inference import Block
 from s2cd.outputs import path_of
 from s2cd.outputs.store import open_store
 from s2cd.pairs import Pair
-from s2cd.registration import Shift
 from s2cd.survey import Survey
 
 # What a real node does with cores of its own and many simulated ones must share: watching their process twice a second.
@@ -52,14 +50,7 @@ async def infer_block(row: int, col: int, *, series: Any, tiling: Any, **_: Any)
     return Block(np.zeros((len(series.pairs), 1, 1), np.uint16), None)
 
 
-async def measure_shifts(middle: Block, pairs: Sequence[tuple[int, int]]) -> tuple[Shift, ...]:
-    """Take the place of `s2cd.inference.measure_shifts`: its time is part of that of a map."""
-    return (Shift(0.0, 0.0, 0.0),) * len(pairs)
-
-
-async def write_pair(
-    blocks: list[list[Block]], shifts: Sequence[Shift], *, pair: Pair, config: RunConfig, **_: Any
-) -> dict[str, Any]:
+async def write_pair(blocks: list[list[Block]], *, pair: Pair, config: RunConfig, **_: Any) -> dict[str, Any]:
     """Take the place of `s2cd.runner.write_pair`; the map is empty, its item no more than the catalogue needs."""
     await _sleep("encode", 1)
     store = open_store(config.out)

@@ -134,32 +134,12 @@ def detect_changes(
 class Block(NamedTuple):
     """One chunk of several pairs of one field of view.
 
-    parts  what was made of the codes of each pair
-    views  of each date, in the chunk in the middle of the tile; None in others
+    parts   what was made of the codes of each pair
+    shifts  of each pair, in the chunk in the middle of the tile; None in others
     """
 
     parts: tuple[Any, ...]
-    views: tuple[View, ...] | None
-
-
-class View(NamedTuple):
-    """The middle of a tile on one date, in the band that displacement is measured in: pixels (y, x), and bool (y, x),
-    True where they are valid observations."""
-
-    pixels: np.ndarray
-    valid: np.ndarray
-
-
-class BlockGraph(NamedTuple):
-    """Tasks for several pairs of one field of view, in the order in which they are best worked.
-
-    blocks  keys of a `Block` each, in rows as the chunks along y and x lie
-    shifts  key of the `Shift` of each pair
-    """
-
-    tasks: dict[Key, Any]
-    blocks: list[list[Key]]
-    shifts: Key
+    shifts: tuple[Shift, ...] | None
 
 
 def change_blocks(
@@ -171,14 +151,15 @@ def change_blocks(
     finish: Finish,
     *,
     reasons: bool = False,
-) -> BlockGraph:
-    """Return a graph for several pairs of one field of view, each source block read once.
+) -> tuple[dict[Key, Any], list[list[Key]]]:
+    """Return a graph for several pairs of one field of view, each source block read once, row by row, and its keys.
 
     `levels` has an entry for each pair. `finish` gets the codes of a pair in a chunk, uint16 (y, x) as `s2cd.codes`
     defines them, and the row and column of their first pixel.
 
-    Chunks are of `chunk` pixels along y and x. With `reasons` the codes tell which date does not show a pixel. Tasks
-    fail with ReadError or GridError where a source does.
+    The keys lie in rows as the chunks of `chunk` pixels along y and x do; each stands for a `Block` of all pairs.
+    With `reasons` the codes tell which date does not show a pixel. Tasks fail with ReadError or GridError where a
+    source does.
     """
     network = ref.load()
     dates = {
@@ -199,18 +180,8 @@ def change_blocks(
     infer = partial(_infer_block, series=series, tiling=tiling, mask=mask, ref=ref, finish=finish, reasons=reasons)
     number, (rows, cols) = uuid4().hex, tiling.blocks
     # The scheduler keeps a record of every first part of a key for good: the same for all units, or its memory grows.
-    blocks: list[list[Key]] = [[("infer_block", number, row, col) for col in range(cols)] for row in range(rows)]
-    tasks: dict[Key, Any] = {blocks[row][col]: (infer, row, col) for row in range(rows) for col in range(cols)}
-    row, col = tiling.middle
-    shifts: Key = ("measure_shifts", number)
-    tasks[shifts] = (partial(measure_shifts, pairs=series.pairs), blocks[row][col])
-    return BlockGraph(tasks, blocks, shifts)
-
-
-def measure_shifts(middle: Block, pairs: Sequence[tuple[int, int]]) -> tuple[Shift, ...]:
-    """Return how far the dates of each pair, by their positions, are displaced in the middle of their tile."""
-    views = middle.views or ()
-    return tuple(phase_shift(views[a].pixels, views[b].pixels, views[a].valid & views[b].valid) for a, b in pairs)
+    keys: list[list[Key]] = [[("infer_block", number, row, col) for col in range(cols)] for row in range(rows)]
+    return {keys[row][col]: (infer, row, col) for row in range(rows) for col in range(cols)}, keys
 
 
 def encode_series(
@@ -240,7 +211,7 @@ def _infer_block(
     window, core = tiling.read(row, col), tiling.core(row, col)
     rows, cols = (slice(c.start - w.start, c.stop - w.start) for c, w in zip(core, window, strict=True))
     inner = rows, cols
-    views: list[View] = []
+    views: list[_View] = []
 
     def images() -> Iterator[Image]:
         read = _read_dates(series.dates, window, tiling, model)
@@ -261,12 +232,24 @@ def _infer_block(
         if failed(model.device):
             give_up(error)
         raise
-    return Block(tuple(parts[position] for position in range(len(series.pairs))), tuple(views) or None)
+    return Block(
+        tuple(parts[position] for position in range(len(series.pairs))),
+        _shifts(views, series.pairs) if views else None,
+    )
 
 
-def _view(pixels: Planes, valid: np.ndarray, bands: Sequence[str]) -> View:
+_View = tuple[np.ndarray, np.ndarray]
+"""Pixels (y, x) of the band that displacement is measured in, and which of them are valid observations."""
+
+
+def _view(pixels: Planes, valid: np.ndarray, bands: Sequence[str]) -> _View:
+    """Keep the middle of a chunk, in the band that displacement is measured in, until the next date comes."""
     middle = tuple(middle_span(size) for size in valid.shape)
-    return View(to_host(pixels[bands.index(shift_band(bands))][middle]).copy(), to_host(valid[middle]).copy())
+    return to_host(pixels[bands.index(shift_band(bands))][middle]).copy(), to_host(valid[middle]).copy()
+
+
+def _shifts(views: Sequence[_View], pairs: Sequence[tuple[int, int]]) -> tuple[Shift, ...]:
+    return tuple(phase_shift(views[a][0], views[b][0], views[a][1] & views[b][1]) for a, b in pairs)
 
 
 def _read_dates(

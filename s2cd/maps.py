@@ -80,7 +80,6 @@ def write_change_maps(
 
 def write_pair(
     blocks: list[list[Block]],
-    shifts: Sequence[Shift],
     *,
     position: int,
     pair: Pair,
@@ -94,7 +93,7 @@ def write_pair(
     """
     return_free_memory()  # what the network needed: when maps are put together, memory is at its peak
     parts = [block.parts[position] for row in blocks for block in row]
-    shift = shifts[position]
+    shift = next(block.shifts[position] for row in blocks for block in row if block.shifts)
     if config.strict and shifted(shift):
         raise ShiftError(f"strict: {pair.name}: {_displaced(shift)}, expected at most {LARGEST_SHIFT:g}")
     properties = _write_map(parts, shift, pair, grid, ref, config, mask_of(config))["properties"]

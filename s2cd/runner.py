@@ -295,16 +295,16 @@ class _Submission:
 
     def _submit(self, unit: _Unit) -> None:
         unit = replace(unit, place=self._least_loaded(unit))
-        graph, chunks, maps = _unit_graph(unit, self.context)
+        graph, maps = _unit_graph(unit, self.context)
         # As a layer: of a plain dictionary Dask would hash every argument of every task.
         layer = HighLevelGraph({str(maps[0]): graph}, {str(maps[0]): set()})
         workers = [unit.place] if unit.place else sorted(self._threads())
         self.submitted += 1
         # Dask takes what comes within a moment as equally urgent: two units side by side would hold memory for both.
-        # Within one, chunks go row by row, so that few decoded blocks are kept; what only fills gaps comes behind them.
+        # Within one, chunks go row by row: few decoded blocks are kept, and the last, which are small, end together.
         urgency = {key: -(self.submitted + i / len(graph)) for i, key in enumerate(graph)}
-        homes = places(chunks, maps, workers)
-        with dask.annotate(workers=lambda key: homes.get(key, ()), priority=urgency.get, allow_other_workers=True):
+        homes = places(graph, maps, workers)
+        with dask.annotate(workers=homes.get, priority=urgency.get, allow_other_workers=True):
             futures = self.client.get(layer, maps, sync=False)
         self.pending.update(zip(futures, ((unit, pair) for pair in unit.pairs), strict=True))
         for future in futures:
@@ -409,8 +409,8 @@ class _Submission:
         return min(workers, key=lambda worker: units[worker], default=None)
 
 
-def _unit_graph(unit: _Unit, context: _Context) -> tuple[dict[Key, Any], list[Key], list[Key]]:
-    """Return tasks, the most urgent first, and the keys of chunks and maps: one map a pair, chunks shared by all.
+def _unit_graph(unit: _Unit, context: _Context) -> tuple[dict[Key, Any], list[Key]]:
+    """Return tasks, the most urgent first, and the keys of maps: one a pair; the chunks, shared by all, come once.
 
     A graph written by hand: Dask's collections take the client and the scheduler five times as long as these tasks.
     """
@@ -419,15 +419,15 @@ def _unit_graph(unit: _Unit, context: _Context) -> tuple[dict[Key, Any], list[Ke
     grid = common_grid([unit.pairs[0].before], bands)
     levels = [unit.levels[pair.name] for pair in unit.pairs]
     finish = partial(outputs.map_part, shape=grid.shape, profile=config.cog_profile, reasons=config.validity)
-    graph, blocks, shifts = change_blocks(
+    graph, blocks = change_blocks(
         unit.pairs, levels, context.ref, context.mask, unit.sizes.chunk, finish, reasons=config.validity
     )
     number = uuid4().hex
     maps: list[Key] = [("write_pair", number, position) for position in range(len(unit.pairs))]
     for position, (key, pair) in enumerate(zip(maps, unit.pairs, strict=True)):
         write = partial(write_pair, position=position, pair=pair, grid=grid, ref=context.ref, config=config)
-        graph[key] = (write, blocks, shifts)
-    return graph, [key for row in blocks for key in row], maps
+        graph[key] = (write, blocks)
+    return graph, maps
 
 
 def units_at_a_time(threads: Iterable[int], threads_a_unit: int) -> int:
@@ -438,13 +438,14 @@ def units_at_a_time(threads: Iterable[int], threads_a_unit: int) -> int:
     return max(1, sum(1 + -(-count // threads_a_unit) for count in threads))
 
 
-def places(chunks: Sequence[Key], maps: Sequence[Key], workers: Sequence[str]) -> dict[Key, Sequence[str]]:
+def places(graph: Iterable[Key], maps: Sequence[Key], workers: Sequence[str]) -> dict[Key, Sequence[str]]:
     """Return the worker of each task: a run of neighbouring chunks, which share blocks, for each; maps in turn.
 
     Without any worker, as when batch jobs wait for work, the tasks have no place.
     """
     if not workers:
-        return dict.fromkeys((*chunks, *maps), ())
+        return dict.fromkeys(graph, ())
+    chunks = [key for key in graph if key not in maps]
     turns = {key: i * len(workers) // len(chunks) for i, key in enumerate(chunks)}
     turns |= {key: i % len(workers) for i, key in enumerate(maps)}
     return {key: (workers[turn],) for key, turn in turns.items()}
