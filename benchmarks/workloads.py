@@ -307,7 +307,7 @@ def _network_alone(scenes: list[Scene], window: int, size: int) -> float:
     encode()  # the first call sets torch up
     features = [model.encode(p, affine, valid) for p in pixels]
     decode()
-    repeats = 2 * CORES
+    repeats = 8 * CORES  # for some seconds: the speed of many machines drifts
     share = (size / window) ** 2 / repeats
     per_date, per_pair = (_on_every_core([job] * repeats) * share for job in (encode, decode))
     return per_date * len(scenes) + per_pair * (len(scenes) - 1)
