@@ -33,7 +33,7 @@ from s2cd.training.simulated import BLOCK
 FOLD_SEED = 4
 NETWORKS = ("s2cd", "fc-siam-diff")
 POOL = (4.0, 6.0)  # weights of the background and of the magnitude beside a network trained without labels
-STARTED = 2.0  # votes in a committee of a network that started from trained weights; one from scratch has one
+STARTED = 3.0  # votes in a committee of a network that started from trained weights; one from scratch has one
 HALF_POOL = (POOL[0] / 2, POOL[1] / 2)  # beside one that learns from labels what they leave open; calibrated alike
 
 NO_START: dict[str, Any] = {
