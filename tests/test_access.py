@@ -168,6 +168,20 @@ def test_no_file_system_comes_or_goes_while_threads_read(server: FaultServer) ->
     assert file_systems() == before
 
 
+def test_whatever_goes_wrong_while_gdal_reads_is_raised(server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_broken() -> None:
+        with access.open_dataset("static", f"{server.url}/1.tif") as dataset:
+            monkeypatch.setattr(ranges.RangeFile, "_cached", broken)
+            dataset.read(1, window=((0, 9), (0, 9)))
+
+    with pytest.raises(RuntimeError, match="not of the transport"):
+        read_broken()
+
+
+def broken(*_: object) -> bytes:
+    raise RuntimeError("not of the transport")
+
+
 @pytest.mark.parametrize("threads", ["1", "2", "ALL_CPUS"])
 def test_remote_jpeg_2000_whatever_threads_gdal_has(
     server: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: str

@@ -174,7 +174,7 @@ HEADS = Heads()
 class RangeFile:
     """The bytes of a remote file that were fetched so far, and those that are asked for next.
 
-    What went wrong is kept in `failure`, since GDAL may carry on without the bytes it did not get. rasterio's
+    What went wrong for GDAL is kept in `failure`, since it may carry on without the bytes it did not get. rasterio's
     `FilePath` opens it as it does files of fsspec: `file.fs.open(file.path, file.mode)`.
     """
 
@@ -182,7 +182,7 @@ class RangeFile:
 
     def __init__(self, source: Source, head: Head | None = None):
         self.source = source
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self._chunks: OrderedDict[int, bytes] = OrderedDict()
         self.head = head or self._read_head()  # what another `RangeFile` of the same file can start from
         source.size, source.tag = self.head.size, self.head.tag
@@ -229,11 +229,7 @@ class RangeFile:
         return Head(data, self.source.size, self.source.tag, time.monotonic())
 
     def _fetch(self, start: int, stop: int) -> bytes:
-        try:
-            data = self.source.fetch(start, stop)
-        except Exception as error:
-            self.failure = self.failure or error
-            raise
+        data = self.source.fetch(start, stop)
         self.head.seen = time.monotonic()  # every answer is of the same edition, or an error
         return data
 
@@ -270,7 +266,8 @@ class RangeReader:
             return b""
         try:
             data = self._file.read(self._position, self._position + size)
-        except Exception:  # which the file keeps
+        except BaseException as error:  # raised by `open_dataset` when GDAL has returned
+            self._file.failure = error
             return b""
         self._position += len(data)
         return data
