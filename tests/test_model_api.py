@@ -30,7 +30,7 @@ from s2cd.errors import ModelError
 from s2cd.model import BANDS, appearance, compiled, device, list_models, load_model, normalise, registry
 from s2cd.model.appearance import BAND_COUNT, INPUTS, RED, along_edges, box, edges
 from s2cd.model.device import Engine, fast_bfloat16, out_of_memory, with_memory
-from s2cd.model.network import HALO, REACH, STRIDE, STRIP, ChangeNet, cost, network_of
+from s2cd.model.network import HALO, REACH, STRIDE, STRIP, ChangeNet, Committee, cost, network_of
 from s2cd.model.tensors import to_input
 
 
@@ -112,6 +112,28 @@ def test_chunks_with_halo_equal_the_whole(model, monkeypatch, bfloat16, close):
             chunk = model.predict(*(i[part] for i in images), statistics=stats, background=level)
             inner = chunk[y - y0 : y - y0 + edge, x - x0 : x - x0 + edge]
             np.testing.assert_allclose(inner, whole[y : y + edge, x : x + edge], atol=close)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bfloat16_and_float32_give_alike_maps(model, monkeypatch, seed):
+    """On random blocks, which differ more than any real pair that was tried (tests/test_real_data.py)."""
+    if not fast_bfloat16(model.device):
+        pytest.skip("this processor has no fast bfloat16, so float32 is used")
+    images = ground((250, 310), seed), ground((250, 310), seed + 1)
+    found = model.predict(*images)
+    monkeypatch.setattr(model._engine, "_bfloat16", False)
+    assert 0 < np.abs(found - model.predict(*images)).max() <= 0.015
+
+
+def test_weights_and_inputs_are_what_bfloat16_holds_whatever_the_precision(model, monkeypatch):
+    """oneDNN rounds them, biases too, which alone made maps differ by 0.04 from those of float32."""
+    monkeypatch.setattr(model._engine, "_bfloat16", False)
+    network = model._engine._network
+    assert all(torch.equal(p, p.to(torch.bfloat16).to(p.dtype)) for p in network.parameters())
+    member = network.networks[0] if isinstance(network, Committee) else network
+    x = torch.rand(1, INPUTS, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(member.levels(x)[0], member.levels(x.to(torch.bfloat16).float())[0])
 
 
 def test_raw_numbers_with_scale_and_offset_equal_reflectance(model):

@@ -85,20 +85,19 @@ def test_flanders_gives_a_map_for_each_consecutive_pair_of_clear_dates(shared_da
     assert "left out: S2_31UDS_" in result.stdout
 
 
-@pytest.mark.parametrize(("name", "largest", "share"), [("generic", 0.045, 0.012), ("urban", 0.02, 0.001)])
-def test_bfloat16_is_as_close_to_float32_as_documented(shared_data, name, largest, share):
-    """docs/performance.md; the target, 0.01 at most, is missed. Beihai is the worst city."""
+@pytest.mark.parametrize("name", ["generic", "urban"])
+def test_bfloat16_changes_maps_by_a_hundredth_at_most(shared_data, name):
+    """Of the 14 cities these are the ones where the two shipped models change most."""
     model = s2cd.load_model(name, device="cpu")
     if not fast_bfloat16(model.device):
         pytest.skip("this processor has no fast bfloat16, so float32 is used")
-    (pair,) = (city for city in load_cities(shared_data / "oscd") if city.name == "beihai")
-    dates = pair.before.reflectance, pair.after.reflectance
-    found = model.predict(*dates)
+    pairs = [city for city in load_cities(shared_data / "oscd") if city.name in {"abudhabi", "beihai", "beirut"}]
+    assert len(pairs) == 3
+    dates = [(pair.before.reflectance, pair.after.reflectance) for pair in pairs]
+    found = [model.predict(*pair) for pair in dates]
     model._engine._bfloat16 = False
     try:
-        expected = model.predict(*dates)
+        expected = [model.predict(*pair) for pair in dates]
     finally:
         model._engine._bfloat16 = True
-    difference = np.abs(found - expected)[np.isfinite(expected)]
-    assert 0 < difference.max() <= largest
-    assert (difference > 0.01).mean() <= share
+    assert 0 < max(np.nanmax(np.abs(a - b)) for a, b in zip(found, expected, strict=True)) <= 0.01
