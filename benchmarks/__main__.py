@@ -13,7 +13,7 @@ from benchmarks.report import table, write_report
 from s2cd.errors import S2cdError
 
 HERE = Path(__file__).parent
-SHORT = {"size": 2745, "small": 732, "scaling_size": 2745}
+SHORT = {"size": 3660, "small": 732}
 
 
 def _data_options(command):
@@ -50,7 +50,7 @@ def prepare(data: str, size: int, dates: int, source: str, work: str) -> None:
 
 @main.command()
 @_data_options
-@click.option("--short", is_flag=True, help="A sixteenth of a tile, peers included: under five minutes.")
+@click.option("--short", is_flag=True, help="A ninth of a tile, peers included: under five minutes.")
 @click.option(
     "--part",
     "parts",
@@ -69,7 +69,7 @@ def run(data: str, size: int, dates: int, source: str, work: str, short: bool, p
         results["compare"] = suite.compare(settings, 1, click.echo)
     path = None if short else suite.save("run", settings, results, before)
     if settings.size < suite.Settings.size:
-        click.echo(f"Times and memory are of {settings.size} px; their targets are for {suite.Settings.size} px.")
+        click.echo(f"Of {settings.size} px, where start and end weigh more; targets are for {suite.Settings.size} px.")
     click.echo(table(results))
     if path:
         click.echo(f"recorded in {path.name}")

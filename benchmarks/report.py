@@ -10,7 +10,7 @@ from typing import Any
 
 Parts = dict[str, Any]
 Origins = dict[str, list[dict[str, Any]]]  # of each part the documents that it came from, in order of time
-WHY = "../../docs/performance.md#where-targets-are-missed-and-why"
+WHY = "../../docs/performance.md#targets-one-by-one"
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a benchmark works on; `small` is the size for series of many dates or tiles."""
+    """What a benchmark works on; `small` is the size that comes from an archive."""
 
     folder: str
     work: str
@@ -43,7 +43,6 @@ class Settings:
     dates: int = 6
     source: str = "auto"
     small: int = 3660
-    scaling_size: int = 10980
 
     def series(self, **changes: Any) -> dict[str, Any]:
         """Arguments of a workload."""
@@ -88,15 +87,14 @@ def stages(settings: Settings, say: Say) -> dict[str, Any]:
 
 def scaling(settings: Settings, say: Say) -> dict[str, Any]:
     """One worker against two: as threads of one process (the default), and as processes; the mean of rounds in turn."""
-    size = min(settings.size, settings.scaling_size)
     cases = {"1 thread": (1, 1), "2 threads": (1, 2), "2 processes": (2, 1)}
     runs: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(ROUNDS):
         for name, (processes, threads) in cases.items():
-            series = settings.series(size=size, out=settings.out("scaling"), processes=processes, threads=threads)
+            series = settings.series(out=settings.out("scaling"), processes=processes, threads=threads)
             runs[name].append(_measure("engine", series)["wall_s"])
             say(f"  {name}: {runs[name][-1]:.1f} s")
-    return {"size": size, **{name: statistics.mean(times) for name, times in runs.items()}}
+    return {"size": settings.size, **{name: statistics.mean(times) for name, times in runs.items()}}
 
 
 def by_dates(settings: Settings, say: Say) -> dict[str, Any]:
@@ -163,14 +161,13 @@ def _distance(latency: float | None) -> str:
 
 
 def _memory(settings: Settings, say: Say, axis: str, cases: list[dict[str, int]]) -> dict[str, Any]:
-    size = min(settings.size, settings.small)
     rows = []
     for case in cases:
-        result = _measure("engine", settings.series(size=size, out=settings.out(axis), traced=False, **case))
+        result = _measure("engine", settings.series(out=settings.out(axis), traced=False, **case))
         kept = {k: result[k] for k in ("peak_gb", "wall_s", "maps", "decoded_over_needed")}
         rows.append({axis: case[axis], **kept})
         say(f"  {case[axis]} {axis}: {result['peak_gb']:.3f} GB, {result['seconds_per_map']:.2f} s a map")
-    return {"size": size, "rows": rows}
+    return {"size": settings.size, "rows": rows}
 
 
 def compare(settings: Settings, rounds: int, say: Say) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def stages(
 ) -> dict[str, Any]:
     """Each stage alone on every core, in core-seconds of the whole series: the least that the work can cost.
 
-    decode   every block of the bands and of SCL, by rasterio, once
+    decode   every block of the bands and of SCL, by this project's own reader, once
     network  every pixel without any halo: each date encoded once, each pair decoded once
     encode   the maps in `maps`, by this project's own writer
     """

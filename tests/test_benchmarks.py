@@ -143,7 +143,7 @@ def test_what_was_measured_on_a_gpu_is_told_with_its_machine(tmp_path):
     path.write_text(json.dumps(document))
     write_report(tmp_path)
     page = (tmp_path / "report.md").read_text()
-    why = "missed ([why](../../docs/performance.md#where-targets-are-missed-and-why))"
+    why = "missed ([why](../../docs/performance.md#targets-one-by-one))"
     assert f"| end to end on one H200-class GPU, a map, a worker | <= 1.0 s | 2.06 s | {why} |" in page
     assert f"| GPU busy, a worker | >= 60 % | 10% | {why} |" in page
     assert "## On a GPU: a card, " in page
