@@ -48,12 +48,6 @@ def choose_device(device: str) -> torch.device:
     return torch.device("cuda", place.index or 0)
 
 
-@torch.no_grad()
-def _round(network: torch.nn.Module) -> None:
-    for parameter in network.parameters():
-        parameter.copy_(parameter.to(torch.bfloat16))
-
-
 def device_count() -> int:
     """How many GPUs this process sees."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -73,6 +67,12 @@ def fast_bfloat16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device)[0] >= 8
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
+@torch.no_grad()
+def _round(network: torch.nn.Module) -> None:
+    for parameter in network.parameters():
+        parameter.copy_(parameter.to(torch.bfloat16))
 
 
 @dataclass(frozen=True, slots=True)
