@@ -100,7 +100,7 @@ class Engine:
     there. What lies there already (CuPy's arrays, say) is taken as it is.
 
     `stride` and `halo` are in pixels of the network's input; `bfloat16` is used where the device is fast at it. The
-    weights become what it holds on every device, so that maps differ by 0.01 at most: oneDNN rounds biases, too.
+    weights become what it holds on every device, so that maps differ by 0.01 or so: oneDNN rounds biases, too.
 
     Raises ModelError where torch was given another allocator of a GPU's memory: it may not heed that several streams
     use a tensor, and give memory away too early.

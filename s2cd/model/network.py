@@ -121,7 +121,7 @@ class ChangeNet(nn.Module):
         """Return the features of a date at 20 m."""
 
         def features(part: Tensor) -> Tensor:
-            part = part.to(torch.bfloat16)  # in float32, too, so that precision changes maps by 0.01 at most
+            part = part.to(torch.bfloat16)  # in float32, too, so that maps of both are alike
             kind = part.dtype if torch.is_autocast_enabled(x.device.type) else self.stem.conv.weight.dtype
             return self.blocks[0](self.stem(part.to(kind)))
 
