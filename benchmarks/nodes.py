@@ -17,7 +17,7 @@ import numpy as np
 from distributed import Worker, get_worker
 
 from s2cd.config import RunConfig
-from s2cd.inference import Block
+from s2cd.inference import Block, Work
 from s2cd.outputs import path_of
 from s2cd.outputs.store import open_store
 from s2cd.pairs import Pair
@@ -41,13 +41,13 @@ async def survey_scene(scene: Any, mask: Any, model: Any) -> Survey:
     return Survey(scene.id, 0.9, np.ones((bands, 2), np.float32), np.zeros(bands, np.float32), sketch)
 
 
-async def infer_block(row: int, col: int, *, series: Any, tiling: Any, **_: Any) -> Block:
+async def infer_block(work: Work, row: int, col: int) -> Block:
     """Take the place of `s2cd.inference._infer_block`: dates are read one after another, then compared."""
-    share = 1 / (tiling.blocks[0] * tiling.blocks[1])
-    await _sleep("read", len(series.dates) * share)
+    share = 1 / (work.tiling.blocks[0] * work.tiling.blocks[1])
+    await _sleep("read", len(work.series.dates) * share)
     async with _devices[get_worker().address]:
-        await _sleep("device", len(series.pairs) * share)
-    return Block(np.zeros((len(series.pairs), 1, 1), np.uint16), None)
+        await _sleep("device", len(work.series.pairs) * share)
+    return Block(np.zeros((len(work.series.pairs), 1, 1), np.uint16), None)
 
 
 async def write_pair(blocks: list[list[Block]], *, pair: Pair, config: RunConfig, **_: Any) -> dict[str, Any]:

@@ -131,6 +131,17 @@ def detect_changes(
     return _labelled(probability, pairs, grid, cube, ref, mask)
 
 
+class Work(NamedTuple):
+    """What all chunks of a unit of work share: it goes to a worker once, not with each."""
+
+    series: Series
+    tiling: Tiling
+    mask: Mask
+    ref: ModelRef
+    finish: Finish
+    reasons: bool
+
+
 class Block(NamedTuple):
     """One chunk of several pairs of one field of view.
 
@@ -152,12 +163,14 @@ def change_blocks(
     *,
     reasons: bool = False,
 ) -> tuple[dict[Key, Any], list[list[Key]]]:
-    """Return a graph for several pairs of one field of view, each source block read once, row by row, and its keys.
+    """Return a graph for several pairs of one field of view, each source block read once, row by row, and its chunks.
 
     `levels` has an entry for each pair. `finish` gets the codes of a pair in a chunk, uint16 (y, x) as `s2cd.codes`
     defines them, and the row and column of their first pixel.
 
-    The keys lie in rows as the chunks of `chunk` pixels along y and x do; each stands for a `Block` of all pairs.
+    Their keys lie in rows as the chunks of `chunk` pixels along y and x do; each stands for a `Block` of all pairs. All
+    wait for one short task: Dask starts what becomes ready at once by priority, but what it is given at once in any
+    order, and blocks at the borders of a chunk far from the others are kept until these arrive there.
     With `reasons` the codes tell which date does not show a pixel. Tasks fail with ReadError or GridError where a
     source does.
     """
@@ -177,11 +190,13 @@ def change_blocks(
         backgrounds=tuple(level.background for level in levels),
     )
     tiling = Tiling(grid.shape, chunk, _halo(network, mask, series.dates), network.stride)
-    infer = partial(_infer_block, series=series, tiling=tiling, mask=mask, ref=ref, finish=finish, reasons=reasons)
     number, (rows, cols) = uuid4().hex, tiling.blocks
+    shared = ("unit_of_work", number)
     # The scheduler keeps a record of every first part of a key for good: the same for all units, or its memory grows.
     keys: list[list[Key]] = [[("infer_block", number, row, col) for col in range(cols)] for row in range(rows)]
-    return {keys[row][col]: (infer, row, col) for row in range(rows) for col in range(cols)}, keys
+    graph: dict[Key, Any] = {shared: (partial(Work, series, tiling, mask, ref, finish, reasons),)}
+    graph |= {keys[row][col]: (_infer_block, shared, row, col) for row in range(rows) for col in range(cols)}
+    return graph, keys
 
 
 def encode_series(
@@ -204,9 +219,8 @@ def encode_series(
         kept = {d: encoded for d, encoded in kept.items() if last_use[d] > date}
 
 
-def _infer_block(
-    row: int, col: int, *, series: Series, tiling: Tiling, mask: Mask, ref: ModelRef, finish: Finish, reasons: bool
-) -> Block:
+def _infer_block(work: Work, row: int, col: int) -> Block:
+    series, tiling, mask, ref, finish, reasons = work
     model = ref.load()
     window, core = tiling.read(row, col), tiling.core(row, col)
     rows, cols = (slice(c.start - w.start, c.stop - w.start) for c, w in zip(core, window, strict=True))
