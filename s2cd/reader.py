@@ -22,6 +22,7 @@ import numpy as np
 import rasterio
 from rasterio.windows import Window
 
+from s2cd.apart import Rooms
 from s2cd.blocks import packing
 from s2cd.catalog import access
 from s2cd.catalog.bands import BANDS
@@ -429,7 +430,7 @@ class BlockCache:
             for block, pixels in decoded(dataset, layout, set(mine)):
                 paste(out, rows, cols, pixels, layout.spans(block))
                 if (entry := mine[block]) is not None:
-                    self.publish(entry, pixels)
+                    self.publish(entry, ROOMS.copy(pixels))
         except BaseException as error:
             self.abandon(file, mine, error)
             raise
@@ -574,6 +575,8 @@ def _cut(data: np.ndarray, span: tuple[slice, slice], part: tuple[slice, slice])
     return data[rows, cols]
 
 
+ROOMS = Rooms()
+"""Memory of the blocks that this process keeps."""
 BLOCKS = BlockCache()
 CACHES = [BLOCKS]
 """All that this process has: a GPU has one of its own."""

@@ -19,7 +19,7 @@ from tornado.ioloop import PeriodicCallback
 from s2cd import errors
 from s2cd.catalog.access import OPEN_FILES
 from s2cd.errors import S2cdError
-from s2cd.reader import drop_blocks
+from s2cd.reader import ROOMS, drop_blocks
 
 # Features of one chunk are buffers of 100 MB and more. glibc returns such a buffer to the kernel at every free, and
 # each reuse costs a page fault per 4 KiB: half of the network's time. Large thresholds keep it. One arena, because
@@ -36,6 +36,7 @@ _THREAD_POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _RELIEF_MS, _RELIEF_FRACTION = 2000, 0.6
 _TRIM_EVERY = 4.0  # seconds
 _UNREAD = 60.0  # seconds after which a file is closed
+_UNUSED = 60.0  # seconds after which memory of decoded blocks goes back to the kernel
 _UNWANTED = 300.0  # seconds after which nobody will come for a decoded block any more; it can be decoded again
 _FILES_A_THREAD = 64  # that stay open: those of a unit of work are 48
 _GDAL_CACHE_MB = "64"  # a run keeps blocks that it needs again itself; GDAL's own default is 5 % of memory
@@ -142,7 +143,9 @@ def _relieve(worker: Worker) -> None:
     OPEN_FILES.close(idle=_UNREAD)
     drop_blocks(idle=_UNWANTED)
     limit = worker.memory_manager.memory_limit
-    if limit and worker.monitor.get_process_memory() > _RELIEF_FRACTION * limit:
+    pressed = limit is not None and worker.monitor.get_process_memory() > _RELIEF_FRACTION * limit
+    ROOMS.free(idle=0 if pressed else _UNUSED)
+    if pressed:
         return_free_memory()
 
 

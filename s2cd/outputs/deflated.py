@@ -34,11 +34,11 @@ class _Numbers(NamedTuple):
         header[self.start : self.start + self.size * self.dtype.itemsize] = np.array(values, self.dtype).tobytes()
 
 
-def filled(header: bytes, levels: Sequence[Mapping[tuple[int, int], bytes]]) -> bytearray:
+def filled(header: bytes, levels: Sequence[Mapping[tuple[int, int], bytes | np.ndarray]]) -> bytearray:
     """Return a COG: `header`, then the blocks of all levels, the coarsest first.
 
     header  a COG without any block, as GDAL's SPARSE_OK makes it, with little-endian numbers
-    levels  blocks by row and column, of the map and its overviews, as many as the header tells of
+    levels  blocks by row and column, of the map and its overviews, as many as the header tells of, bytes or uint8
 
     Raises ValueError where that has room for more blocks or fewer.
     """
@@ -52,8 +52,8 @@ def filled(header: bytes, levels: Sequence[Mapping[tuple[int, int], bytes]]) -> 
             out += len(block).to_bytes(_LEADER, "little")
             starts.append(len(out))
             sizes.append(len(block))
-            out += block
-            out += block[-_TRAILER:]
+            out += memoryview(block)  # NumPy would add numbers
+            out += memoryview(block)[-_TRAILER:]
         tags[_TILE_OFFSETS].write(out, starts)
         tags[_TILE_BYTE_COUNTS].write(out, sizes)
     return out

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from isal import isal_zlib
 
+from s2cd.apart import apart
 from s2cd.codes import CODE_NODATA, CODE_SCALE, split_reasons
 from s2cd.errors import GridError
 from s2cd.outputs.overviews import coarser, code_pyramid, halved
@@ -27,8 +28,8 @@ _LEVEL = 1  # of ISA-L's 0 to 3: higher ones take twice as long and save nothing
 
 Place = tuple[int, int]
 """Row and column: of a block among blocks, or of a pixel."""
-Blocks = dict[Place, bytes]
-"""Blocks of a level of a map as the file holds them."""
+Blocks = dict[Place, bytes | np.ndarray]
+"""Blocks of a level of a map as the file holds them, bytes or uint8."""
 
 
 class Cut(NamedTuple):
@@ -60,7 +61,7 @@ class MapPart(NamedTuple):
 def map_part(
     codes: np.ndarray, origin: Place, *, shape: tuple[int, int], profile: str = "default", reasons: bool = False
 ) -> MapPart:
-    """Return what a chunk gives of a map of `shape`.
+    """Return what a chunk gives of a map of `shape`, in memory of its own (`s2cd.apart`).
 
     codes    uint16 (y, x); with `reasons` they tell which date does not show a pixel (`s2cd.codes`)
     origin   place of their first pixel in the map, multiples of STEP
@@ -77,7 +78,24 @@ def map_part(
     for size in _cut_levels(shape, chosen):
         cuts.append(_cut(codes, origin, size, chosen))
         codes, origin = halved(codes), (origin[0] // 2, origin[1] // 2)
-    return MapPart(tuple(cuts), origin, codes, pixels, pixels - missing, above - missing, validity)
+    return _apart(MapPart(tuple(cuts), origin, codes, pixels, pixels - missing, above - missing, validity))
+
+
+def _apart(part: MapPart) -> MapPart:
+    buffers: list[bytes | np.ndarray] = [part.codes]
+    buffers += [] if part.validity is None else [part.validity]
+    for cut in part.cuts:
+        buffers += [*cut.whole.values(), *(piece for _, piece in cut.pieces.values())]
+    copies = iter(apart(buffers))
+    part = part._replace(codes=next(copies), validity=None if part.validity is None else next(copies))
+    cuts = (
+        Cut(
+            {place: next(copies) for place in cut.whole},
+            {place: (begin, next(copies)) for place, (begin, _) in cut.pieces.items()},
+        )
+        for cut in part.cuts
+    )
+    return part._replace(cuts=tuple(cuts))
 
 
 def joined(parts: Sequence[MapPart], shape: tuple[int, int], profile: str) -> tuple[list[Blocks], list[np.ndarray]]:
