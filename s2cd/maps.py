@@ -16,7 +16,6 @@ from distributed import get_worker
 
 from s2cd import outputs
 from s2cd.catalog.scene import Grid
-from s2cd.clusters.environment import return_free_memory
 from s2cd.clusters.machine import available_cores
 from s2cd.config import RunConfig
 from s2cd.cube import cube_grid, window_of
@@ -91,7 +90,6 @@ def write_pair(
 
     In strict mode raises ShiftError, before anything is written, if the images are displaced.
     """
-    return_free_memory()  # what the network needed: when maps are put together, memory is at its peak
     parts = [block.parts[position] for row in blocks for block in row]
     shift = next(block.shifts[position] for row in blocks for block in row if block.shifts)
     if config.strict and shifted(shift):

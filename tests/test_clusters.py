@@ -9,11 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 import yaml
 from distributed import get_worker
 
+from s2cd import reader
 from s2cd.clusters import PROFILES, check_profile, cluster, load_profile, show_profile, worker_environment
+from s2cd.clusters import environment as environment_module
 from s2cd.clusters.check import probe
 from s2cd.clusters.environment import environment
 from s2cd.clusters.machine import available_cores, available_memory
@@ -209,6 +213,30 @@ def test_a_script_needs_no_guard_around_what_starts_workers(tmp_path):
     )
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
     assert (result.returncode, result.stdout) == (0, f"once\n8 {script}\n"), result.stderr
+
+
+def test_an_idle_worker_returns_freed_memory(client):
+    def resident():
+        return psutil.Process().memory_info().rss
+
+    def resident_after_freeing():
+        blocks = [reader.ROOMS.copy(np.ones(1 << 20, np.uint8)) for _ in range(100)]
+        features, _still_used = np.ones(300 << 20, np.uint8), bytearray(1 << 20)  # the second lies above the first
+        del blocks, features
+        return resident()
+
+    def hold_rooms(seconds):
+        environment_module._UNUSED = seconds
+
+    before = environment_module._UNUSED
+    client.run(hold_rooms, 0.0)
+    held = client.submit(resident_after_freeing, pure=False).result()
+    until, freed = time.monotonic() + 30, 0
+    while freed < 380 << 20 and time.monotonic() < until:
+        time.sleep(0.5)
+        freed = held - next(iter(client.run(resident).values()))
+    client.run(hold_rooms, before)
+    assert freed >= 380 << 20
 
 
 def test_this_process_keeps_its_own_environment(client):

@@ -72,7 +72,7 @@ class SetupWorker(WorkerPlugin):
     """Prepare a worker process, which others may have started: torch's threads, the allocator. Idempotent.
 
     A process that keeps freed memory looks full: Dask would pause it, and it would stay paused. So what is free is
-    returned to the kernel when the process comes near the limit at which Dask begins to spill.
+    returned to the kernel when the process comes near the limit at which Dask begins to spill, and when it is idle.
     """
 
     name = "s2cd-setup"
@@ -145,7 +145,7 @@ def _relieve(worker: Worker) -> None:
     limit = worker.memory_manager.memory_limit
     pressed = limit is not None and worker.monitor.get_process_memory() > _RELIEF_FRACTION * limit
     ROOMS.free(idle=0 if pressed else _UNUSED)
-    if pressed:
+    if pressed or not worker.state.executing:
         return_free_memory()
 
 
