@@ -37,7 +37,7 @@ class Rooms:
 
     def copy(self, array: np.ndarray) -> np.ndarray:
         """Return a copy, whose memory comes back when it and all views of it are gone."""
-        return _filled(np.asarray(_Room(self, array.nbytes)), array)
+        return _filled(np.asarray(_Room(self, self.take(array.nbytes))), array)
 
     def take(self, size: int) -> np.ndarray:
         """Return memory of so many bytes."""
@@ -69,8 +69,8 @@ class Rooms:
 class _Room:
     """What NumPy keeps as long as anything looks at the memory: it goes back with the last view."""
 
-    def __init__(self, rooms: Rooms, size: int) -> None:
-        self._rooms, self._memory = rooms, rooms.take(size)
+    def __init__(self, rooms: Rooms, memory: np.ndarray) -> None:
+        self._rooms, self._memory = rooms, memory
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -87,4 +87,8 @@ def _filled(memory: np.ndarray, array: np.ndarray) -> np.ndarray:
 
 
 def _fresh(size: int) -> np.ndarray:
-    return np.frombuffer(mmap.mmap(-1, max(1, size)), np.uint8, size)
+    try:
+        memory = mmap.mmap(-1, max(1, size), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # neighbours become one mapping
+    except OSError as error:
+        raise MemoryError(f"{size} bytes of memory: {error.strerror}") from None
+    return np.frombuffer(memory, np.uint8, size)

@@ -150,7 +150,7 @@ def _cut(codes: np.ndarray, origin: Place, shape: tuple[int, ...], profile: Prof
             if found == full:
                 cut.whole[place] = _packed(part, profile)
             else:
-                cut.pieces[place] = (found[0][0], found[1][0]), part.copy()
+                cut.pieces[place] = (found[0][0], found[1][0]), part
     return cut
 
 
