@@ -337,7 +337,7 @@ def _decode(dataset: rasterio.DatasetReader, rows: slice, cols: slice) -> np.nda
 
 
 def decoded(dataset: rasterio.DatasetReader, layout: Layout, blocks: set[Block]) -> Iterator[tuple[Block, np.ndarray]]:
-    """Yield the pixels of blocks, each an array of its own."""
+    """Yield the pixels of blocks; some are views of one array."""
     kind = packing(dataset)
     for corners in rectangles(blocks):
         members = list(within(*corners))
@@ -345,7 +345,7 @@ def decoded(dataset: rasterio.DatasetReader, layout: Layout, blocks: set[Block])
         if kind is None or packed is None:
             span = layout.union(*corners)
             whole = _decode(dataset, *span)
-            yield from ((block, _cut(whole, span, layout.spans(block)).copy()) for block in members)
+            yield from ((block, _cut(whole, span, layout.spans(block))) for block in members)
             continue
         for block, data in zip(members, packed, strict=True):
             rows, cols = layout.spans(block)
