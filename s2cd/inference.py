@@ -242,6 +242,7 @@ def _infer_block(work: Work, row: int, col: int) -> Block:
                 background = series.backgrounds[position]
                 codes = model.decode_codes(before, after, background, inner, reasons=reasons)
                 parts[position] = finish(codes, (core[0].start, core[1].start))
+                del before, after, codes  # or the first would live on while the next date is encoded
     except RuntimeError as error:
         if failed(model.device):
             give_up(error)

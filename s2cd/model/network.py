@@ -270,13 +270,18 @@ def _fused(conv: nn.Conv2d, x: Tensor, add: Tensor | None, *, relu: bool) -> Ten
 
 def _by_strips(like: Tensor, make: Callable[[slice], Tensor], margin: int, *, whole: bool) -> Tensor:
     """Return `make` of all rows of `like`: on a CPU a few at a time, with `margin` more on either side."""
-    rows, parts = like.shape[2], []
-    strip = rows if whole or like.is_cuda else STRIP
-    for top in range(0, rows, strip):
-        start, stop = max(0, top - margin), min(top + strip + margin, rows)
-        parts.append(make(slice(start, stop))[:, :, top - start :][:, :, :strip])
-    with torch.autocast(like.device.type, enabled=False):  # it refuses float16
-        return torch.cat(parts, dim=2)
+    rows, result = like.shape[2], None
+    if whole or like.is_cuda:
+        return make(slice(0, rows))
+    for top in range(0, rows, STRIP):
+        start, stop = max(0, top - margin), min(top + STRIP + margin, rows)
+        part = make(slice(start, stop))[:, :, top - start :][:, :, :STRIP]
+        if result is None:
+            n, channels, _, columns = part.shape
+            result = part.new_empty((n, rows, columns, channels)).permute(0, 3, 1, 2)
+        result[:, :, top : top + STRIP] = part
+    assert result is not None
+    return result
 
 
 def pooled(

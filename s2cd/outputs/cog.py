@@ -19,7 +19,7 @@ from rasterio.transform import Affine
 
 from s2cd.catalog.scene import Grid
 from s2cd.codes import CODE_NODATA, QUANTUM
-from s2cd.outputs.deflated import filled
+from s2cd.outputs.deflated import Buffer, filled
 from s2cd.outputs.overviews import coarser
 from s2cd.outputs.parts import Blocks, blocks_of
 from s2cd.outputs.profiles import BLOCK, PROFILES, Profile
@@ -36,8 +36,8 @@ def map_cog(
     profile: str = "default",
     threads: int = 1,
     tags: Mapping[str, str] | None = None,
-) -> Iterator[memoryview]:
-    """Encode a map as COG; the bytes live as long as the context.
+) -> Iterator[list[Buffer]]:
+    """Encode a map as COG, in pieces; these live as long as the context.
 
     blocks    of the finest levels, as the file holds them
     pyramid   uint16 codes (y, x) of the other levels, to the coarsest; both as `s2cd.outputs.parts.joined` gives them
@@ -50,11 +50,11 @@ def map_cog(
     about = {"QUANTUM": str(chosen.quantum), **(tags or {})}
     if chosen.deflated:
         with _by_gdal(_vrt(shapes, [], grid, chosen, about), chosen, SPARSE_OK="YES") as header:
-            yield memoryview(filled(bytes(header), [*blocks, *(blocks_of(level, chosen) for level in pyramid)]))
+            yield filled(bytes(header), [*blocks, *(blocks_of(level, chosen) for level in pyramid)])
         return
     pyramid = [np.ascontiguousarray(level, np.uint16) for level in pyramid]  # GDAL is told an address, not an order
     with _by_gdal(_vrt(shapes, pyramid, grid, chosen, about), chosen, NUM_THREADS=str(threads)) as data:
-        yield data
+        yield [data]
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+Buffer = bytes | bytearray | memoryview | np.ndarray
+"""Bytes; an array is of uint8."""
 _TILE_OFFSETS, _TILE_BYTE_COUNTS = 324, 325
 _WHOLE_NUMBERS: dict[int, np.dtype[Any]] = {  # by TIFF's names of their types
     3: np.dtype("<u2"),
@@ -34,29 +36,30 @@ class _Numbers(NamedTuple):
         header[self.start : self.start + self.size * self.dtype.itemsize] = np.array(values, self.dtype).tobytes()
 
 
-def filled(header: bytes, levels: Sequence[Mapping[tuple[int, int], bytes | np.ndarray]]) -> bytearray:
-    """Return a COG: `header`, then the blocks of all levels, the coarsest first.
+def filled(header: bytes, levels: Sequence[Mapping[tuple[int, int], Buffer]]) -> list[Buffer]:
+    """Return the pieces of a COG: `header`, then the blocks of all levels, the coarsest first.
 
     header  a COG without any block, as GDAL's SPARSE_OK makes it, with little-endian numbers
     levels  blocks by row and column, of the map and its overviews, as many as the header tells of, bytes or uint8
 
     Raises ValueError where that has room for more blocks or fewer.
     """
-    out = bytearray(header)
+    head = bytearray(header)
+    pieces: list[Buffer] = [head]
+    at = len(header)
     for tags, blocks in reversed(list(zip(_directories(header), levels, strict=True))):
         room = tags[_TILE_OFFSETS].size
         if len(blocks) != room:
             raise ValueError(f"{len(blocks)} blocks, expected {room}")
         starts, sizes = [], []
         for _, block in sorted(blocks.items()):
-            out += len(block).to_bytes(_LEADER, "little")
-            starts.append(len(out))
+            pieces += [len(block).to_bytes(_LEADER, "little"), block, block[-_TRAILER:]]
+            starts.append(at + _LEADER)
             sizes.append(len(block))
-            out += memoryview(block)  # NumPy would add numbers
-            out += memoryview(block)[-_TRAILER:]
-        tags[_TILE_OFFSETS].write(out, starts)
-        tags[_TILE_BYTE_COUNTS].write(out, sizes)
-    return out
+            at += _LEADER + len(block) + _TRAILER
+        tags[_TILE_OFFSETS].write(head, starts)
+        tags[_TILE_BYTE_COUNTS].write(head, sizes)
+    return pieces
 
 
 def _directories(header: bytes) -> Iterator[dict[int, _Numbers]]:

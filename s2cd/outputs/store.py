@@ -22,6 +22,7 @@ from obstore.store import LocalStore
 from s2cd.addresses import local_path, public_href
 from s2cd.buckets import environment_digest, open_bucket, reason_of
 from s2cd.errors import OutputError
+from s2cd.outputs.deflated import Buffer
 from s2cd.outputs.layout import can_be_ours, is_ours, media_type
 
 if TYPE_CHECKING:
@@ -47,10 +48,13 @@ class Store:
         with _output_errors(self.out, "cannot be used"):
             self._store: Any = LocalStore(self.folder, mkdir=True) if self.folder else open_bucket(self.out)
 
-    def put(self, name: str, data: bytes | memoryview) -> None:
-        """Write an object: after this call it is there whole, or OutputError was raised and nothing is."""
+    def put(self, name: str, data: bytes | Iterator[Buffer]) -> None:
+        """Write an object, which may come in pieces.
+
+        After this call it is there whole, or OutputError was raised and nothing is.
+        """
         with _output_errors(f"{self.out}: {name}", "cannot be written"):
-            obstore.put(self._store, name, data, attributes=self._attributes(name))
+            obstore.put(self._store, name, data, attributes=self._attributes(name))  # type: ignore[arg-type]  # NumPy
 
     def get(self, name: str) -> bytes:
         """Return an object's bytes. Raises OutputError if it is missing or cannot be read."""

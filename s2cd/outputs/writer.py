@@ -54,9 +54,9 @@ def write_map(
     item_path = path_of(pair.name, ".json")
     blocks, pyramid = joined(parts, grid.shape, profile)
     store.delete(item_path)  # a map that is made anew must not pass for finished in between
-    with map_cog(blocks, pyramid, grid, profile=profile, threads=threads, tags=_tags(pair, info)) as data:
-        sizes[".tif"] = len(data)
-        store.put(path_of(pair.name, ".tif"), data)
+    with map_cog(blocks, pyramid, grid, profile=profile, threads=threads, tags=_tags(pair, info)) as pieces:
+        sizes[".tif"] = sum(map(len, pieces))
+        store.put(path_of(pair.name, ".tif"), iter(pieces))
     validity = joined_validity(parts, grid.shape)
     if validity is not None:
         layer = validity_cog(validity, grid)
