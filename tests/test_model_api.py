@@ -434,6 +434,16 @@ def test_what_a_masked_array_hides_is_no_observation():
     assert np.isnan(model.predict((before * 10000).astype(np.uint16), digital)[20:40, 20:40]).all()
 
 
+def test_parts_of_20_m_pixels_that_are_hidden_are_no_change():
+    model, before = load_model("generic", device="cpu"), ground((96, 90))
+    after = before.copy()
+    hidden = np.random.default_rng(0).random(after.shape[1:]) < 0.1
+    after[:, hidden] = np.nan
+    found = model.predict(before, after)
+    np.testing.assert_array_equal(np.isnan(found), hidden)
+    assert np.nanmax(found) < 0.05
+
+
 def test_labelled_bands_must_be_in_order_and_arrays_hold_numbers():
     model, image = load_model("generic", device="cpu"), ground((20, 30))
     labelled = xr.DataArray(image, dims=("band", "y", "x"), coords={"band": list(model.bands)})
@@ -443,6 +453,10 @@ def test_labelled_bands_must_be_in_order_and_arrays_hold_numbers():
     with pytest.raises(ModelError, match="found bands swir22, .*, blue, expected blue, .*, swir22"):
         model.predict(labelled, labelled[::-1])
     as_variables = labelled.to_dataset("band")[list(model.bands)[::-1]].to_array()
+    with pytest.raises(ModelError, match=r"takes \(band, y, x\), found \('y', 'x', 'band'\)"):
+        model.predict(*[labelled.transpose("y", "x", "band")] * 2)
+    with pytest.raises(ModelError, match="found Tensor, expected an array of reflectance float32"):
+        model.predict(*[torch.from_numpy(image).requires_grad_()] * 2)
     for strange in (as_variables, labelled[::-1].rename(band="bands")):
         with pytest.raises(ModelError, match="found bands swir22, .*, blue, expected blue, .*, swir22"):
             model.predict(strange, strange)

@@ -77,48 +77,41 @@ def _bands_last(x: Tensor) -> np.ndarray:
 
 
 @compiled()
-def put_fine(pixels: Any, gain: Any, bias: Any, limit: Any, valid: Any, channel: int, out: Any) -> None:
-    """Write a band of 10 m, normalised: pixels (2h, 2w) of any type, into four of out's channels, of an even number."""
+def put_fine(pixels: Any, gain: Any, bias: Any, limit: Any, seen: Any, channel: int, out: Any) -> None:
+    """Write a band of 10 m, normalised, into four of out's channels, of an even number; 0 where it is not seen.
+
+    pixels (2h, 2w) are of any type, seen is bool (h, w).
+    """
     height, width, _ = out.shape
     upper, lower = np.empty(2 * width, F), np.empty(2 * width, F)
     upper_pairs, lower_pairs, pairs = upper.view(np.uint64), lower.view(np.uint64), out.view(np.uint64)
     for i in range(height):
-        _normalise(pixels[2 * i], valid[2 * i], gain, bias, limit, upper)
-        _normalise(pixels[2 * i + 1], valid[2 * i + 1], gain, bias, limit, lower)
+        _normalise(pixels[2 * i], gain, bias, limit, upper)
+        _normalise(pixels[2 * i + 1], gain, bias, limit, lower)
         for j in range(width):
-            pairs[i, j, channel // 2], pairs[i, j, channel // 2 + 1] = upper_pairs[j], lower_pairs[j]
+            pairs[i, j, channel // 2] = upper_pairs[j] if seen[i, j] else np.uint64(0)
+            pairs[i, j, channel // 2 + 1] = lower_pairs[j] if seen[i, j] else np.uint64(0)
 
 
 @compiled()
-def put_coarse(pixels: Any, gain: Any, bias: Any, limit: Any, valid: Any, channel: int, out: Any) -> None:
-    """Write a band of 20 m, normalised: pixels (h, w) of any type, into a channel of out (h, w, channels)."""
+def put_coarse(pixels: Any, gain: Any, bias: Any, limit: Any, seen: Any, channel: int, out: Any) -> None:
+    """Write a band of 20 m, normalised: pixels (h, w) of any type, into a channel of out, as `put_fine` does."""
     height, width, _ = out.shape
     line = np.empty(width, F)
     for i in range(height):
-        _normalise(pixels[i], valid[2 * i, ::2], gain, bias, limit, line)
+        _normalise(pixels[i], gain, bias, limit, line)
         for j in range(width):
-            out[i, j, channel] = line[j]
+            out[i, j, channel] = line[j] if seen[i, j] else F(0)
 
 
 @compiled()
-def _normalise(pixels: Any, valid: Any, gain: Any, bias: Any, limit: Any, out: Any) -> None:
-    """Write a row of pixels, scaled and between -limit and limit, 0 where it is not valid; NaN stays NaN."""
+def _normalise(pixels: Any, gain: Any, bias: Any, limit: Any, out: Any) -> None:
+    """Write a row of pixels, scaled and between -limit and limit; NaN stays NaN."""
     for k in range(len(out)):
         level = F(pixels[k]) * gain + bias
         level = limit if level > limit else level
         level = -limit if level < -limit else level
-        out[k] = level if valid[k] else F(0)
-
-
-@compiled()
-def put_seen(valid: Any, out: Any) -> None:
-    """Write into the last channel of out (h, w, channels) how much of each pixel is valid, bool (2h, 2w)."""
-    height, width, channels = out.shape
-    for i in range(height):
-        for j in range(width):
-            count = int(valid[2 * i, 2 * j]) + valid[2 * i, 2 * j + 1]
-            count += int(valid[2 * i + 1, 2 * j]) + valid[2 * i + 1, 2 * j + 1]
-            out[i, j, channels - 1] = F(0.25) * F(count)
+        out[k] = level
 
 
 @compiled(fastmath=SUMS)

@@ -20,6 +20,13 @@ def band_names(date: Any) -> list[str]:
     return [] if all(map(str.isdigit, names)) else names
 
 
+def require_bands_first(name: str, date: Any) -> None:
+    """Raise ModelError, for the model `name`, if a date has a dimension `band` that is not its first."""
+    axes = _axes(date)
+    if "band" in axes[1:]:
+        raise ModelError(f"model {name!r} takes (band, y, x), found {axes}")
+
+
 def require_alike(name: str, before: Any, after: Any) -> None:
     """Raise ModelError, for the model `name`, unless the rows and columns of two dates are the same."""
     if not (_axes(before) and _axes(after)):

@@ -108,13 +108,14 @@ def background(a: np.ndarray, b: np.ndarray) -> float:
 def network_input(
     pixels: Planes, gains: Array, valid: npt.NDArray[np.bool_], fine: int, stride: int
 ) -> npt.NDArray[np.float16]:
-    """Return float16 (h, w, channels) on the 20 m grid: fine bands as 2 x 2 blocks, coarse bands (odd), observed share.
+    """Return float16 (h, w, channels) on the 20 m grid: fine bands as 2 x 2 blocks, coarse bands (odd), observed.
 
     `pixels` holds an array (y, x) of any real type for each band: the first `fine` at 10 m, as `valid` is, the others
     at 20 m or replicated from it. Right and bottom are filled up to a multiple of `stride`: as not observed, after an
-    odd edge was repeated once.
+    odd edge was repeated once. So is a 20 m pixel of which only a part is observed: half of it against the whole of
+    the other date would be change.
     """
-    from s2cd.model.compiled import put_coarse, put_fine, put_seen  # Numba: not for what only plans
+    from s2cd.model.compiled import put_coarse, put_fine  # Numba: not for what only plans
 
     shape, edge = valid.shape, tuple((0, n % 2) for n in valid.shape)
     if any(n % 2 for n in shape):
@@ -130,13 +131,15 @@ def network_input(
     for top in range(0, height, ROWS):  # a few rows at a time stay in the cache while the channels are interleaved
         span = slice(top, min(top + ROWS, height))
         double = slice(2 * span.start, 2 * span.stop)
-        strip, seen = np.empty((span.stop - span.start, width, out.shape[2]), np.float32), valid[double]
+        strip, rows_seen = np.empty((span.stop - span.start, width, channels), np.float32), valid[double]
+        pairs = rows_seen[::2] & rows_seen[1::2]
+        seen = pairs[:, ::2] & pairs[:, 1::2]
         for band, (plane, (gain, bias)) in enumerate(zip(planes, gains, strict=True)):
             if band < fine:
                 put_fine(plane[double], gain, bias, np.float32(LIMIT), seen, 4 * band, strip)
             else:
                 put_coarse(plane[span], gain, bias, np.float32(LIMIT), seen, 3 * fine + band, strip)
-        put_seen(seen, strip)
+        strip[..., -1] = seen
         out[span, :width] = torch.from_numpy(strip)
     return out.numpy()
 

@@ -21,7 +21,7 @@ from s2cd.errors import ModelError
 from s2cd.model import normalise
 from s2cd.model.appearance import FINE_BANDS
 from s2cd.model.device import WHOLE, EncodedDate, Engine, Part, choose_device, on_gpu, to_host
-from s2cd.model.labels import band_names, require_alike
+from s2cd.model.labels import band_names, require_alike, require_bands_first
 from s2cd.model.network import HALO, REACH, STRIDE, ChangeNet, Committee, Features, network_of
 
 BANDS = ("blue", "green", "red", "nir", "nir08", "swir16", "swir22")
@@ -124,7 +124,8 @@ class Model:
     def decode(self, a: EncodedDate, b: EncodedDate, background: float) -> npt.NDArray[np.float32]:
         """Return the probability of change float32 (y, x) in [0, 1], NaN where either date is not valid.
 
-        The order of the dates does not matter. `background` is that of the whole scenes, the same for every chunk.
+        The order of the dates does not matter, unless to an exported network. `background` is that of the whole scenes,
+        the same for every chunk.
 
         Raises ModelError if the two dates differ in shape.
         """
@@ -169,6 +170,8 @@ class Model:
         Raises ModelError if the shapes do not fit, for arrays of no numbers, for labelled bands in another order, and
         for two labelled dates whose axes or coordinates differ.
         """
+        for date in (before, after):
+            require_bands_first(self.name, date)
         require_alike(self.name, before, after)
         there = on_gpu(before) and on_gpu(after) and self._engine.device.type == "cuda"
         dates = [date if there else self._numbers(date) for date in (before, after)]
@@ -205,7 +208,7 @@ class Model:
     def _array(self, date: Any) -> np.ndarray:
         try:
             return to_host(date)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):  # the last of a tensor that needs its gradient
             found = type(date).__name__
             raise ModelError(f"model {self.name!r}: found {found}, expected an array of reflectance float32") from None
 

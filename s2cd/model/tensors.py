@@ -17,17 +17,18 @@ def to_input(planes: Sequence[Tensor], gains: Tensor, valid: Tensor, fine: int, 
     """Return what `s2cd.model.normalise.network_input` does, to the bit, as (1, channels, h, w), channels last."""
     height, width = (-(-n // 2) for n in valid.shape)
     rows, cols = (-(-n // stride) * stride // 2 for n in valid.shape)
-    seen = _even(valid[None].float())[0]
+    seen = _even(valid[None].float())[0].view(height, 2, width, 2).amin(dim=(1, 3))
     hidden = seen == 0
-    level = _even(_scaled(planes[:fine], gains[:fine], valid.shape)).masked_fill_(hidden, 0)
+    level = _even(_scaled(planes[:fine], gains[:fine], valid.shape))
     coarse = [p if p.shape == (height, width) else p[::2, ::2] for p in planes[fine:]]
-    low = _scaled(coarse, gains[fine:], (height, width)).masked_fill_(hidden[::2, ::2], 0)
+    low = _scaled(coarse, gains[fine:], (height, width)).masked_fill_(hidden, 0)
     out = torch.zeros((rows, cols, 4 * fine + len(coarse) + 1), dtype=torch.float16, device=valid.device)
     inner = out[:height, :width]
     blocks = level.view(fine, height, 2, width, 2).permute(1, 3, 0, 2, 4)
     inner[..., : 4 * fine].unflatten(2, (fine, 2, 2)).copy_(blocks)
+    inner[..., : 4 * fine].masked_fill_(hidden[..., None], 0)
     inner[..., 4 * fine : -1] = low.permute(1, 2, 0)
-    inner[..., -1] = seen.view(height, 2, width, 2).mean(dim=(1, 3))
+    inner[..., -1] = seen
     return out.permute(2, 0, 1)[None]
 
 

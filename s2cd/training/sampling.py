@@ -43,12 +43,13 @@ def normalised(image: Image, rows: slice, cols: slice) -> Array:
 def to_tensor(crops: list[Array]) -> Tensor:
     """Return the network's input (n, channels, h/2, w/2) of normalised crops (band, y, x) of one even size."""
     x = torch.from_numpy(np.stack(crops))
-    seen = torch.isfinite(x).all(dim=1, keepdim=True)
-    x = torch.where(seen, x.clamp(-LIMIT, LIMIT), 0.0)
+    pixels = torch.isfinite(x).all(dim=1, keepdim=True).float()
+    seen = (torch.nn.functional.avg_pool2d(pixels, 2) == 1).float()  # 20 m pixels of which all is observed
+    hidden = torch.nn.functional.interpolate(seen, scale_factor=2) == 0
+    x = x.clamp(-LIMIT, LIMIT).masked_fill(hidden, 0.0)
     fine = torch.nn.functional.pixel_unshuffle(x[:, :FINE_BANDS], 2)
-    share = torch.nn.functional.avg_pool2d(seen.float(), 2)
     coarse = x[:, FINE_BANDS:, ::2, ::2]
-    return torch.cat([fine, coarse, share], dim=1).contiguous(memory_format=torch.channels_last)
+    return torch.cat([fine, coarse, seen], dim=1).contiguous(memory_format=torch.channels_last)
 
 
 def window(shape: tuple[int, ...], size: int, rng: Rng, centre: tuple[int, int] | None = None) -> tuple[slice, slice]:
