@@ -72,6 +72,27 @@ class Detected(nn.Module):
         return ((before - after).abs().mean(dim=1, keepdim=True) > 0.1).long()
 
 
+class InPlace(Distance):
+    """Writes to the date that it is given."""
+
+    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return super().forward(before.div_(2).mul_(2.5), after)
+
+
+class Latest(Distance):
+    """Looks at one date only."""
+
+    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.zeros_like(before), after)
+
+
+class Percent(Distance):
+    """Probability in percent."""
+
+    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return 100 * super().forward(before, after)
+
+
 def exported(network: nn.Module, path: Path, largest: int = 2048) -> Path:
     """Export a network for blocks of 8 to 4 * `largest` pixels."""
     rows, cols = torch.export.Dim("rows", min=2, max=largest), torch.export.Dim("cols", min=2, max=largest)
@@ -166,6 +187,9 @@ def test_a_wrong_description_is_named(program, tmp_path, fields, message):
         (Distance(), {"halo": 0}, r"mine\.pt2: results differ by up to 0\.\d+ between .* a halo of 0 pixels"),
         (Streak(), {"scale": 1.0, "output": "logits"}, r"results differ by up to .* a halo of 4 pixels"),
         (Centred(), {"scale": 1.0, "output": "logits"}, "what looks at the whole block, such as a mean, makes maps"),
+        (InPlace(), {}, r"mine\.pt2 changes the dates that it is given, expected new tensors"),
+        (Latest(), {}, r"mine\.pt2 gives the same whatever the first date shows"),
+        (Percent(), {}, r"mine\.pt2 returns \d\.\d+ to 9\d\.\d, expected a probability, 0 to 1"),
         (Detected(), {"scale": 1.0, "output": "logits"}, r"returns torch\.int64 .*, expected torch\.float32"),
     ],
 )

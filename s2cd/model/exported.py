@@ -12,9 +12,11 @@ stride  edges of blocks are multiples of it; an even number, at most 512 [10 m p
 halo    how far a result depends on its input; a multiple of `stride`, at most 4096 [10 m pixels]
 output  "logits" (default) or "probability"
 
-Pixels without observation, and those beyond the edge of a tile, arrive as 0. Where both dates show a pixel the result
-must be a number. A network that is loaded is tried on random blocks, each of which must give the same as when it is
-cropped to its middle with the halo around it: what looks at the whole block (a mean, a normalisation) does not.
+Two different tensors are to be the examples of `torch.export`: it takes one, given twice, for one input. The program
+writes to neither date. Pixels without observation, and those beyond the edge of a tile, arrive as 0. Where both dates
+show a pixel the result must be a number. A network that is loaded is tried on random blocks, each of which must give
+the same as when it is cropped to its middle with the halo around it: what looks at the whole block (a mean, a
+normalisation) does not.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from s2cd.model.registry import Model, read_json
 
 Array = npt.NDArray[np.float32]
 _SCALES, _LARGEST_STRIDE, _LARGEST_HALO = (1e-6, 1e6), 512, 4096
+_ROUNDED = 1e-3  # by which a probability may lie beyond 0 or 1
 _TOLERANCE = 2.0**-8  # of the largest result: the TF32 of GPUs rounds at 2**-11, and sums up in another order
 
 
@@ -65,14 +68,28 @@ class _Program:
         return result if self._logits else torch.logit(result.clamp(0, 1))
 
     def attempt(self, a: Tensor, b: Tensor, stride: int) -> Tensor:
-        """Return what the program gives, float32 (y, x). Raises ModelError if that is no image."""
-        a, b = (date.contiguous(memory_format=torch.channels_last) for date in (a, b))  # as the engine's are
+        """Return what the program gives, float32 (y, x).
+
+        Raises ModelError if that is no image or no probability, and for a program that writes to its input: a date
+        is kept for its next pair.
+        """
+        given = [date.clone(memory_format=torch.channels_last) for date in (a, b)]  # as the engine's are
         try:
             with torch.inference_mode():
-                result = self._call(a, b)
+                result = self._call(*given)
         except Exception as error:  # likewise
             raise self._refused(error, a, f"expected to take all multiples of the stride, {stride}") from None
         self._require_image(result, a)
+        if not all(torch.equal(date, kept) for date, kept in zip(given, (a, b), strict=True)):
+            raise ModelError(
+                f"{self._name} changes the dates that it is given, expected new tensors: x - y for x.sub_(y)"
+            )
+        least, most = result.nan_to_num(nan=0).aminmax()
+        if not self._logits and (least < -_ROUNDED or most > 1 + _ROUNDED):
+            raise ModelError(
+                f"{self._name} returns {least:.3g} to {most:.3g}, expected a probability, 0 to 1: where these are "
+                "logits, state output as 'logits'"
+            )
         return result[0, 0].float()
 
     def _refused(self, error: Exception, date: Tensor, advice: str) -> ModelError:
@@ -224,7 +241,8 @@ def _field(card: dict[str, Any], key: str, *kinds: type) -> Any:
 def _try(program: _Program, name: str, bands: int, scale: float, stride: int, halo: int, device: torch.device) -> None:
     """Run the program on a high and a wide block, whole and cropped by a stride at both ends of their length.
 
-    Raises ModelError if it fails, gives NaN, or the middle, `halo` from the ends, notices that the block was cropped.
+    Raises ModelError if it fails, gives NaN, the middle, `halo` from the ends, notices that the block was cropped, or
+    it is all the same what one of the dates shows.
     """
     length, middle = 2 * halo + 6 * stride, 4 * stride
     for axis in (2, 3):
@@ -237,6 +255,12 @@ def _try(program: _Program, name: str, bands: int, scale: float, stride: int, ha
                 f"{name} gives NaN at {lost} of {int(seen.sum())} pixels of two dates of random reflectance that lack "
                 "one pixel, which is 0 in its input; expected a number at all others"
             )
+        for which, dates in {"first": (after, after), "second": (before, before)}.items():
+            if torch.equal(program.attempt(*dates, stride).nan_to_num(), whole.nan_to_num()):
+                raise ModelError(
+                    f"{name} gives the same whatever the {which} date shows, expected to compare two: torch.export "
+                    "takes two examples that are one tensor for one input"
+                )
         before, after = (date.narrow(axis, stride, length - 2 * stride) for date in (before, after))
         part = program.attempt(before, after, stride).narrow(axis - 2, halo, middle)
         _require_same(whole.narrow(axis - 2, halo + stride, middle), part, name, halo)
