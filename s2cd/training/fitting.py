@@ -114,7 +114,8 @@ def fit(
             log(f"step {step}/{plan.steps}  loss {np.mean(losses):.4f}  {time.monotonic() - begin:.0f} s")
             losses = []
         if time.monotonic() - saved > save_every or step == plan.steps:
-            if not all((value.abs() < EXPLODED).all() for value in average.values()):  # so are NaN and infinity
+            weights = (value for value in average.values() if value.is_floating_point())
+            if not all((value.abs() < EXPLODED).all() for value in weights):  # so are NaN and infinity
                 raise _diverged(out, step, plan)
             _save(checkpoint, net, optimizer, average, description, step)
             saved = time.monotonic()

@@ -50,19 +50,15 @@ class Histogram:
         split = [np.bincount(index[truth[seen] == side], minlength=BINS) for side in (False, True)]
         return cls(np.stack(split))
 
-    def __add__(self, other: Histogram) -> Histogram:
-        return Histogram(self.counts + other.counts)
-
     def scores(self, threshold: float = 0.0, temperature: float = 1.0) -> Scores:
         """Return the scores after logit -> (logit - threshold) / temperature."""
         logits = (CENTRES - threshold) / temperature
         changed = self.counts[1]
         hits, alarms, total = self._found()
-        f1 = 2 * hits / np.maximum(alarms + total, 1)
-        precision, recall = hits / np.maximum(alarms, 1), hits / total
+        f1, precision, recall = _ratio(2 * hits, alarms + total), _ratio(hits, alarms), _ratio(hits, total)
         at = int(np.searchsorted(logits, 0.0))
         best = int(np.argmax(f1))
-        ap = float(-np.sum(np.diff(np.append(recall, 0)) * precision))
+        ap = float(np.sum((recall - np.append(recall[1:], 0)) * precision))
         return Scores(
             precision=float(precision[at]) if at < BINS else 0.0,
             recall=float(recall[at]) if at < BINS else 0.0,
@@ -89,10 +85,10 @@ class Histogram:
         return Histogram(np.stack([unchanged, changed * weight]))
 
     def _found(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
-        """Return the hits and the alarms above each bin's lower edge, and the number of changed pixels, at least 1."""
+        """Return the hits and the alarms above each bin's lower edge, and the number of changed pixels."""
         unchanged, changed = self.counts
         hits = np.cumsum(changed[::-1])[::-1].astype(np.float64)
-        return hits, hits + np.cumsum(unchanged[::-1])[::-1], max(float(changed.sum()), 1.0)
+        return hits, hits + np.cumsum(unchanged[::-1])[::-1], float(changed.sum())
 
     def calibration(self) -> tuple[float, float]:
         """Return (threshold, temperature): the lowest logit of about the best F1, the temperature of least ECE there.
@@ -106,8 +102,13 @@ class Histogram:
                 f"found no changed pixel among {self.counts.sum():g} observed, expected some to calibrate"
             )
         hits, alarms, total = self._found()
-        f1 = 2 * hits / np.maximum(alarms + total, 1)
+        f1 = _ratio(2 * hits, alarms + total)
         threshold = float(CENTRES[np.argmax(f1 >= f1.max() - SLACK)])
         temperatures = np.geomspace(0.25, 4, 33)
         errors = [self.scores(threshold, t).ece for t in temperatures]
         return threshold, float(temperatures[int(np.argmin(errors))])
+
+
+def _ratio(part: npt.NDArray[np.float64], whole: npt.NDArray[np.float64] | float) -> npt.NDArray[np.float64]:
+    """Return part / whole, 0 where there is no whole; the counts of `with_share` may be less than 1."""
+    return np.divide(part, whole, out=np.zeros_like(part), where=np.greater(whole, 0))

@@ -41,7 +41,7 @@ def _sun(image: Array, rng: Rng) -> Array:
 
 
 def _brdf(image: Array, rng: Rng) -> Array:
-    """Look from the far end of the swath, the zenith angle falling across the image by more than it does in a tile."""
+    """Look from the far end of the swath, the zenith angle falling by nearly as much as across a tile."""
     view = np.linspace(10.5, 4.0, image.shape[2], dtype=np.float32) * np.ones((image.shape[1], 1), np.float32)
     return brdf(image, WAVELENGTHS, view, 35.0, rng.choice([30.0, 150.0]))
 

@@ -137,14 +137,10 @@ def combined(runs: list[Run]) -> Trainable:
 
 
 def averaged(runs: list[Run]) -> Trainable:
-    """Return the network of the mean weights of runs that started from the same ones (Wortsman et al., ICML 2022).
-
-    One that was trained without labels becomes one of two experts: the magnitude of change is the other (POOL).
-    """
+    """Return the network of the mean weights of runs that started from the same ones (Wortsman et al., ICML 2022)."""
     states = [run.network().state_dict() for run in runs]
     mean = {k: sum(s[k] for s in states) / len(states) if v.is_floating_point() else v for k, v in states[0].items()}
-    net = runs[0].loaded(mean)
-    return net.pool(*POOL) if isinstance(net, ChangeNet) and not runs[0].labels else net
+    return runs[0].loaded(mean)
 
 
 def as_model(net: Trainable, name: str, threshold: float = 0.0, temperature: float = 1.0) -> Model:
@@ -218,8 +214,11 @@ def train(
         for part in parts:
             part.metric.copy_(metric)
     first = {name: value.clone() for name, value in net.state_dict().items()}
-    trained = fit(net, material.sampler(size, simulated), plan, out, description, device=device).state_dict()
-    mixed = {k: v.lerp(first[k], 1 - blend) if v.is_floating_point() else v for k, v in trained.items()}
+    trained = fit(net, material.sampler(size, simulated), plan, out, description, device=device)
+    if isinstance(trained, ChangeNet) and not labels and start is None:
+        trained.pool(*POOL)  # one of two experts from now on: the magnitude of change is the other
+    weights = trained.state_dict()
+    mixed = {k: v.lerp(first[k], 1 - blend) if v.is_floating_point() else v for k, v in weights.items()}
     with written(out / "network.safetensors") as path:
         save_file({k: v.contiguous() for k, v in mixed.items()}, path)
     with written(out / "run.json") as path:
@@ -328,7 +327,11 @@ def protocol(runs: list[Run]) -> str:
             f"{head}the network they start from ({', '.join(doubtful)}) has seen labels; where those of the city "
             f"scored are among them, the scores flatter{tail}"
         )
-    seen = " (the network they start from saw its pixels, without labels)" if any(run.start for run in runs) else ""
+    seen = (
+        " (the network they start from may have seen its pixels, without labels)"
+        if any(run.start for run in runs)
+        else ""
+    )
     return f"{head}labels of a city never reach the network that is scored on it{seen}{tail}"
 
 
