@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
+from itertools import chain
+from numbers import Integral
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,18 +26,24 @@ Longitude = Annotated[float, Field(ge=-180, le=180)]
 Latitude = Annotated[float, Field(ge=-90, le=90)]
 
 
-def _values(text: Any) -> Any:
-    """Spell out "3,8-10"; anything else is left to the type."""
-    if not isinstance(text, str):
-        return text
-    ranges = [_RANGE.fullmatch(part.strip()) for part in text.split(",")]
-    if not all(ranges):
-        raise ValueError("expected values and ranges such as 3,8-10")
-    return tuple(v for r in ranges if r for v in range(int(r[1]), int(r[2] or r[1]) + 1))
+def class_values(given: Any) -> tuple[int, ...]:
+    """Return values of a mask band, given one by one or as a text such as "3,8-10". Raises ValueError for others."""
+    values = _spelled_out(given) if isinstance(given, str) else given
+    integers = isinstance(values, Collection) and all(isinstance(v, Integral) and 0 <= int(v) <= 255 for v in values)
+    if not integers or not len(values):
+        raise ValueError("expected values from 0 to 255, and ranges such as 3,8-10")
+    return tuple(map(int, values))
+
+
+def _spelled_out(text: str) -> tuple[int, ...]:
+    """Return the values of a text, none if any part of it is no value or range."""
+    found = [_RANGE.fullmatch(part.strip()) for part in text.split(",")]
+    ranges = [range(int(r[1]), int(r[2] or r[1]) + 1) if r else () for r in found]
+    return tuple(chain.from_iterable(ranges)) if all(ranges) else ()
 
 
 _RANGE = re.compile(r"(\d{1,3})(?:-(\d{1,3}))?")
-Classes = Annotated[tuple[Annotated[int, Field(ge=0, le=255)], ...], Field(min_length=1), BeforeValidator(_values)]
+Classes = Annotated[tuple[int, ...], BeforeValidator(class_values)]
 
 
 class RunConfig(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from rasterio.windows import Window
 from s2cd.catalog.bands import SCL, canonical_band
 from s2cd.catalog.scene import Grid, Scene
 from s2cd.errors import ConfigError, GridError, NoScenesError, ReadError
-from s2cd.reader import Source, band_source, read_window, require_asset
+from s2cd.reader import SPECTRAL, Source, band_source, read_window, require_asset
 
 DEFAULT_BANDS = ("blue", "green", "red", "nir", "nir08", "swir16", "swir22")
 
@@ -28,21 +29,23 @@ def open_cube(scenes: Sequence[Scene], bands: Sequence[str] | None = None, chunk
             of the shipped models, and the scene classification where every scene has it
     chunk   edge of a spatial chunk in pixels; a chunk holds one date and all bands
 
-    Returns a DataArray (time, band, y, x) of uint16 digital numbers, 0 where there is no observation, on the
-    finest grid among the bands, never resampled but for the exact replication of coarser bands. Coordinates: pixel
-    centres x and y, `id` (time), `parts` (time, what a split datatake is filled from), and `scale` and `offset`
-    (time, band) with reflectance = scale * digital number + offset. The CRS stands where rioxarray looks for it.
+    Returns a DataArray (time, band, y, x) of uint16 digital numbers, its attribute `nodata` (0 as a rule) where there
+    is no observation, on the finest grid among the bands, never resampled but for the exact replication of coarser
+    bands. Coordinates: pixel centres x and y, `id` (time), `parts` (time, what a split datatake is filled from), and
+    `scale` and `offset` (time, band) with reflectance = scale * digital number + offset. The CRS stands where rioxarray
+    looks for it.
 
-    Raises NoScenesError without scenes, ConfigError for a band a scene does not offer or a chunk below 1, and
-    GridError for scenes of different grids; when computed, ReadError and GridError as in `s2cd.reader.read_window`.
+    Raises NoScenesError without scenes, ConfigError for a band a scene does not offer, for a chunk below 1 and for
+    bands that differ in nodata, and GridError for scenes of different grids; when computed, ReadError and GridError as
+    in `s2cd.reader.read_window`.
     """
     ordered = sorted(scenes, key=lambda s: (s.time, s.id))
     if not ordered:
         raise NoScenesError("no scenes to open, expected at least one")
-    if chunk < 1:
-        raise ConfigError(f"chunk: found {chunk}, expected a number of pixels of at least 1")
+    if not isinstance(chunk, Integral) or chunk < 1:
+        raise ConfigError(f"chunk: found {chunk!r}, expected a whole number of pixels, at least 1")
     names = cube_bands(ordered, bands)
-    grid = common_grid(ordered, names)
+    grid, nodata = common_grid(ordered, names), _common_nodata(ordered, names)
     stacked = stackstac.stack(
         [_plain_item(scene, names, grid) for scene in ordered],
         assets=list(names),
@@ -50,9 +53,9 @@ def open_cube(scenes: Sequence[Scene], bands: Sequence[str] | None = None, chunk
         resolution=(abs(grid.transform[0]), abs(grid.transform[4])),
         bounds=_bounds(grid),
         snap_bounds=False,
-        chunksize=(1, -1, chunk, chunk),
+        chunksize=(1, -1, int(chunk), int(chunk)),
         dtype=np.dtype("uint16"),
-        fill_value=np.uint16(0),
+        fill_value=np.uint16(nodata),
         rescale=False,
         sortby_date=False,
         xy_coords="center",
@@ -63,7 +66,7 @@ def open_cube(scenes: Sequence[Scene], bands: Sequence[str] | None = None, chunk
     )
     if stacked.shape[2:] != grid.shape:
         raise GridError(f"tile {ordered[0].tile}: cube has shape {stacked.shape[2:]}, its scenes {grid.shape}")
-    return _with_coordinates(stacked, ordered, names, grid)
+    return _with_coordinates(stacked, ordered, names, grid, nodata)
 
 
 def cube_bands(scenes: Sequence[Scene], bands: Sequence[str] | None) -> tuple[str, ...]:
@@ -103,6 +106,21 @@ def finest_grid(scene: Scene, bands: Sequence[str]) -> Grid:
     return min((require_asset(scene, b).grid for b in bands), key=lambda g: abs(g.transform[0]))
 
 
+def _common_nodata(scenes: Sequence[Scene], bands: Sequence[str]) -> int:
+    """Return the digital number that means no observation: that of the spectral bands, if there are any.
+
+    Raises ConfigError where bands differ in it, and where uint16 does not hold it.
+    """
+    shown = [band for band in bands if band in SPECTRAL] or bands
+    pieces = [piece for scene in scenes for piece in (scene, *scene.parts)]
+    found = {require_asset(piece, band).nodata: f"{piece.id}, {band}" for piece in pieces for band in shown}
+    nodata = next(iter(found))
+    if len(found) > 1 or not 0 <= nodata <= 65535:
+        told = " and ".join(f"{value} ({where})" for value, where in found.items())
+        raise ConfigError(f"nodata: found {told}, expected one number from 0 to 65535 in the whole cube")
+    return nodata
+
+
 def window_of(part: Grid, whole: Grid) -> tuple[slice, slice]:
     """Return the rows and columns of `whole` that a grid within it covers, at whatever spacing."""
     (left, right), (top, bottom) = _edges(part, 1), _edges(part, 0)
@@ -129,8 +147,8 @@ class AssetReader:
     """
 
     def __init__(self, *, url: str, grid: Grid, **_: Any):
-        provider, band, *hrefs = url.split("\n")
-        self.source = Source(band, tuple(hrefs), provider)
+        provider, band, nodata, *hrefs = url.split("\n")
+        self.source = Source(band, tuple(hrefs), provider, int(nodata))
         self.grid = grid
 
     def read(self, window: Window, **_: Any) -> np.ndarray:
@@ -158,7 +176,7 @@ def _plain_item(scene: Scene, bands: Sequence[str], grid: Grid) -> dict[str, Any
     for band in bands:
         source = band_source(scene, band)
         assets[band] = {
-            "href": "\n".join((source.provider, band, *source.hrefs)),
+            "href": "\n".join((source.provider, band, str(source.nodata), *source.hrefs)),
             "type": "image/tiff",
             "proj:epsg": grid.epsg,
             "proj:transform": list(grid.transform),
@@ -173,7 +191,9 @@ def _bounds(grid: Grid) -> tuple[float, float, float, float]:
     return (left, bottom, right, top)
 
 
-def _with_coordinates(stacked: xr.DataArray, scenes: Sequence[Scene], bands: Sequence[str], grid: Grid) -> xr.DataArray:
+def _with_coordinates(
+    stacked: xr.DataArray, scenes: Sequence[Scene], bands: Sequence[str], grid: Grid, nodata: int
+) -> xr.DataArray:
     a, _, left, _, e, top = grid.transform
     rows, cols = grid.shape
     radiometry = [[[getattr(s.assets[b], what) for b in bands] for s in scenes] for what in ("scale", "offset")]
@@ -191,7 +211,7 @@ def _with_coordinates(stacked: xr.DataArray, scenes: Sequence[Scene], bands: Seq
             "offset": (("time", "band"), np.array(radiometry[1], dtype=np.float64)),
         },
         name="digital_number",
-        attrs={"long_name": "Sentinel-2 digital number", "nodata": 0, "tile": scenes[0].tile},
+        attrs={"long_name": "Sentinel-2 digital number", "nodata": nodata, "tile": scenes[0].tile},
     )
     return cube.rio.write_crs(grid.epsg).rio.write_transform(Affine(*grid.transform))
 

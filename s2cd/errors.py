@@ -96,7 +96,7 @@ class LevelWarning(S2cdWarning):
 
 
 class OrbitWarning(S2cdWarning):
-    """A pair mixes two relative orbits, so two viewing geometries."""
+    """A pair mixes two relative orbits, so two viewing geometries, or these are unknown."""
 
 
 class ShiftWarning(S2cdWarning):

@@ -11,23 +11,12 @@ import numpy as np
 from scipy import ndimage
 
 from s2cd.catalog.bands import SCL
+from s2cd.config import class_values
 from s2cd.errors import ConfigError
 
-# Classes of the Sen2Cor scene classification (Sentinel-2 L2A ATBD, S2-PDGS-MPC-ATBD-L2A).
-SCL_CLASSES = {
-    0: "no data",
-    1: "saturated or defective",
-    2: "dark area or topographic shadow",
-    3: "cloud shadow",
-    4: "vegetation",
-    5: "not vegetated",
-    6: "water",
-    7: "unclassified",
-    8: "cloud, medium probability",
-    9: "cloud, high probability",
-    10: "thin cirrus",
-    11: "snow or ice",
-}
+# Classes of the Sen2Cor scene classification (Sentinel-2 L2A ATBD, S2-PDGS-MPC-ATBD-L2A): 0 no data, 1 saturated or
+# defective, 2 dark or shadow of the terrain, 3 cloud shadow, 4 vegetation, 5 not vegetated, 6 water, 7 unclassified,
+# 8 and 9 cloud of medium and high probability, 10 thin cirrus, 11 snow or ice.
 INVALID_CLASSES = (0, 1, 3, 8, 9, 10)
 GROWN_CLASSES = (3, 8, 9, 10)
 DILATION = 6
@@ -41,38 +30,41 @@ class Mask:
     invalid    values of the mask band that are no observation of the ground: classes, or percentages of a cloud
                probability
     dilation   pixels of 10 m by which clouds and shadows are widened, since their thin edges are missed
-    spectral   whether scenes without scene classification get the spectral cloud test
-    function   "package.module:name" of a function that takes the place of both: called with float32 reflectance
-               (band, y, x) and the names of its bands, it returns bool (y, x), True where there is cloud; it must
-               look at each pixel by itself, and be importable on the workers
+    function   "package.module:name" of a function that takes the place of the mask band, and of the spectral test of
+               scenes without one: called with float32 reflectance (band, y, x) and the names of its bands, it returns
+               bool (y, x), True where there is cloud; it must look at each pixel by itself, and be importable on the
+               workers
     band       key of the asset that holds the mask: the scene classification, or one that takes its place, of
                which every `invalid` value is widened
     """
 
     invalid: tuple[int, ...] = INVALID_CLASSES
     dilation: int = DILATION
-    spectral: bool = True
     function: str | None = None
     band: str = SCL
 
     @classmethod
-    def parse(cls, text: str, invalid: Sequence[int] | None = None, dilation: int = DILATION) -> Mask:
+    def parse(cls, text: str, invalid: Sequence[int] | str | None = None, dilation: int = DILATION) -> Mask:
         """Return the mask that `text` names: "scl", the key of another asset, or "package.module:name".
 
-        invalid    values of the band; those of INVALID_CLASSES by default, to be given for a band other than SCL
+        invalid    values of the band from 0 to 255, or a text such as "3,8-10"; those of INVALID_CLASSES by default, to
+                   be given for a band other than SCL
         dilation   pixels of 10 m
 
-        Raises ConfigError for a function that cannot be imported, a band without `invalid` values, and values for a
-        function.
+        Raises ConfigError for a function that cannot be imported, a band without `invalid` values, values for a
+        function, and what are no values.
         """
         if ":" in text:
             load_function(text)
             if invalid is not None:
                 raise ConfigError(f"mask_classes {list(invalid)} mean nothing to the mask function {text!r}")
             return cls(dilation=dilation, function=text)
-        if text != SCL and not invalid:
+        if text != SCL and invalid is None:
             raise ConfigError(f"mask {text!r} needs mask_classes: the values that are no observation, such as 40-100")
-        return cls(tuple(INVALID_CLASSES if invalid is None else invalid), dilation, band=text)
+        try:
+            return cls(INVALID_CLASSES if invalid is None else class_values(invalid), dilation, band=text)
+        except ValueError as error:
+            raise ConfigError(f"mask_classes: found {invalid!r}, {error}") from None
 
     @property
     def extra_assets(self) -> tuple[str, ...]:
@@ -88,7 +80,7 @@ class Mask:
     @property
     def reach(self) -> int:
         """From how many 10 m pixels away a pixel's mask can change: the halo that exact chunks need."""
-        return self.dilation + (2 * ROOF_RADIUS if self.spectral else 0)
+        return self.dilation + (2 * ROOF_RADIUS if self.function is None else 0)
 
     def from_classes(self, classes: np.ndarray, factor: int = 1) -> np.ndarray:
         """Return bool (y, x), True where the mask band (y, x), decimated by `factor` against 10 m, is valid."""
@@ -96,17 +88,15 @@ class Mask:
         return valid_mask(classes, invalid=self.invalid, grow=grow, dilation=self.dilation / factor)
 
     def from_reflectance(self, reflectance: np.ndarray, bands: Sequence[str], factor: int = 1) -> np.ndarray:
-        """Return bool (y, x), True where `cloud_test` finds no cloud within `dilation`.
+        """Return bool (y, x), True where `function`, or else `cloud_test`, finds no cloud within `dilation`.
 
         `reflectance` is float32 (band, y, x) of `bands`, NaN where there is no observation, decimated by
-        `factor`.
+        `factor`. Raises ConfigError for a function that fails or returns something else.
         """
         if self.function is not None:
-            cloud = np.asarray(load_function(self.function)(reflectance, tuple(bands)), dtype=bool)
-        elif self.spectral:
-            cloud = cloud_test(reflectance, bands, factor)
+            cloud = _call(self.function, reflectance, tuple(bands))
         else:
-            return np.ones(reflectance.shape[1:], dtype=bool)
+            cloud = cloud_test(reflectance, bands, factor)
         return ~dilate(cloud, self.dilation / factor)
 
 
@@ -122,11 +112,29 @@ def load_function(name: str) -> Callable[[np.ndarray, tuple[str, ...]], np.ndarr
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:  # a module of the user's may raise anything
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f'mask function {name!r}: {why}, expected "package.module:name"') from error
+        raise ConfigError(f'mask function {name!r}: {_one_line(error)}, expected "package.module:name"') from error
     if not callable(function):
         raise ConfigError(f"mask function {name!r}: found {type(function).__name__}, expected a function")
     return function
+
+
+def _call(name: str, reflectance: np.ndarray, bands: tuple[str, ...]) -> np.ndarray:
+    """Return what a mask function finds. What could be taken for a mask, such as percentages, would hide anything."""
+    function, shape = load_function(name), reflectance.shape[1:]
+    try:
+        cloud = function(reflectance, bands)
+    except MemoryError:  # no fault of the function's
+        raise
+    except Exception as error:
+        raise ConfigError(f"mask function {name!r}: {_one_line(error)}, expected bool of shape {shape}") from error
+    found = f"{cloud.dtype} of shape {cloud.shape}" if isinstance(cloud, np.ndarray) else type(cloud).__name__
+    if found != f"bool of shape {shape}":
+        raise ConfigError(f"mask function {name!r}: found {found}, expected bool of shape {shape}")
+    return cloud
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def valid_mask(
@@ -139,7 +147,7 @@ def valid_mask(
     """Tell valid observations from the scene classification layer, or from another mask band.
 
     Args:
-        scl: class codes (y, x) of an unsigned type, see `SCL_CLASSES`.
+        scl: class codes (y, x) of an unsigned type.
         invalid: classes that are no observation of the ground, 0 to 255.
         grow: those of them (clouds, shadows) that are widened.
         dilation: by how many pixels of `scl`, in a disc.

@@ -192,9 +192,10 @@ def _notes(before: Scene, after: Scene) -> tuple[str, ...]:
     if before.baseline and after.baseline and before.baseline != after.baseline:
         notes.append(f"processing baselines differ: {before.baseline} and {after.baseline}")
         warnings.warn(f"{before.id} and {after.id}: {notes[-1]}", BaselineWarning, stacklevel=4)
-    if before.orbit != after.orbit:
-        notes.append(f"relative orbits differ: {before.orbit} and {after.orbit}")
-        risk = "viewing angles differ, so shadows, facades and displaced summits can appear as change"
+    if before.orbit != after.orbit or before.orbit is None:
+        differ = f"differ: {before.orbit} and {after.orbit}" if before.orbit != after.orbit else "unknown"
+        notes.append(f"relative orbits {differ}")
+        risk = "where viewing angles differ, shadows, facades and displaced summits can appear as change"
         warnings.warn(f"{before.id} and {after.id}: {notes[-1]}: {risk}", OrbitWarning, stacklevel=4)
     if before.level != after.level:
         notes.append(f"processing levels differ: {before.level} and {after.level}")

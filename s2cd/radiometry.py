@@ -11,6 +11,9 @@ from s2cd.errors import OffsetError, OffsetWarning
 SCALE = 1e-4
 RADIO_ADD_OFFSET = -0.1
 FIRST_BASELINE_WITH_OFFSET = (4, 0)
+# Scales that digital numbers can have: others are what a program writes that knows none, such as the 1 of rio-stac.
+SCALES = (1e-5, 1e-3)
+LARGEST_OFFSET = 0.2  # of reflectance: what is beyond is stated in digital numbers, or wrong
 
 # How evenly over the bands, and how close to RADIO_ADD_OFFSET, dark pixels must move to tell of a lost
 # offset.
@@ -27,6 +30,7 @@ def resolve(
     stated_scale: float | None = None,
     stated_offset: float | None = None,
     offset_applied: bool | None = None,
+    whole_numbers: bool = False,
 ) -> tuple[float, float, str]:
     """Decide scale and offset of a reflectance asset: reflectance = scale * digital number + offset.
 
@@ -40,12 +44,22 @@ def resolve(
         stated_scale, stated_offset: what the document says of the asset (`raster:bands`, `raster:offset`).
         offset_applied: Earth Search's `boa_offset_applied`: True if the provider took the offset out of the
             pixels.
+        whole_numbers: whether the document says that pixels are integers. A scale that these cannot have counts as
+            not stated, and so does the offset beside it.
 
     Returns (scale, offset, reason).
     """
-    scale = SCALE if not stated_scale else float(stated_scale)
+    note = ""
+    if whole_numbers and stated_scale and not is_scale_of_numbers(stated_scale):
+        note = f"; the stated scale {stated_scale:g} is none of digital numbers"
+        stated_scale = stated_offset = None
     offset, reason = _resolve_offset(level, baseline, stated_offset, offset_applied)
-    return scale, offset, reason
+    return float(stated_scale or SCALE), offset, reason + note
+
+
+def is_scale_of_numbers(scale: float) -> bool:
+    """Tell whether digital numbers can have a scale, about `SCALE`."""
+    return SCALES[0] <= scale <= SCALES[1]
 
 
 def _resolve_offset(level: str, baseline: str | None, stated: float | None, applied: bool | None) -> tuple[float, str]:

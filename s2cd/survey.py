@@ -17,6 +17,7 @@ from s2cd.masks import Mask
 from s2cd.model import ModelRef
 from s2cd.model.device import to_host
 from s2cd.model.normalise import Planes, decimation
+from s2cd.radiometry import SCALE, is_scale_of_numbers
 from s2cd.reader import Source, band_source, read_overviews, require_asset
 
 
@@ -77,12 +78,14 @@ def scene_input(scene: Scene, bands: Sequence[str], grid: Grid, mask: Mask) -> S
 def survey_scene(scene: SceneInput, mask: Mask, model: ModelRef) -> Survey:
     """Survey one scene from its overviews.
 
-    Raises ReadError and GridError as reading does, and ReadError for a mask band that holds no whole numbers.
+    Raises ReadError and GridError as reading does, and ReadError for a mask band that holds no whole numbers and for
+    another one that does, with a scale that these cannot have.
     """
     factor = decimation(scene.grid.shape)
     mask_band = () if scene.classes is None else (scene.classes,)
     planes = read_overviews((*scene.sources, *mask_band), scene.grid, factor)
     classes = _require_whole_numbers(planes.pop(), scene.classes) if scene.classes is not None else None
+    _require_scales(planes, scene)
     pixels = np.stack(planes)
     valid = observed(pixels, classes, scene, mask, factor)
     reflectance = to_reflectance(pixels, scene, valid)
@@ -105,6 +108,14 @@ def _require_whole_numbers(classes: np.ndarray, source: Source) -> np.ndarray:
     return classes
 
 
+def _require_scales(planes: Planes, scene: SceneInput) -> None:
+    """Documents need not say whether a raster holds whole numbers or reflectance: its pixels do."""
+    for plane, source, scale in zip(planes, scene.sources, scene.scale, strict=True):
+        if plane.dtype.kind in "iu" and not is_scale_of_numbers(scale):
+            why = f"holds {plane.dtype}, but has the scale {scale:g}, expected about {SCALE:g}"
+            raise ReadError(source.hrefs[0], why)
+
+
 def observed(pixels: Planes, classes: np.ndarray | None, scene: SceneInput, mask: Mask, factor: int = 1) -> np.ndarray:
     """Return bool (y, x): True where every band has an observation and the mask lets it pass.
 
@@ -118,8 +129,9 @@ def observed(pixels: Planes, classes: np.ndarray | None, scene: SceneInput, mask
         np.logical_and(level, plane != source.nodata, out=level)
         if plane.dtype.kind == "f":
             np.logical_and(level, np.isfinite(plane), out=level)
-    if classes is not None and factor == 1 and scene.classes_factor == 2:  # a quarter of the work
-        half &= mask.from_classes(classes if classes.shape == half.shape else classes[::2, ::2], 2)
+    small = classes is not None and classes.shape != seen.shape  # at 20 m, whatever the scene says
+    if classes is not None and factor == 1 and (small or scene.classes_factor == 2):  # a quarter of the work
+        half &= mask.from_classes(classes if small else classes[::2, ::2], 2)
     elif classes is not None:
         seen &= mask.from_classes(classes, factor)
     if not half.all():

@@ -5,13 +5,17 @@ from __future__ import annotations
 import ctypes
 import pickle
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise, takewhile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -117,6 +121,34 @@ def test_a_server_that_only_fails_ends_in_a_named_error(
 def test_a_missing_asset_is_not_asked_for_again_and_again(server: FaultServer) -> None:
     with pytest.raises(ReadError, match=r"gone/red\.tif: server answered 404"):
         read(f"{server.url}/gone/red.tif", slice(0, 9), slice(0, 9))
+
+
+class WithoutRanges(SimpleHTTPRequestHandler):
+    """Python's own server, which sends whole files; `ends` of those that it sent: whether the client read all."""
+
+    ends: ClassVar[list[bool]] = []
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        try:
+            super().copyfile(source, outputfile)
+            self.ends.append(True)
+        except OSError:
+            self.ends.append(False)
+
+
+def test_of_a_server_without_ranges_no_file_is_fetched(tmp_path: Path) -> None:
+    with (tmp_path / "red.tif").open("wb") as file:
+        file.truncate(1 << 26)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(WithoutRanges, directory=tmp_path)) as server:
+        server.daemon_threads = False  # so that all have ended when it is closed
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(ReadError, match=r"red\.tif: server answered 200 OK, expected 206 Partial"):
+            read(f"http://127.0.0.1:{server.server_port}/red.tif", slice(0, 9), slice(0, 9))
+        server.shutdown()
+    assert WithoutRanges.ends == [False]
 
 
 def test_a_missing_or_damaged_local_asset_is_named(tmp_path: Path) -> None:
@@ -420,6 +452,16 @@ def test_requester_pays_is_said_to_the_server(monkeypatch: pytest.MonkeyPatch) -
     options = access.s3_options("earth-search", "s3://sentinel-s2-l1c/a.jp2")
     assert (options["request_payer"], options["region"]) == ("true", "eu-central-1")
     assert "request_payer" not in access.s3_options("cdse", "s3://eodata/a.jp2")
+
+
+def test_a_copy_of_an_archive_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The endpoint and the keys of Copernicus Data Space are those of its own bucket."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_S3_ENDPOINT", *access.KEYS):
+        monkeypatch.delenv(name, raising=False)
+    assert access.s3_options("cdse", "s3://my-mirror/a.jp2") == {"skip_signature": "true"}
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    assert access.s3_options("cdse", "s3://my-mirror/a.jp2") == {}
+    assert access.s3_options("cdse", "s3://eodata/a.jp2")["endpoint"] == "https://eodata.dataspace.copernicus.eu"
 
 
 @given(st.lists(st.tuples(st.integers(0, 500), st.integers(1, 60)), max_size=20), st.integers(0, 40))

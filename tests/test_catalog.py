@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import rustac
 
-from s2cd.catalog import freeze, load_scenes, scene_from_item, scene_rows, scene_to_item, search
+from s2cd.catalog import freeze, scene_from_item, scene_rows, scene_to_item, search
 from s2cd.catalog.filters import check_bbox, intersects, parse_interval
 from s2cd.catalog.frozen import BATCH
 from s2cd.catalog.scene import Scene
@@ -61,6 +61,16 @@ def test_band_that_nobody_offers_is_named(shared_data: Path) -> None:
         search(shared_data / "oscd", bands=["B10"])
     with pytest.raises(ConfigError, match="unknown band 'B42'"):
         search(shared_data / "oscd", bands=["B42"])
+
+
+def test_a_scene_that_offers_none_of_the_bands_is_left_out(
+    make_series: Callable[..., list[Scene]], tmp_path: Path
+) -> None:
+    first, second = make_series(dates=2, scl=False)
+    freeze([replace(first, assets={"red": first.assets["red"]}), second], tmp_path / "scenes.parquet")
+    with pytest.warns(S2cdWarning, match="1 scenes left out, the first: scene-000 offers none of the bands B08"):
+        found = search(tmp_path / "scenes.parquet", bands=["B08"])
+    assert [(row["id"], row["offset"]) for row in scene_rows(found)] == [("scene-001", 0)]
 
 
 def test_nothing_found_says_what_the_catalogue_holds(shared_data: Path) -> None:
@@ -308,14 +318,14 @@ def test_a_geoparquet_file_of_another_program_is_read_as_its_items_are(shared_da
 
 @pytest.mark.parametrize("name", ["oscd", "flanders", "stac/cdse/search_4items_4bbff1fb.json"])
 def test_frozen_search_is_equal_to_the_bit(shared_data: Path, tmp_path: Path, name: str) -> None:
-    scenes = load_scenes(shared_data / name)
+    scenes = search(shared_data / name)
     freeze(scenes, tmp_path / "scenes.parquet")
     assert search(tmp_path / "scenes.parquet") == scenes
     assert [p.name for p in tmp_path.iterdir()] == ["scenes.parquet"]
 
 
 def test_frozen_batches_keep_what_only_one_scene_has(shared_data: Path, tmp_path: Path) -> None:
-    first, *_ = load_scenes(shared_data / "flanders")
+    first, *_ = search(shared_data / "flanders")
     late = first.time + timedelta(days=1)
     scenes = [replace(first, id=f"{n:04d}", cloud_cover=10, processed=None) for n in range(2 * BATCH + 1)]
     cloud = replace(first.assets["scl"], band="cloud")
@@ -325,12 +335,12 @@ def test_frozen_batches_keep_what_only_one_scene_has(shared_data: Path, tmp_path
 
 
 def test_item_round_trip(shared_data: Path) -> None:
-    for scene in load_scenes(shared_data / "flanders"):
+    for scene in search(shared_data / "flanders"):
         assert scene_from_item(scene_to_item(scene)) == scene
 
 
 def test_rows_have_one_form(shared_data: Path) -> None:
-    rows = scene_rows(load_scenes(shared_data / "stac" / "cdse" / "search_4items_4bbff1fb.json"))
+    rows = scene_rows(search(shared_data / "stac" / "cdse" / "search_4items_4bbff1fb.json"))
     assert rows[0]["tile"] == "32TMT"
     assert rows[0]["offset"] == -0.1
     assert {tuple(row) for row in rows} == {tuple(rows[0])}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from copy import deepcopy
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from s2cd.catalog import freeze, scene_from_item, search
 from s2cd.catalog.duplicates import reduce_duplicates
 from s2cd.catalog.scene import Asset, Grid, Scene
 from s2cd.catalog.static import read_document
+from s2cd.errors import BaselineWarning
 from s2cd.pairs import consecutive_pairs
 from s2cd.reader import band_source, read_window
 
@@ -77,6 +79,27 @@ def test_older_baselines_stay_at_hand_and_in_what_is_frozen(page: list[dict[str,
     assert reduce_duplicates(kept)[0] == kept
     freeze(kept, tmp_path / "scenes.parquet")
     assert search(tmp_path / "scenes.parquet") == kept
+
+
+def test_baselines_that_share_an_id_are_not_taken_for_each_other(page: list[dict[str, Any]], tmp_path: Path) -> None:
+    """As in items of stactools, whose ids tell neither baseline nor time of processing."""
+    newer, older = scenes(*page[:2])
+    assert (newer.baseline, older.baseline) == ("05.00", "02.14")
+    later = replace(older, id="later", time=older.time + timedelta(days=5), datatake=None)
+    found = [newer, replace(older, id=newer.id), later]
+    kept, _ = reduce_duplicates(found)
+    assert kept == [newer, later]
+    freeze(kept, tmp_path / "scenes.parquet")
+    assert search(tmp_path / "scenes.parquet") == kept
+    with pytest.warns(BaselineWarning, match=r"differ: 05\.00 and 02\.14"):
+        pairs = consecutive_pairs(found)
+    assert [(p.before, p.after) for p in pairs] == [tuple(pairs.scenes)]
+
+
+def test_of_older_baselines_that_share_an_id_the_newest_stays_at_hand(page: list[dict[str, Any]]) -> None:
+    newer, older = scenes(*page[:2])
+    kept, _ = reduce_duplicates([newer, older, replace(older, baseline="02.12")])
+    assert [(e.id, e.baseline) for e in kept[0].editions] == [(older.id, "02.14")]
 
 
 def test_a_product_made_with_the_toolbox_goes_after_official_ones(page: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import rasterio
 from rasterio.transform import Affine
 
 from s2cd.catalog import freeze, search
-from s2cd.errors import CatalogError
+from s2cd.errors import CatalogError, NoScenesError, S2cdWarning
 from s2cd.reader import band_source, read_window
 
 BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12")
@@ -178,6 +179,18 @@ def test_a_product_has_the_offset_that_its_metadata_state(
     (scene,) = search(tmp_path)
     assert scene.baseline == baseline
     assert {a.offset for a in scene.assets.values()} == {expected} | ({0.0} if level == "2A" else set())
+
+
+def test_a_product_that_is_not_whole_is_left_out(tmp_path: Path) -> None:
+    product = write_product(tmp_path, level="1C", baseline="05.09", offset=-1000)
+    for number, day in enumerate(("20230601", "20230606")):
+        broken = tmp_path / f"S2A_MSIL1C_{day}T104031_N0509_R008_T31UDS_{day}T124031.SAFE"
+        broken.mkdir()
+        with pytest.warns(S2cdWarning, match=rf"{number + 1} items left out, the first: .*0601T\w*\.SAFE: found 0"):
+            assert [s.id for s in search(tmp_path)] == [product.stem]
+    shutil.rmtree(product)
+    with pytest.warns(S2cdWarning, match="2 items left out"), pytest.raises(NoScenesError, match="no Sentinel-2"):
+        search(tmp_path)
 
 
 def test_a_product_that_cannot_be_understood_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import dask
@@ -113,8 +114,9 @@ def test_a_cube_without_pixels_or_chunks_is_refused(make_series):
     scenes = make_series(dates=1)
     with pytest.raises(GridError, match=r"cube has shape \(1, 8, 0, 232\), expected pixels"):
         cube_grid(open_cube(scenes)[:, :, 10:10])
-    with pytest.raises(ConfigError, match="chunk: found 0, expected a number of pixels of at least 1"):
-        open_cube(scenes, chunk=0)
+    for chunk in (0, 512.5, "auto", None, (512, 512)):
+        with pytest.raises(ConfigError, match=f"chunk: found {re.escape(repr(chunk))}, expected a whole number of pix"):
+            open_cube(scenes, chunk=chunk)
 
 
 def rewrite(asset, change, **profile):
@@ -151,6 +153,42 @@ def test_a_file_with_another_nodata_than_its_item_is_refused(make_series):
     rewrite(scene.assets["red"], lambda data: data, nodata=65535)
     with pytest.raises(ReadError, match=r"red\.tif: has nodata 65535, but its item 0; expected the same of both"):
         open_cube([scene]).compute(scheduler="sync")
+
+
+@pytest.mark.parametrize("declared", [65535, None])
+def test_another_nodata_than_0_is_that_of_the_cube(make_series, declared):
+    """Of the item and of a file that declares it or none, and where the other half of a split datatake comes in."""
+    scene, other = make_series(dates=2)
+    expected = np.concatenate([open_cube([other]).values[..., :40, :], open_cube([scene]).values[..., 40:, :]], axis=2)
+
+    def without_north(data):
+        data[: 40 * len(data) // 200] = 65535
+        return data
+
+    for band in (b for b in scene.assets if b != "scl"):
+        rewrite(scene.assets[band], without_north, nodata=declared)
+        rewrite(other.assets[band], lambda data: data, nodata=declared)
+    scene, other = with_nodata(scene, 65535), with_nodata(other, 65535)
+    cube = open_cube([scene])
+    assert cube.attrs["nodata"] == 65535
+    assert (cube.sel(band="nir08").values == 65535).sum() == 40 * cube.sizes["x"]
+    np.testing.assert_array_equal(open_cube([replace(scene, parts=(other,))]).values, expected)
+
+
+def with_nodata(scene, nodata):
+    assets = {b: a if b == "scl" else replace(a, nodata=nodata) for b, a in scene.assets.items()}
+    return replace(scene, assets=assets)
+
+
+def test_a_cube_has_one_nodata(make_series):
+    first, second = make_series(dates=2)
+    mixed = r"nodata: found 0 \(scene-000, .*\) and 65535 \(scene-001, .*\), expected one number from 0 to 65535"
+    with pytest.raises(ConfigError, match=mixed):
+        open_cube([first, with_nodata(second, 65535)])
+    with pytest.raises(ConfigError, match=mixed):
+        open_cube([replace(first, parts=(with_nodata(second, 65535),))])
+    with pytest.raises(ConfigError, match=r"nodata: found -9999 \(scene-000, .*\), expected"):
+        open_cube([with_nodata(first, -9999)])
 
 
 @pytest.mark.parametrize("shape", [(65, 33), (129, 65), (64, 97)])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,11 +19,12 @@ from scipy import ndimage
 
 from s2cd.catalog import search
 from s2cd.catalog.scene import Grid, Scene
-from s2cd.errors import ConfigError
+from s2cd.errors import ConfigError, ReadError
 from s2cd.masks import GROWN_CLASSES, INVALID_CLASSES, Mask, cloud_test, dilate, valid_mask
+from s2cd.model import ModelRef
 from s2cd.radiometry import reflectance
 from s2cd.reader import Source
-from s2cd.survey import SceneInput, observed
+from s2cd.survey import SceneInput, observed, scene_input, survey_scene
 
 VISIBLE = ("blue", "green", "red")
 
@@ -63,12 +67,13 @@ def test_masks_are_made_where_the_classes_lie(dilation: int) -> None:
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(0, 2**32 - 1), st.booleans())
-def test_chunks_with_a_halo_of_reach_equal_the_whole(seed: int, spectral: bool) -> None:
+@given(st.integers(0, 2**32 - 1), st.booleans(), st.sampled_from([None, f"{__name__}:bright"]))
+def test_chunks_with_a_halo_of_reach_equal_the_whole(seed: int, spectral: bool, function: str | None) -> None:
     """What lies further away than `reach` does not matter."""
     rng = np.random.default_rng(seed)
-    mask = Mask(dilation=5)
+    mask = Mask(dilation=5, function=function)
     size, halo = 150, mask.reach
+    assert halo == (21 if function is None else 5)
     if spectral:
         cloud = ndimage.gaussian_filter(rng.random((size, size)), 7)
         image = np.repeat((0.1 + 0.4 * (cloud > np.quantile(cloud, 0.7)))[None], 3, axis=0).astype(np.float32)
@@ -142,6 +147,38 @@ def test_a_function_takes_the_place_of_both() -> None:
     assert pickle.loads(pickle.dumps(mask)) == mask
 
 
+def percent(reflectance: np.ndarray, bands: tuple[str, ...]) -> np.ndarray:
+    return np.full(reflectance.shape[1:], 0.01, np.float32)
+
+
+def nowhere(reflectance: np.ndarray, bands: tuple[str, ...]) -> bool:
+    return False
+
+
+def one_row(reflectance: np.ndarray, bands: tuple[str, ...]) -> np.ndarray:
+    return np.zeros((1, reflectance.shape[2]), bool)
+
+
+def failing(reflectance: np.ndarray, bands: tuple[str, ...]) -> np.ndarray:
+    return reflectance[bands.index("two\nlines")] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("percent", r"found float32 of shape \(9, 7\), expected bool of shape \(9, 7\)$"),
+        ("nowhere", "found bool, expected bool of shape"),
+        ("one_row", r"found bool of shape \(1, 7\), expected"),
+        ("failing", r"ValueError: tuple\.index.*, expected bool of shape \(9, 7\)$"),
+    ],
+)
+def test_a_function_that_gives_no_mask_is_refused(name: str, found: str) -> None:
+    mask = Mask.parse(f"{__name__}:{name}")
+    with pytest.raises(ConfigError, match=f"^mask function '{__name__}:{name}': {found}") as caught:
+        mask.from_reflectance(np.zeros((3, 9, 7), np.float32), VISIBLE)
+    assert isinstance(caught.value.__cause__, ValueError) == (name == "failing")
+
+
 def test_parse_tells_bands_from_functions() -> None:
     assert Mask.parse("scl") == Mask()
     assert Mask.parse("scl", (9,), 3) == Mask((9,), 3)
@@ -160,6 +197,19 @@ def test_every_value_of_another_band_grows() -> None:
     probability[4, 4], probability[0, 0] = 80, 300
     assert (~Mask((80,), 1, band="cloud").from_classes(probability)).sum() == 5
     assert (~Mask((4,), 1).from_classes(probability)).sum() == 0
+
+
+def test_values_are_told_one_by_one_or_as_a_text() -> None:
+    for given_values in ("3,8-10", [3, 8, 9, 10], np.array([3, 8, 9, 10])):
+        assert Mask.parse("cloud", given_values).invalid == (3, 8, 9, 10)
+
+
+@pytest.mark.parametrize("values", [[300], [-1], [40.5], "3,10-8", "40-", "4 0", "", [], ["3"], 3])
+def test_values_that_no_band_has_are_refused(values: object) -> None:
+    found = f"mask_classes: found {re.escape(repr(values))}, expected values from 0 to 255, and ranges such as 3,8-10$"
+    for name in ("scl", "cloud"):
+        with pytest.raises(ConfigError, match=found):
+            Mask.parse(name, values)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["nowhere.at.all:x", "s2cd.masks:nothing", "s2cd.masks", ""])
@@ -187,10 +237,6 @@ def test_a_function_that_cannot_be_had_is_named(
         Mask.parse(f"{name}:cloud")
 
 
-def test_no_mask_at_all() -> None:
-    assert Mask(spectral=False).from_reflectance(np.ones((3, 9, 9), np.float32), VISIBLE).all()
-
-
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(17, 19), (64, 66), (1, 5)]))
 def test_bands_and_classes_at_20_m_hide_the_same_pixels_as_replicated_ones(seed: int, shape: tuple[int, int]) -> None:
@@ -208,6 +254,22 @@ def test_bands_and_classes_at_20_m_hide_the_same_pixels_as_replicated_ones(seed:
     )
     for planes, given_classes in (([*fine, coarse], classes), ([*fine, full], full_classes)):
         assert np.array_equal(observed(planes, given_classes, scene, Mask()), expected)
+    # An SCL whose item has one grid for all assets: the file is as it is.
+    assert np.array_equal(observed([*fine, coarse], classes, replace(scene, classes_factor=1), Mask()), expected)
+
+
+def test_whole_numbers_with_the_scale_of_reflectance_are_refused(make_series: Callable[..., list[Scene]]) -> None:
+    """As where an item states a scale of 1, and not what its pixels are."""
+    (scene,) = make_series(dates=1)
+    model = ModelRef.of("generic", "cpu")
+    for scale in (1e-4, 1.0):
+        assets = {**scene.assets, "nir": replace(scene.assets["nir"], scale=scale)}
+        taken = scene_input(replace(scene, assets=assets), model.load().bands, assets["red"].grid, Mask())
+        if scale == 1:
+            with pytest.raises(ReadError, match=r"nir\.tif: holds uint16, but has the scale 1, expected about 0\.0001"):
+                survey_scene(taken, Mask(), model)
+        else:
+            assert survey_scene(taken, Mask(), model).valid_fraction == 1
 
 
 class _Away(np.ndarray):

@@ -16,7 +16,7 @@ from pystac.validation import validate_dict
 from rasterio.warp import transform_bounds
 
 from s2cd.addresses import public_href, without_secrets
-from s2cd.catalog import freeze, load_scenes, search
+from s2cd.catalog import freeze, search
 from s2cd.codes import CODE_NODATA, encode_codes
 from s2cd.errors import CatalogError, ConfigError, GridError, OutputError
 from s2cd.outputs import MapInfo, finished, is_done, save_report, save_run, write_catalog, write_map
@@ -270,7 +270,7 @@ def test_a_run_is_kept_beside_its_maps(out):
     save_run(str(out), "catalog: x\n", scenes)
     save_report(str(out), {"out": "x", "maps": []})
     assert (out / "run.yaml").read_text() == "catalog: x\n"
-    kept = load_scenes(out / "scenes.parquet")
+    kept = search(out / "scenes.parquet")
     assert [(s.id, s.time, s.assets) for s in kept] == [(s.id, s.time, s.assets) for s in scenes]
     assert json.loads((out / "report.json").read_text())["maps"] == []
 
@@ -278,8 +278,8 @@ def test_a_run_is_kept_beside_its_maps(out):
 def test_frozen_scenes_of_a_bucket_are_read_there(bucket):
     scenes = [make_scene(GRID, datetime(2023, 1, d, tzinfo=UTC)) for d in (1, 2)]
     save_run(bucket.url, "catalog: x\n", scenes)
-    kept = load_scenes(f"{bucket.url}/scenes.parquet")
+    kept = search(f"{bucket.url}/scenes.parquet")
     assert [(s.id, s.time, s.assets) for s in kept] == [(s.id, s.time, s.assets) for s in scenes]
     for place in (f"{bucket.url}/none.parquet", "s3://none/scenes.parquet", "ftp://none/scenes.parquet"):
         with pytest.raises(CatalogError, match=rf"^{place}: cannot be read as stac-geoparquet: .*$"):
-            load_scenes(place)
+            search(place)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.europe import catalogue
-from s2cd.catalog import freeze, load_scenes
+from s2cd.catalog import freeze, search
 from s2cd.catalog.packed import WAITING, Packed, grouped
 from s2cd.config import RunConfig
 from s2cd.errors import NoScenesError
@@ -67,7 +67,7 @@ def test_a_plan_takes_a_tenth_of_the_memory_of_its_scenes(tmp_path):
 def test_a_plan_freezes_and_comes_back(tmp_path):
     plan = make_plan(RunConfig(catalog="given", out=str(tmp_path / "out")), catalogue(2))
     freeze(plan.scenes, tmp_path / "scenes.parquet")
-    assert [s.id for s in load_scenes(tmp_path / "scenes.parquet")] == [s.id for s in sorted(plan.scenes, key=in_order)]
+    assert [s.id for s in search(tmp_path / "scenes.parquet")] == [s.id for s in sorted(plan.scenes, key=in_order)]
 
 
 def in_order(scene):

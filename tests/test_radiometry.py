@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2cd.catalog import scene_from_item, search
+from s2cd.catalog.items import radiometry_of
 from s2cd.catalog.scene import Scene
-from s2cd.errors import OffsetError, OffsetWarning
+from s2cd.errors import CatalogError, OffsetError, OffsetWarning
 from s2cd.radiometry import RADIO_ADD_OFFSET, check_offsets, offset_difference, reflectance, resolve
 
 BANDS = ("blue", "green", "red", "nir", "nir08", "swir16", "swir22")
@@ -60,6 +61,56 @@ def test_a_stated_scale_is_taken() -> None:
     assert resolve(level="L2A", baseline="02.14", stated_scale=2e-4)[0] == 2e-4
 
 
+def item_of(raster: dict[str, object], baseline: str | None = "05.09", **properties: object) -> dict[str, object]:
+    """An item of one band that says `raster` of it."""
+    return {
+        "type": "Feature",
+        "id": "S2A_31UDS_x_L2A",
+        "geometry": {"type": "Polygon", "coordinates": [[[3, 50], [4, 50], [4, 51], [3, 50]]]},
+        "properties": {
+            "datetime": "2020-01-01T00:00:00Z",
+            "grid:code": "MGRS-31UDS",
+            "proj:epsg": 32631,
+            "s2:processing_baseline": baseline,
+            **properties,
+        },
+        "assets": {"red": {"href": "x.tif", "proj:shape": [8, 8], "proj:transform": [10, 0, 0, 0, -10, 0], **raster}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("raster", "baseline", "scale", "offset"),
+    [
+        # rio-stac writes 1 and 0 where a file tells nothing: not what the file's numbers mean.
+        ({"raster:bands": [{"data_type": "uint16", "scale": 1.0, "offset": 0.0}]}, "05.09", 1e-4, -0.1),
+        ({"raster:bands": [{"data_type": "uint16", "scale": 1.0, "offset": 0.0}]}, "02.14", 1e-4, 0.0),
+        ({"raster:bands": [{"data_type": "int16", "scale": 1, "offset": -1000}]}, "05.09", 1e-4, -0.1),
+        ({"data_type": "uint16", "raster:scale": 1, "raster:offset": 0}, "05.09", 1e-4, -0.1),
+        ({"bands": [{"data_type": "uint16", "raster:scale": 1, "raster:offset": 0}]}, None, 1e-4, 0.0),
+        ({"raster:bands": [{"data_type": "uint16", "scale": 1e-4, "offset": 0.0}]}, "05.09", 1e-4, 0.0),
+        ({"raster:bands": [{"data_type": "uint16", "scale": 1e-3, "offset": -0.2}]}, "05.09", 1e-3, -0.2),
+        # Reflectance itself, or a document that does not tell: training takes these.
+        ({"raster:bands": [{"data_type": "float32", "scale": 1.0, "offset": 0.0}]}, "05.09", 1.0, 0.0),
+        ({"raster:bands": [{"scale": 1.0, "offset": 0.0}]}, "05.09", 1.0, 0.0),
+    ],
+)
+def test_a_scale_that_digital_numbers_cannot_have_is_none(
+    raster: dict[str, object], baseline: str | None, scale: float, offset: float
+) -> None:
+    item = item_of(raster, baseline)
+    asset = scene_from_item(item).assets["red"]
+    assert (asset.scale, asset.offset) == (scale, offset)
+    assert radiometry_of(item, "red") == (scale, offset, 0)
+
+
+@pytest.mark.parametrize("raster", [{"scale": 1e-4, "offset": -1000}, {"data_type": "float32", "offset": -0.7}])
+def test_an_offset_that_reflectance_cannot_have_is_refused(raster: dict[str, object]) -> None:
+    with pytest.raises(CatalogError, match=rf"^item S2A_\w+, band red: found offset {raster['offset']}, expected one"):
+        scene_from_item(item_of({"raster:bands": [raster]}))
+    applied = item_of({"raster:bands": [raster]}, **{"earthsearch:boa_offset_applied": True})
+    assert scene_from_item(applied).assets["red"].offset == 0
+
+
 @given(st.integers(1, 65535), st.sampled_from([0.0, -0.1]))
 def test_reflectance(dn: int, offset: float) -> None:
     pixels = np.array([[dn, 0]], dtype=np.uint16)
@@ -95,21 +146,7 @@ def test_every_way_of_storing_an_image_gives_the_same_reflectance(case: str, sha
     properties, stated, added = ITEMS[case]
     stored = np.where(truth == 0, 0, truth + added).astype(np.uint16)
     bands = [{"nodata": 0} if stated is None else {"nodata": 0, "scale": 1e-4, "offset": stated}]
-    item = {
-        "type": "Feature",
-        "id": "S2A_31UDS_x_L2A",
-        "geometry": {"type": "Polygon", "coordinates": [[[3, 50], [4, 50], [4, 51], [3, 50]]]},
-        "properties": {"datetime": "2020-01-01T00:00:00Z", "grid:code": "MGRS-31UDS", "proj:epsg": 32631, **properties},
-        "assets": {
-            "red": {
-                "href": "x.tif",
-                "proj:shape": [64, 64],
-                "proj:transform": list(source.grid.transform),
-                "raster:bands": bands,
-            }
-        },
-    }
-    asset = scene_from_item(item).assets["red"]
+    asset = scene_from_item(item_of({"raster:bands": bands}, **properties)).assets["red"]
     expected = reflectance(truth, 1e-4, 0)
     np.testing.assert_allclose(reflectance(stored, asset.scale, asset.offset), expected, atol=1e-6)
 

@@ -256,10 +256,13 @@ def _source(provider: str, href: str) -> HttpSource | S3Source:
 def s3_options(provider: str, href: str) -> dict[str, str]:
     """Return options of the S3 client for an object: endpoint, region, whether to sign, who pays.
 
+    A provider's own hold for its own buckets: copies of an archive may lie elsewhere.
+
     Raises ReadError if the object asks for keys and this process has none.
     """
-    record = PROVIDERS.get(provider)
     bucket = urlsplit(href).hostname or ""
+    record = PROVIDERS.get(provider)
+    record = record if record is not None and bucket in record.hosts else None
     options = (dict(record.s3_options) if record is not None else {}) | s3_endpoint()
     pays = bucket in REQUESTER_PAYS
     if pays:

@@ -173,17 +173,23 @@ def _with(main: Scene, parts: Sequence[Scene], editions: tuple[Scene, ...] = ())
 
 
 def _editions(strips: Sequence[Sequence[Scene]], main: Scene) -> tuple[Scene, ...]:
-    """The whole acquisition in each other baseline that can be read as `main` can, newest first."""
+    """The whole acquisition in each other baseline that can be read as `main` can, newest first.
+
+    Scenes are told apart by their ids, which some catalogues give to several baselines: the newest one counts then.
+    """
     result = []
-    baselines = {s.baseline for strip in strips for s in strip if s.baseline} - {main.baseline}
+    taken = {main.id}
+    fitting = [[s for s in strip if _fits(s, main)] for strip in strips]
+    baselines = {s.baseline for strip in fitting for s in strip if s.baseline} - {main.baseline}
     for baseline in sorted(baselines, key=_rank, reverse=True):
-        alike = [[s for s in strip if s.baseline == baseline and _fits(s, main)] for strip in strips]
+        alike = [[s for s in strip if s.baseline == baseline and s.id not in taken] for strip in fitting]
         if not all(alike):
             continue
         pieces = [max(strip, key=_newness) for strip in alike]
         if len({_kind(piece) for piece in pieces}) == 1:
             first, *parts = sorted(pieces, key=lambda s: (-_covered(s), s.id))
             result.append(replace(_with(first, parts), time=main.time, editions=()))
+            taken.add(first.id)
     return tuple(result)
 
 

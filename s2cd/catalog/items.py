@@ -314,7 +314,11 @@ class _Reader:
                 stated_scale=_number(raster.get("scale")),
                 stated_offset=_number(raster.get("offset")),
                 offset_applied=self._first("earthsearch:boa_offset_applied", "sentinel:boa_offset_applied"),
+                whole_numbers=str(raster["data_type"]).startswith(("int", "uint")),
             )
+            if abs(offset) > radiometry.LARGEST_OFFSET:
+                expected = f"one of reflectance, such as {radiometry.RADIO_ADD_OFFSET:g}"
+                raise CatalogError(f"item {self.id}, band {band}: found offset {offset:g}, expected {expected}")
         nodata = _number(raster.get("nodata"))
         return scale, offset, reason, 0 if nodata is None else int(nodata)
 
@@ -367,15 +371,15 @@ def _is_jp2(asset: Item) -> bool:
 
 
 def _raster_fields(asset: Item) -> dict[str, Any]:
-    """Scale, offset and nodata of an asset, from the places STAC 1.0 and 1.1 put them."""
+    """Scale, offset, nodata and data type of an asset, from the places STAC 1.0 and 1.1 put them."""
     old = (asset.get("raster:bands") or [{}])[0]
     new = (asset.get("bands") or [{}])[0]
     fields = {}
-    for name in ("scale", "offset", "nodata"):
-        places = (asset.get(f"raster:{name}"), new.get(f"raster:{name}"), old.get(name))
+    for name in ("scale", "offset", "nodata", "data_type"):
+        places = [asset.get(f"raster:{name}"), new.get(f"raster:{name}"), old.get(name)]
+        if name in {"nodata", "data_type"}:
+            places += [asset.get(name), new.get(name)]
         fields[name] = next((v for v in places if v is not None), None)
-    if fields["nodata"] is None:
-        fields["nodata"] = next((v for v in (asset.get("nodata"), new.get("nodata")) if v is not None), None)
     return fields
 
 
@@ -496,12 +500,6 @@ def format_time(time: datetime) -> str:
     return time.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
-def positions(footprint: Mapping[str, Any]) -> Iterator[tuple[float, float]]:
-    """Iterate over (longitude, latitude) of every corner of a footprint."""
-    for ring in rings(footprint):
-        yield from ((p[0], p[1]) for p in ring)
-
-
 def rings(footprint: Mapping[str, Any]) -> Iterable[list[list[float]]]:
     """Return the outer rings of a Polygon or MultiPolygon."""
     polygons = footprint["coordinates"] if footprint["type"] == "MultiPolygon" else [footprint["coordinates"]]
@@ -510,5 +508,5 @@ def rings(footprint: Mapping[str, Any]) -> Iterable[list[list[float]]]:
 
 def bounds(footprint: Mapping[str, Any]) -> tuple[float, float, float, float]:
     """Return (west, south, east, north) of a footprint, without regard to the antimeridian."""
-    lon, lat = zip(*positions(footprint), strict=True)
+    lon, lat = zip(*(corner for ring in rings(footprint) for corner in ring), strict=True)
     return min(lon), min(lat), max(lon), max(lat)

@@ -25,6 +25,7 @@ from rasterio.io import FilePath
 from s2cd.addresses import login_headers
 from s2cd.buckets import client_options, environment_digest
 from s2cd.catalog.static import RETRIED_STATUS, Retry
+from s2cd.errors import ReadError
 
 HEAD_BYTES = 1 << 16
 FRESH = 10.0  # seconds for which a file is taken for the one that it was
@@ -59,12 +60,16 @@ class HttpSource:
         self.tag: str | None = None
 
     def fetch(self, start: int, stop: int) -> bytes:
-        """Return bytes [start, stop), fewer only at the end of the file."""
+        """Return bytes [start, stop), fewer only at the end of the file. Raises ReadError for the whole of it."""
         headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity", **login_headers(self.url)}
-        answer = _http().request("GET", self.url, headers=headers)
+        # Of the first answer the body waits: a server without ranges sends the whole file.
+        answer = _http().request("GET", self.url, headers=headers, preload_content=self.size is not None)
         if answer.status != 206:
-            kind = FileNotFoundError if answer.status in {404, 410} else OSError
-            raise kind(f"server answered {answer.status} {answer.reason}, expected 206 Partial Content")
+            answer.close()
+            why = f"server answered {answer.status} {answer.reason}, expected 206 Partial Content"
+            if answer.status == 200:  # it would again, with the whole file
+                raise ReadError(self.url, why)
+            raise (FileNotFoundError if answer.status in {404, 410} else OSError)(why)
         found = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
         if not found or int(found[1]) != start:
             raise OSError(f"server sent {answer.headers.get('Content-Range')!r}, expected bytes from {start}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from s2cd.catalog.items import format_time, scene_from_item, understood
 from s2cd.catalog.providers import PROVIDERS
 from s2cd.catalog.safe import find_products, scene_from_safe
 from s2cd.catalog.scene import Scene
-from s2cd.errors import CatalogError, NoScenesError
+from s2cd.errors import CatalogError, NoScenesError, S2cdWarning
 
 
 def search(
@@ -55,7 +57,8 @@ def search(
         extra: keys of the items' assets to keep beside the bands, such as the mask that `Mask(band=...)` names;
             read as class layers.
 
-    Returns scenes ordered by tile and time. Items that are no Sentinel-2 scene are left out with a warning.
+    Returns scenes ordered by tile and time. Items that are no Sentinel-2 scene, and scenes of which `bands` leaves
+    nothing, are left out with a warning.
 
     Raises CatalogError for a catalogue that does not exist, is not STAC or cannot be reached and for a bbox
     that is none, NoScenesError (saying what the catalogue holds) if nothing is left, ConfigError for other
@@ -66,6 +69,7 @@ def search(
     passed = [_with_bands(s, kept_bands) for s in found_scenes(source, wanted, collection, extra)]
     if bands is not None:
         _require_bands(passed, bands)
+        passed = _with_assets(passed, bands)
     return sorted(passed, key=lambda s: (s.tile, s.time, s.id))
 
 
@@ -102,11 +106,6 @@ def _address(source: str | PathLike[str]) -> str:
     return address
 
 
-def load_scenes(source: str | PathLike[str]) -> list[Scene]:
-    """Load every scene of a catalogue: `search` without conditions."""
-    return search(source)
-
-
 def _read_scenes(source: str, wanted: Filter, collection: str | None, extra: Collection[str]) -> Iterator[Scene]:
     """Scenes of any source; servers filter already, files do not."""
     if source in PROVIDERS:
@@ -136,7 +135,8 @@ def _read_local(source: str, extra: Collection[str]) -> Iterator[Scene]:
     if path.is_dir():
         products = find_products(path)
         if products:
-            return (scene_from_safe(product, extra) for product in products)
+            read = partial(scene_from_safe, extra=extra)
+            return understood(products, read) if len(products) > 1 else map(read, products)  # one is an error in full
         path = static.entry_document(path, "products (*.SAFE)")
     document = static.read_document(str(path))
     root, _ = _api_behind(document, str(path))
@@ -170,6 +170,15 @@ def _require_bands(scenes: list[Scene], bands: Sequence[str]) -> None:
         if not any(name in s.assets for s in scenes):
             offered = sorted({b for s in scenes for b in s.assets})
             raise CatalogError(f"band {name!r} is offered by none of {len(scenes)} scenes, they offer {offered}")
+
+
+def _with_assets(scenes: list[Scene], bands: Sequence[str]) -> list[Scene]:
+    """Leave out scenes with nothing to read, of which one is told."""
+    empty = [s.id for s in scenes if not s.assets]
+    if empty:
+        told = f"{len(empty)} scenes left out, the first: {empty[0]} offers none of the bands {', '.join(bands)}"
+        warnings.warn(told, S2cdWarning, stacklevel=3)
+    return [s for s in scenes if s.assets]
 
 
 def _why_none(source: str, wanted: Filter, failed: list[Scene], others: Counter[str]) -> str:

@@ -66,7 +66,6 @@ class Cover(IntEnum):
     GARDEN = 10
 
 
-CROPS = (Cover.WHEAT, Cover.BARLEY, Cover.RAPE, Cover.MAIZE, Cover.BEET)
 WOODS = (Cover.BROADLEAF, Cover.CONIFER)
 
 # Day of the year: green-up (half cover), its time constant, ripening, first and last harvest; winter cover.
