@@ -6,6 +6,7 @@ minutes. In one heap these leave gaps in which the next features find no room, a
 
 from __future__ import annotations
 
+import math
 import mmap
 import time
 from collections import deque
@@ -27,7 +28,7 @@ def apart(buffers: Sequence[bytes | np.ndarray]) -> list[np.ndarray]:
 
 
 class Rooms:
-    """Copies of arrays that wait, many of a few sizes: the memory of one that is gone serves the next of its size.
+    """Arrays that wait, many of a few sizes: the memory of one that is gone serves the next of its size.
 
     Fresh memory costs a page fault per 4 KiB, which is more than to copy it.
     """
@@ -36,8 +37,14 @@ class Rooms:
         self._spare: dict[int, deque[tuple[float, np.ndarray]]] = {}  # when each became free; the last is used first
 
     def copy(self, array: np.ndarray) -> np.ndarray:
-        """Return a copy, whose memory comes back when it and all views of it are gone."""
-        return _filled(np.asarray(_Room(self, self.take(array.nbytes))), array)
+        """Return a copy, as `empty` returns an array."""
+        copy = self.empty(array.shape, array.dtype)
+        copy[...] = array
+        return copy
+
+    def empty(self, shape: tuple[int, ...], kind: np.dtype[Any]) -> np.ndarray:
+        """Return an array of any values, whose memory comes back when it and all views of it are gone."""
+        return np.asarray(_Room(self, self.take(math.prod(shape) * kind.itemsize))).view(kind).reshape(shape)
 
     def take(self, size: int) -> np.ndarray:
         """Return memory of so many bytes."""

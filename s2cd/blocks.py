@@ -25,8 +25,9 @@ class Packing:
     dtype: np.dtype[Any]
     predictor: bool
 
-    def unpack(self, data: bytes, shape: tuple[int, int]) -> np.ndarray:
-        """Return the upper left pixels (y, x), of `shape`, of a block. Raises OSError for one that is damaged."""
+    def unpack(self, data: bytes, pixels: np.ndarray) -> None:
+        """Write the upper left pixels (y, x) of a block. Raises OSError for one that is damaged."""
+        shape = pixels.shape
         size = math.prod(self.block) * self.dtype.itemsize
         try:
             flat = isal_zlib.decompress(data, _ZLIB, size)
@@ -37,12 +38,11 @@ class Packing:
             raise OSError(f"a block holds {len(flat)} bytes, expected {size}")
         stored = np.frombuffer(flat, self.dtype).reshape(rows, self.block[1])[: shape[0], : shape[1]]
         if not self.predictor:
-            return stored
+            pixels[...] = stored
+            return
         from s2cd.predictor import add_up  # Numba: not for what only plans
 
-        pixels = np.empty(shape, self.dtype)
         add_up(stored, pixels)
-        return pixels
 
 
 def packing(dataset: rasterio.DatasetReader) -> Packing | None:

@@ -337,7 +337,7 @@ def _decode(dataset: rasterio.DatasetReader, rows: slice, cols: slice) -> np.nda
 
 
 def decoded(dataset: rasterio.DatasetReader, layout: Layout, blocks: set[Block]) -> Iterator[tuple[Block, np.ndarray]]:
-    """Yield the pixels of blocks; some are views of one array."""
+    """Yield the pixels of blocks, each in memory of its own (`s2cd.apart`)."""
     kind = packing(dataset)
     for corners in rectangles(blocks):
         members = list(within(*corners))
@@ -345,11 +345,12 @@ def decoded(dataset: rasterio.DatasetReader, layout: Layout, blocks: set[Block])
         if kind is None or packed is None:
             span = layout.union(*corners)
             whole = _decode(dataset, *span)
-            yield from ((block, _cut(whole, span, layout.spans(block))) for block in members)
+            yield from ((block, ROOMS.copy(_cut(whole, span, layout.spans(block)))) for block in members)
             continue
         for block, data in zip(members, packed, strict=True):
             rows, cols = layout.spans(block)
-            pixels = kind.unpack(data, (rows.stop - rows.start, cols.stop - cols.start))
+            pixels = ROOMS.empty((rows.stop - rows.start, cols.stop - cols.start), kind.dtype)
+            kind.unpack(data, pixels)
             COUNTS.add(pixels.nbytes)
             yield block, pixels
 
@@ -430,7 +431,7 @@ class BlockCache:
             for block, pixels in decoded(dataset, layout, set(mine)):
                 paste(out, rows, cols, pixels, layout.spans(block))
                 if (entry := mine[block]) is not None:
-                    self.publish(entry, ROOMS.copy(pixels))
+                    self.publish(entry, pixels)
         except BaseException as error:
             self.abandon(file, mine, error)
             raise
