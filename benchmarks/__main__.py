@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from benchmarks import europe, suite
 from benchmarks.data import prepare as prepare_data
@@ -26,11 +27,15 @@ def _data_options(command):
         ),
         click.option("--dates", type=click.IntRange(3, 72), default=6, show_default=True),
         click.option("--source", type=click.Choice(["auto", "shared", "simulated"]), default="auto", show_default=True),
-        click.option("--work", default=str(HERE / "work"), show_default="benchmarks/work", help="Folder for the maps."),
     )
     for option in reversed(options):
         command = option(command)
     return command
+
+
+_work_option = click.option(
+    "--work", default=str(HERE / "work"), show_default="benchmarks/work", help="Folder for the maps."
+)
 
 
 @click.group()
@@ -40,7 +45,7 @@ def main() -> None:
 
 @main.command()
 @_data_options
-def prepare(data: str, size: int, dates: int, source: str, work: str) -> None:
+def prepare(data: str, size: int, dates: int, source: str) -> None:
     """Write the series of a tile and freeze its catalogue."""
     made = prepare_data(Path(data), size=size, dates=min(dates, 6), source=source)
     click.echo(
@@ -50,6 +55,7 @@ def prepare(data: str, size: int, dates: int, source: str, work: str) -> None:
 
 @main.command()
 @_data_options
+@_work_option
 @click.option("--short", is_flag=True, help="A ninth of a tile, peers included: under five minutes.")
 @click.option(
     "--part",
@@ -60,6 +66,9 @@ def prepare(data: str, size: int, dates: int, source: str, work: str) -> None:
 )
 def run(data: str, size: int, dates: int, source: str, work: str, short: bool, parts: tuple[str, ...]) -> None:
     """Measure s2cd end to end and its stages alone; print the table of targets."""
+    asked = click.get_current_context().get_parameter_source("size") is not ParameterSource.DEFAULT
+    if short and asked:
+        raise click.UsageError(f"--short is of {SHORT['size']} px, found --size {size}, expected one of the two")
     before = load()
     changes = {**SHORT} if short else {"size": size}
     settings = suite.Settings(folder=data, work=work, dates=dates, source=source, **changes)
@@ -77,9 +86,10 @@ def run(data: str, size: int, dates: int, source: str, work: str, short: bool, p
 
 @main.command()
 @_data_options
+@_work_option
 @click.option("--rounds", type=click.IntRange(1), default=2, show_default=True, help="How often each runs, in turn.")
 def compare(data: str, size: int, dates: int, source: str, work: str, rounds: int) -> None:
-    """Measure s2cd and the peers in alternation; their maps must agree to 0.01."""
+    """Measure s2cd and the peers in alternation; the report tells how far their maps agree."""
     before = load()
     settings = suite.Settings(folder=data, work=work, size=size, dates=dates, source=source)
     results = {"compare": suite.compare(settings, rounds, click.echo)}

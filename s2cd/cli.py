@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from rich.table import Table
 from s2cd.addresses import public_href
 from s2cd.config import RunConfig
 from s2cd.errors import S2cdError, S2cdWarning
+from s2cd.interrupts import terminated_like_interrupts
 
 # Names of users may look like rich's markup or emoji: "x[/y]".
 OUT = Console(soft_wrap=True, markup=False, emoji=False, width=None if sys.stdout and sys.stdout.isatty() else 160)
@@ -29,7 +31,7 @@ ERR = Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
 
 
 class _Commands(click.Group):
-    """Prints an S2cdError on one line and exits with 1; an interrupt exits with 130."""
+    """Prints an S2cdError on one line and exits with 1; Ctrl-C exits with 130, SIGTERM with 143."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         """Run the program; that its output cannot be written, even its help, is one line as well."""
@@ -45,14 +47,16 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
+        terminated = threading.Event()
         try:
-            return super().invoke(ctx)
+            with terminated_like_interrupts(terminated):
+                return super().invoke(ctx)
         except S2cdError as error:
             ERR.print(f"error: {error}", style="red", highlight=False)
             sys.exit(1)
         except KeyboardInterrupt:
             ERR.print("interrupted: finished maps are complete, run the same command to go on")
-            sys.exit(130)
+            sys.exit(143 if terminated.is_set() else 130)
 
 
 def _stdout_failure() -> str | None:
@@ -411,9 +415,14 @@ def view(out: str, launch: bool) -> None:
 @click.option("--interval", type=click.FloatRange(min=1), default=900.0, help="Seconds between two looks.")
 @click.option("--once", is_flag=True, help="Look once and stop, for cron.")
 def watch(interval: float, once: bool, quiet: bool, **options: Any) -> None:
-    """Follow CATALOG: a new acquisition becomes a pair and a map within one interval."""
+    """Follow CATALOG: a new acquisition becomes a pair and a map within one interval.
+
+    With --once the exit code is 1 where a map failed, as that of run.
+    """
     from s2cd.watch import watch as follow
 
     for report in follow(RunConfig(**options), interval=interval, once=once):
         if report.maps:
             _print_report(report)
+        if once and not report.ok:
+            sys.exit(1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -66,10 +66,9 @@ class Levels:
     background: float
 
     @classmethod
-    def of(cls, before: Survey, after: Survey, ref: ModelRef) -> Levels:
-        """Return the levels of two dates as the model that `ref` names tells them."""
-        background = ref.load().background(before.sketch, after.sketch)
-        return cls((before.statistics, after.statistics), background)
+    def of(cls, before: Survey, after: Survey, model: Model) -> Levels:
+        """Return the levels of two dates as `model` tells them."""
+        return cls((before.statistics, after.statistics), model.background(before.sketch, after.sketch))
 
 
 def detect_changes(
@@ -109,7 +108,7 @@ def detect_changes(
     grid = _require_even_start(cube, list(scenes.values()), network)
     inputs = {i: scene_input(s, network.bands, common_grid([s], network.bands), mask) for i, s in scenes.items()}
     surveys = {i: dask.delayed(survey_scene)(entry, mask, ref) for i, entry in inputs.items()}
-    levels = [dask.delayed(Levels.of)(surveys[p.before.id], surveys[p.after.id], ref) for p in pairs]
+    levels = [dask.delayed(_levels)(surveys[p.before.id], surveys[p.after.id], ref) for p in pairs]
     halo = _halo(network, mask, inputs.values())
     haloed, base = _with_halo(cube, network, halo)
     probability = da.map_blocks(
@@ -129,6 +128,10 @@ def detect_changes(
         meta=np.empty((0, 0, 0), np.float32),
     )
     return _labelled(probability, pairs, grid, cube, ref, mask)
+
+
+def _levels(before: Survey, after: Survey, ref: ModelRef) -> Levels:
+    return Levels.of(before, after, ref.load())
 
 
 class Work(NamedTuple):
@@ -174,7 +177,7 @@ def change_blocks(
     With `reasons` the codes tell which date does not show a pixel. Tasks fail with ReadError or GridError where a
     source does.
     """
-    network = ref.load()
+    network = replace(ref, device="cpu").load()  # the workers' device need not be here
     dates = {
         scene.id: (scene, statistics)
         for pair, level in zip(pairs, levels, strict=True)

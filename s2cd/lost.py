@@ -49,6 +49,10 @@ def _watched_worker() -> Worker | None:
 
 
 def _mark(worker: Worker) -> Path:
-    """A file that the workers of a cluster share, if they share a scratch folder."""
-    cluster = hashlib.sha256(str(worker.scheduler.address).encode()).hexdigest()[:16]
+    """A file that the workers of a cluster share, if they share a scratch folder: named by its scheduler's id.
+
+    Another cluster may have its address one day.
+    """
+    known = getattr(worker.plugins.get("s2cd-setup"), "cluster", "") or str(worker.scheduler.address)
+    cluster = hashlib.sha256(known.encode()).hexdigest()[:16]
     return Path(worker.local_directory).parent / f"s2cd-no-inflating-{cluster}"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from uuid import uuid4
 
@@ -41,7 +41,7 @@ from s2cd.maps import LARGEST_SHIFT, write_pair
 from s2cd.masks import Mask
 from s2cd.model import Model, ModelRef, load_model
 from s2cd.model.ref import absolute_name
-from s2cd.outputs.layout import is_map_name
+from s2cd.outputs.layout import is_map_name, is_ours
 from s2cd.outputs.store import open_store, require_there, understood
 from s2cd.pairs import LeftOut, Pair
 from s2cd.plan import (
@@ -141,6 +141,7 @@ def run(
     started = time.monotonic()
     config = _located(config)
     model = load_model(config.model, device="cpu")
+    workers = Workers() if client else _workers_to_come(config)
     outputs.check_writable(config.out)
     with _strictness(config.strict):
         plan = make_plan(config, scenes)
@@ -151,18 +152,16 @@ def run(
         return_free_memory()  # to plan and freeze a continent takes 80 MB that nothing needs again
         report = Report(config.out)
         with outputs.cataloguing(config.out) as listed, ExitStack() as stack:
-            workers = Workers()
             if client is None:
-                from s2cd.clusters import cluster, load_profile
+                from s2cd.clusters import cluster
 
-                workers = Workers.of_profile(load_profile(config.cluster), config.device)
                 client = stack.enter_context(cluster(config.cluster))
             workers = Workers.of_client(client, config.device) or workers
             ref = ModelRef(config.model, model.hash, config.device)
             context = _Context(config, ref, model, mask_of(config), workers)
             submission = _Submission(client, context, plan, report, progress or (lambda *_: None))
             with client.as_current(), _scheduler_needed(client):
-                client.register_plugin(Anywhere())
+                _help_orphans(client)
                 submission.run()
     submission.look_for_maps(listed)
     report.left_out[:0] = plan.left_out
@@ -176,6 +175,15 @@ def _located(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"out": outputs.absolute(config.out), "model": absolute_name(config.model)})
 
 
+def _workers_to_come(config: RunConfig) -> Workers:
+    """Tell what the run's cluster will offer. Raises ClusterError for a profile that is none or will be refused."""
+    from s2cd.clusters import load_profile, try_submission
+
+    profile = load_profile(config.cluster)
+    try_submission(profile)
+    return Workers.of_profile(profile, config.device)
+
+
 def run_status(out: str) -> list[dict[str, Any]]:
     """Return a row for each field of view of the run that writes to `out`: its pairs, and how many are finished.
 
@@ -183,7 +191,7 @@ def run_status(out: str) -> list[dict[str, Any]]:
     """
     require_there(out)
     store = open_store(out)
-    views = [name for name, _ in store.list(VIEWS)]
+    views = [name for name, _ in store.list(VIEWS) if is_ours(name)]
     if not views:
         raise OutputError(f"{out} holds no run: found no {VIEWS}/*.json")
     finished = outputs.finished(out)
@@ -265,10 +273,10 @@ class _Submission:
         self.left -= len(view.dates) - 1 - len(todo)
         context = self.context
         grid = common_grid(scenes[:1], context.model.bands)
-        sizes = task_sizes(context.config, grid.shape, self.left, context.model, context.workers)
+        sizes = task_sizes(context.config, grid.shape, self.left, context.model, self._workers)
         for start in range(0, len(todo), sizes.dates - 1):
             some = tuple(todo[start : start + sizes.dates - 1])
-            levels = {p.name: Levels.of(surveys[p.before.id], surveys[p.after.id], context.ref) for p in some}
+            levels = {p.name: Levels.of(surveys[p.before.id], surveys[p.after.id], context.model) for p in some}
             yield _Unit(view.name, some, levels, sizes)
 
     def _pairs(self, view: FieldOfView, surveys: dict[str, Survey], errors: dict[str, str]) -> list[Pair]:
@@ -392,7 +400,13 @@ class _Submission:
         self.report.maps.append(MapRecord(pair.name, "failed", error=error))
 
     def _units_at_a_time(self) -> int:
-        return units_at_a_time(self._threads().values(), self.context.workers.threads_a_unit)
+        return units_at_a_time(self._threads().values(), self._workers.threads_a_unit)
+
+    @cached_property
+    def _workers(self) -> Workers:
+        """What the cluster offers: the GPU of batch jobs is known once one has surveyed a scene."""
+        found = Workers.of_client(self.client, self.context.config.device)
+        return self.context.workers if found is None else replace(self.context.workers, device=found.device)
 
     def _units_under_way(self) -> list[_Unit]:
         return list({id(unit): unit for unit, _ in self.pending.values()}.values())
@@ -458,6 +472,16 @@ def _checked(pair: Pair, surveys: dict[str, Survey], strict: bool) -> Pair:
         return pair
     note = f"darkest pixels differ by {found:+.3f} in every band: an offset may be applied to one date only"
     return replace(pair, notes=(*pair.notes, note))
+
+
+def _help_orphans(client: Client) -> None:
+    try:
+        client.register_plugin(Anywhere())
+    except ImportError as error:
+        place = client.scheduler_info(n_workers=0)["address"]
+        raise ClusterError(
+            f"{place}: the scheduler lacks s2cd ({error}), expected the version of this client"
+        ) from None
 
 
 @contextmanager

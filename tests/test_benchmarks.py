@@ -39,6 +39,12 @@ def data(folder):
         return prepare(folder / "data", source="simulated", **TINY)
 
 
+def test_the_short_form_has_a_size():
+    result = CliRunner().invoke(main, ["run", "--short", "--size", "512"])
+    assert result.exit_code == 2
+    assert "--short is of 3660 px, found --size 512, expected one of the two" in result.output
+
+
 def invoke(*arguments):
     result = CliRunner().invoke(main, list(arguments), catch_exceptions=False)
     assert result.exit_code == 0, result.output

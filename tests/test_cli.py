@@ -29,6 +29,8 @@ COMMAND = [sys.executable, "-c", "from s2cd.cli import main; main()"]
 # A background job of a shell, and what it starts, ignores interrupts until told otherwise.
 HEEDING = [*COMMAND[:2], "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); " + COMMAND[2]]
 
+DEAF = [*COMMAND[:2], "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); " + COMMAND[2]]
+
 
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory):
@@ -261,6 +263,7 @@ def test_damaged_files_are_told_of_without_a_traceback(tmp_path):
     result = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
+    assert invoke("watch", "--once", *arguments[1:]).exit_code == 1
     report = json.loads((tmp_path / "maps" / "report.json").read_text())
     told = sorted(record["error"] for record in report["maps"] if record["status"] == "failed")
     assert re.match(rf"cannot read \S+{first.parent.name}/B04.tif: '.*' not recognized as", told[0]), told
@@ -288,18 +291,19 @@ def _starts_a_worker(process):
         return any("spawn_main" in " ".join(child.cmdline()) for child in psutil.Process(process.pid).children())
 
 
-def test_an_interrupt_stops_the_workers_and_leaves_finished_maps(tmp_path):
-    """SIGINT as soon as the first map is there: exit code 130, whole maps only, and the next run goes on."""
+@pytest.mark.parametrize(("number", "command", "status"), [(signal.SIGINT, HEEDING, 130), (signal.SIGTERM, DEAF, 143)])
+def test_an_interrupt_stops_the_workers_and_leaves_finished_maps(tmp_path, number, command, status):
+    """A signal as soon as the first map is there: its exit code, whole maps only, and the next run goes on."""
     catalog = simulate(tmp_path / "scenes", size=512, dates=16, orbits=(51,), seed=2, clouds=False)
     out = tmp_path / "maps"
     arguments = ["run", str(catalog), "--out", str(out), "--dates-per-task", "2", "-q"]
-    process = subprocess.Popen([*HEEDING, *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(out.rglob("S2CD_*.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130, stderr
+    assert process.returncode == status, stderr
     assert "Traceback" not in stderr
     finished = {p.stem for p in out.rglob("S2CD_*.json")}
     assert 0 < len(finished) <= 15

@@ -60,6 +60,8 @@ def test_the_profile_for_one_gpu_is_understood():
         ("kind: local\nprocesses: 0\n", "processes: found 0, expected"),
         ("kind: local\nprocesses: 1.5\n", "processes: found 1.5, expected"),
         ("kind: local\nmemory: lots\n", "memory: found 'lots', expected"),
+        ("kind: slurm\nmemory: 32\n", "memory: found 32, expected a size with its unit, such as '16 GiB'"),
+        ("kind: local\nmemory: .inf\n", "memory: found inf, expected a size with its unit"),
         ("kind: slurm\nwalltime: soon\n", "walltime: found 'soon', expected"),
         ("kind: slurm\ngpus: 4\n", "gpus: found 4, expected"),
         ("kind: slurm\njobs: {maximum: few}\n", "jobs.maximum: found 'few', expected"),
@@ -329,6 +331,12 @@ def test_an_existing_scheduler_is_used_and_left_running(client):
     with cluster({"kind": "existing", "address": address}) as second:
         assert second.submit(probe, key="existing").result()["torch_threads"] == 1
     assert client.submit(lambda: 7).result() == 7
+
+
+def test_a_scheduler_file_that_does_not_come_is_named(tmp_path):
+    profile = {"kind": "existing", "scheduler_file": str(tmp_path / "none.json"), "timeout": 1}
+    with pytest.raises(ClusterError, match=r"scheduler_file .*none\.json: found none after 1 s"), cluster(profile):
+        pass
 
 
 def test_an_existing_scheduler_with_too_few_workers_is_refused(client):

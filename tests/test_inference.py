@@ -42,15 +42,22 @@ def as_they_are(codes, origin):
     return codes
 
 
-def graph_of(scenes, chunk):
+def graph_of(scenes, chunk, ref=REF):
     surveys, pairs = surveys_of(scenes), consecutive_pairs(scenes)
-    levels = [Levels.of(surveys[pair.before.id], surveys[pair.after.id], REF) for pair in pairs]
-    return change_blocks(pairs, levels, REF, MASK, chunk, as_they_are)
+    levels = [Levels.of(surveys[pair.before.id], surveys[pair.after.id], MODEL) for pair in pairs]
+    return change_blocks(pairs, levels, ref, MASK, chunk, as_they_are)
 
 
 def run_codes(scenes, chunk):
     blocks = dask.threaded.get(*graph_of(scenes, chunk))
     return np.block([[np.stack(block.parts) for block in row] for row in blocks])
+
+
+def test_a_client_needs_no_device_of_its_workers(make_series):
+    """A login node has none."""
+    graph, _ = graph_of(make_series(dates=2), 512, replace(REF, device="cuda:63"))
+    (shared,) = (key for key in graph if key[0] == "unit_of_work")
+    assert graph[shared][0]().ref.device == "cuda:63"
 
 
 def whole_image(scenes):

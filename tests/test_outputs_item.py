@@ -273,6 +273,8 @@ def test_a_run_is_kept_beside_its_maps(out):
     kept = search(out / "scenes.parquet")
     assert [(s.id, s.time, s.assets) for s in kept] == [(s.id, s.time, s.assets) for s in scenes]
     assert json.loads((out / "report.json").read_text())["maps"] == []
+    save_run(str(out), "catalog: y\n", scenes)
+    assert not (out / "report.json").exists()  # until this run ends
 
 
 def test_frozen_scenes_of_a_bucket_are_read_there(bucket):

@@ -24,8 +24,9 @@ from fault_server import FaultServer
 
 import s2cd
 from s2cd.catalog import access, freeze
-from s2cd.errors import ConfigError, NoScenesError, OutputError, S2cdError, S2cdWarning, ShiftWarning
-from s2cd.outputs import validate, write_catalog
+from s2cd.cube import common_grid
+from s2cd.errors import ClusterError, ConfigError, NoScenesError, OutputError, S2cdError, S2cdWarning, ShiftWarning
+from s2cd.outputs import finished, require_grids, validate, write_catalog
 from s2cd.outputs.page import write_page
 from s2cd.plan import describe_plan, make_plan
 from s2cd.runner import places, run, run_status, units_at_a_time
@@ -314,7 +315,9 @@ def test_a_folder_keeps_maps_of_whole_tiles_and_of_parts_apart(make_series, conf
     pairs, cube = s2cd.consecutive_pairs(scenes), s2cd.open_cube(scenes)
     change = s2cd.detect_changes(cube[:, :, 20:120, 30:200], pairs, device="cpu")
     s2cd.write_change_maps(change[:1], config.out)
-    message = r"31UDS of 100 x 170 pixels from \(500280, 5699800\), expected 200 x 232 pixels from \(499980, 5700000\)"
+    message = (
+        r"31UDS of 100 x 170 pixels from \(500280, 5699800\) in .*, expected 200 x 232 pixels from \(499980, 5700000\)"
+    )
     for use in (run, lambda config, *_, scenes: describe_plan(make_plan(config, scenes))):
         with pytest.raises(OutputError, match=message):
             use(config, client, scenes=scenes)
@@ -322,6 +325,25 @@ def test_a_folder_keeps_maps_of_whole_tiles_and_of_parts_apart(make_series, conf
     with pytest.raises(OutputError, match="100 x 170 pixels from .*, expected 60 x 170 pixels"):
         s2cd.write_change_maps(s2cd.detect_changes(cube[:, :, 20:80, 30:200], pairs, device="cpu"), config.out)
     assert validate(config.out) == []
+
+
+def test_grids_are_the_same_to_a_hundredth_of_a_pixel(make_series, config):
+    scenes = make_series(dates=2)
+    change = s2cd.detect_changes(s2cd.open_cube(scenes), s2cd.consecutive_pairs(scenes), device="cpu")
+    s2cd.write_change_maps(change, config.out)
+    names, grid = finished(config.out), common_grid(scenes, s2cd.load_model().bands)
+    a, b, left, d, e, top = grid.transform
+    require_grids(config.out, names, {"31UDS": replace(grid, transform=(a, b, left + 0.05, d, e, top))})
+    for other in (replace(grid, transform=(a, b, left, d, e, top - 20)), replace(grid, epsg=32632)):
+        with pytest.raises(OutputError, match=r"31UDS of .* in EPSG:32631, expected "):
+            require_grids(config.out, names, {"31UDS": other})
+
+
+def test_what_the_cluster_refuses_is_told_before_anything_is_searched_or_written(config, tmp_path):
+    wrong = config.model_copy(update={"cluster": "nope.yaml", "catalog": str(tmp_path / "nowhere.json")})
+    with pytest.raises(ClusterError, match="nope"):
+        run(wrong)
+    assert not (tmp_path / "out").exists()
 
 
 def test_pixels_of_floating_point_numbers_may_be_none(make_series, config, client, tmp_path):
@@ -538,6 +560,12 @@ def test_a_damaged_record_of_pairs_is_named(make_series, config, client, tmp_pat
         OutputError, match=rf"^{tmp_path}/out: views/31UDS_R051.json: .*, expected the pairs of a field"
     ):
         run_status(config.out)
+
+
+def test_what_others_leave_among_the_records_of_pairs_is_none(make_series, config, client, tmp_path):
+    run(config, client, scenes=make_series(dates=2))
+    (tmp_path / "out" / "views" / ".DS_Store").write_bytes(b"\0\1")
+    assert [row["finished"] for row in run_status(config.out)] == [1]
 
 
 def test_one_date_only(make_series, config, client):

@@ -3,7 +3,7 @@
 from s2cd.clusters.check import check_profile, show_profile
 from s2cd.clusters.environment import SetupWorker, worker_environment
 from s2cd.clusters.profiles import PROFILES, Profile, load_profile
-from s2cd.clusters.start import cluster, threads_of
+from s2cd.clusters.start import cluster, try_submission
 
 __all__ = [
     "PROFILES",
@@ -13,6 +13,6 @@ __all__ = [
     "cluster",
     "load_profile",
     "show_profile",
-    "threads_of",
+    "try_submission",
     "worker_environment",
 ]

@@ -77,6 +77,10 @@ class SetupWorker(WorkerPlugin):
 
     name = "s2cd-setup"
 
+    def __init__(self, cluster: str = "") -> None:
+        """Prepare a worker of the cluster whose scheduler has this id."""
+        self.cluster = cluster
+
     def setup(self, worker: Worker) -> None:
         """Run once in each worker process, before its first task."""
         self._relief = PeriodicCallback(lambda: _relieve(worker), _RELIEF_MS)

@@ -21,14 +21,15 @@ from pydantic import (
 
 from s2cd.errors import ClusterError
 
+LEAST_MEMORY = 256 << 20  # bytes: less is a number whose unit was forgotten
 _CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)")
 
 
 def _to_bytes(value: Any) -> int:
-    with contextlib.suppress(ValueError, TypeError):
-        if not isinstance(value, bool):
-            return parse_bytes(value)
-    raise ValueError("a size such as '16 GiB'")
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        if not isinstance(value, bool) and (size := parse_bytes(value)) >= LEAST_MEMORY:
+            return size
+    raise ValueError("a size with its unit, such as '16 GiB', of 256 MiB or more")
 
 
 def _to_seconds(value: Any) -> int:
@@ -43,7 +44,7 @@ def _to_seconds(value: Any) -> int:
     raise ValueError("a duration such as '01:00:00' or '90 minutes'")
 
 
-Bytes = Annotated[int, BeforeValidator(_to_bytes), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(_to_bytes)]
 Seconds = Annotated[int, BeforeValidator(_to_seconds), Field(gt=0)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Auto = Literal["auto"]

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,14 +103,6 @@ def _client(settings: Profile) -> Iterator[Client]:
         yield client
 
 
-def threads_of(profile: Profile, client: Client) -> int:
-    """Dask threads that the cluster has, or will have once its batch jobs run: what a run may keep busy."""
-    present = sum(client.nthreads().values())
-    if isinstance(profile, SlurmProfile | PbsProfile):
-        return max(present, batch_threads(profile) * profile.jobs.maximum)
-    return present
-
-
 def scheduler_address(client: Client) -> str:
     """Where the client's scheduler listens."""
     return str(client.scheduler_info(n_workers=0)["address"])
@@ -117,7 +110,7 @@ def scheduler_address(client: Client) -> str:
 
 def _prepare(client: Client) -> None:
     try:
-        client.register_plugin(SetupWorker())
+        client.register_plugin(SetupWorker(str(client.scheduler_info(n_workers=0)["id"])))
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ClusterError(
@@ -314,11 +307,14 @@ def batch_job(profile: SlurmProfile | PbsProfile, scheduler: str = "<scheduler a
     return batch_cluster_class(profile).job_cls(scheduler, name="<worker name>", **job_options(profile))
 
 
-def _try_submission(profile: SlurmProfile | PbsProfile) -> None:
-    """Find out now whether the batch system would take a job: later, Dask only logs a refusal and asks again.
+def try_submission(profile: Profile) -> None:
+    """Find out now whether a batch system would take a job: later, Dask only logs a refusal and asks again.
 
-    Slurm judges the whole script without queueing it; of PBS only the command's presence can be known.
+    Slurm judges the whole script without queueing it; of PBS only the command's presence can be known. Raises
+    ClusterError for a refusal.
     """
+    if not isinstance(profile, SlurmProfile | PbsProfile):
+        return
     job = batch_job(profile)
     if shutil.which(job.submit_command.split()[0]) is None:
         raise ClusterError(
@@ -337,7 +333,7 @@ def _try_submission(profile: SlurmProfile | PbsProfile) -> None:
 def _batch(profile: SlurmProfile | PbsProfile) -> Iterator[SpecCluster]:
     cluster_class = batch_cluster_class(profile)
     Path(profile.log_folder).mkdir(parents=True, exist_ok=True)
-    _try_submission(profile)
+    try_submission(profile)
     with _quiet_ports():
         started = cluster_class(
             scheduler_options={"dashboard_address": f":{profile.dashboard}"}, **job_options(profile)
@@ -357,6 +353,8 @@ def _connect(profile: ExistingProfile) -> Iterator[Client]:
             " DASK_SCHEDULER_ADDRESS in the environment"
         )
     security = None if profile.tls is None else _security(profile.tls)
+    if profile.scheduler_file and not profile.address:
+        _await_file(profile.scheduler_file, profile.timeout)
     try:
         client = (
             Client(scheduler_file=profile.scheduler_file, security=security, timeout=profile.timeout)
@@ -369,6 +367,15 @@ def _connect(profile: ExistingProfile) -> Iterator[Client]:
     with client:
         _await_workers(client, profile, where)
         yield client
+
+
+def _await_file(path: str, timeout: int) -> None:
+    """Wait for a scheduler's file, for which Dask would wait for ever."""
+    until = time.monotonic() + timeout
+    while not Path(path).exists():
+        if time.monotonic() > until:
+            raise ClusterError(f"scheduler_file {path}: found none after {timeout} s, expected a scheduler to write it")
+        time.sleep(0.1)
 
 
 def _security(tls: Tls) -> Security:

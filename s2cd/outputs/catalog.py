@@ -119,6 +119,7 @@ def lost_maps(out: str, listed: Collection[str], places: Mapping[str, list[str]]
 def save_run(out: str, config: str, scenes: Iterable[Scene]) -> None:
     """Keep a run's configuration (YAML) and frozen scenes beside its maps, so that it can be repeated."""
     store = open_store(out)
+    store.delete(REPORT_FILE)  # that of an earlier run says nothing of this one
     store.put(CONFIG_FILE, config.encode())
     with tempfile.TemporaryDirectory() as folder:
         frozen = Path(folder) / SCENES_FILE

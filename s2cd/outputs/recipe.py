@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from s2cd.catalog.scene import Grid
 from s2cd.errors import OutputError
@@ -66,16 +64,29 @@ def require_grids(out: str, names: Iterable[str], expected: Mapping[str, Grid]) 
         with understood(out, path, "the item of a map"):
             properties = json.loads(open_store(out).get(path))["properties"]
             shape, transform = (tuple(properties[f"proj:{what}"]) for what in ("shape", "transform"))
-            same = shape == tuple(expected[tile].shape) and np.allclose(transform, expected[tile].transform)
-        if not same:
-            found, wanted = _place(shape, transform), _place(expected[tile].shape, expected[tile].transform)
+            grid = Grid(properties["proj:epsg"], transform, shape)
+        if not _same(grid, expected[tile]):
+            found, wanted = _place(grid), _place(expected[tile])
             raise OutputError(
                 f"{out} holds maps of {tile} of {found}, expected {wanted}: choose another folder for maps of a part"
             )
 
 
-def _place(shape: Sequence[int], transform: Sequence[float]) -> str:
-    return f"{shape[0]} x {shape[1]} pixels from ({transform[2]:.10g}, {transform[5]:.10g})"
+def _same(found: Grid, expected: Grid) -> bool:
+    """Tell whether two grids are one, to a hundredth of a pixel at either corner."""
+    alike = found.epsg == expected.epsg and found.shape == tuple(expected.shape)
+    gaps = (abs(a - b) for a, b in zip(_corners(found), _corners(expected), strict=True))
+    return alike and max(gaps) < 0.01 * abs(expected.transform[0])
+
+
+def _corners(grid: Grid) -> tuple[float, float, float, float]:
+    (width, _, left, _, height, top), (rows, cols) = grid.transform, grid.shape
+    return left, top, left + cols * width, top + rows * height
+
+
+def _place(grid: Grid) -> str:
+    left, top = grid.transform[2], grid.transform[5]
+    return f"{grid.shape[0]} x {grid.shape[1]} pixels from ({left:.10g}, {top:.10g}) in EPSG:{grid.epsg}"
 
 
 def _stated(out: str, path: str) -> Recipe:
