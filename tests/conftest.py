@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import rasterio
 import requests
+from hypothesis import settings
 from rasterio.transform import Affine
 
 from s2cd.catalog.bands import BANDS, SCL
 from s2cd.catalog.scene import Asset, Grid, Scene
 
+settings.register_profile("s2cd", deadline=None)  # tests tell nothing of time
+settings.load_profile("s2cd")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 GSD = {band.common_name: band.gsd for band in BANDS} | {SCL: 20}
 SEVEN_BANDS = ("blue", "green", "red", "nir", "nir08", "swir16", "swir22")

@@ -59,7 +59,7 @@ def _no_blocks_of_others(monkeypatch):
     dtype=st.sampled_from([np.uint8, np.uint16]),
     data=st.data(),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_windows_are_what_gdal_reads(tmp_path, height, width, block, predictor, dtype, data):
     path = write(tmp_path / "a.tif", noise((height, width), dtype), predictor=predictor, **block)
     spans = [

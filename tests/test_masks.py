@@ -45,7 +45,7 @@ def test_only_clouds_and_shadows_grow() -> None:
     assert valid_mask(scl, invalid=(0,), dilation=3).all()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(17, 19), (64, 65), (33, 1)]), st.integers(0, 6))
 def test_dilation_is_that_of_a_disc(seed: int, shape: tuple[int, int], radius: int) -> None:
     mask = np.random.default_rng(seed).random(shape) < 0.02
@@ -66,7 +66,7 @@ def test_masks_are_made_where_the_classes_lie(dilation: int) -> None:
     np.testing.assert_array_equal(cupy.asnumpy(found), valid_mask(classes, dilation=dilation))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.booleans(), st.sampled_from([None, f"{__name__}:bright"]))
 def test_chunks_with_a_halo_of_reach_equal_the_whole(seed: int, spectral: bool, function: str | None) -> None:
     """What lies further away than `reach` does not matter."""
@@ -237,7 +237,7 @@ def test_a_function_that_cannot_be_had_is_named(
         Mask.parse(f"{name}:cloud")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(17, 19), (64, 66), (1, 5)]))
 def test_bands_and_classes_at_20_m_hide_the_same_pixels_as_replicated_ones(seed: int, shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(seed)

@@ -75,7 +75,7 @@ def test_identical_dates_give_no_change(model):
     assert model.predict(image, image).max() < 0.02
 
 
-@settings(deadline=None, max_examples=5)
+@settings(max_examples=5)
 @given(gain=st.floats(0.8, 1.25), offset=st.floats(-0.1, 0.1))
 def test_an_affine_change_of_a_date_cancels(gain, offset):
     model = load_model("generic", device="cpu")
@@ -183,7 +183,7 @@ def test_bands_at_20_m_equal_replicated_ones(model, shape):
     half=st.booleans(),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_input_made_on_a_device_is_the_one_made_by_numpy(shape, kind, half, seed):
     rng = np.random.default_rng(seed)
     edge = tuple(-(-n // 2) for n in shape) if half else shape
@@ -266,7 +266,7 @@ def test_a_distant_pixel_has_no_influence(model):
     assert moved[160 + HALO + 1 :].max() == 0
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     rows=st.integers(1, 6),
     columns=st.integers(1, 13),

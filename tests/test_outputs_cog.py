@@ -216,7 +216,7 @@ def test_text_that_is_special_in_xml_survives_in_tags(tmp_path):
 
 
 @given(hnp.arrays(np.uint16, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.integers(0, 1024)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_codes_survive_a_round_trip(codes):
     np.testing.assert_array_equal(encode_codes(decode_codes(codes)), codes)
 

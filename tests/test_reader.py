@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import rasterio
 from conftest import write_series, write_tiff
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rasterio.transform import Affine
 
@@ -241,7 +241,6 @@ def test_overview_has_the_decimated_shape(make_series, factor):
 
 
 @given(size=st.integers(1, 400), chunk=st.integers(1, 130), halo=st.integers(0, 90), block=st.integers(1, 100))
-@settings(deadline=None)
 def test_readers_counts_the_chunks_that_overlap_a_block(size, chunk, halo, block):
     tiling = Tiling((size, 1), chunk, halo)
     spans = [tiling.read(i, 0)[0] for i in range(tiling.blocks[0])]

@@ -27,7 +27,7 @@ def move(image: np.ndarray, dy: float, dx: float) -> np.ndarray:
     return fft.ifft2(ndimage.fourier_shift(fft.fft2(image), (dy, dx))).real
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.floats(-3, 3), st.floats(-3, 3), st.integers(0, 3))
 def test_known_shifts(dy: float, dx: float, seed: int) -> None:
     image = scenery((200, 216), seed)

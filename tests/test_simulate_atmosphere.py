@@ -78,7 +78,7 @@ def test_ground_is_brighter_seen_from_the_side_of_the_sun():
 
 
 @given(st.integers(-1, 1), st.integers(-1, 1))
-@settings(max_examples=9, deadline=None)
+@settings(max_examples=9)
 def test_shift_moves_down_and_right(dy, dx):
     point = np.zeros((1, 17, 19), np.float32)
     point[0, 8, 9] = 1
