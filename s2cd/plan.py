@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
@@ -202,7 +203,8 @@ def _explain(config: RunConfig, tiling: Tiling, sizes: Sizes, workers: Workers) 
     more = read[0] * read[1] / (tiling.shape[0] * tiling.shape[1]) - 1
     chunk, dates = ("auto" if option == "auto" else "as asked for" for option in (config.chunk, config.dates_per_task))
     offered = [
-        f"about {need / 1e9:.2f} GB a thread, of {f'{size / 1e9:.1f} GB of {where}' if size else 'an unknown size'}"
+        f"about {need / 1e9:.2f} GB a thread, of "
+        + (f"{size / 1e9:.1f} GB of {where}" if size and math.isfinite(size) else f"{where} of unknown size")
         for need, size, where in (
             (sizes.need, workers.memory, "memory"),
             (sizes.device_need, workers.device, "its GPU"),

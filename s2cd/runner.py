@@ -30,8 +30,9 @@ from distributed.comm import CommClosedError
 from s2cd import outputs
 from s2cd.addresses import public_href
 from s2cd.catalog.scene import Scene
-from s2cd.clusters.anywhere import Anywhere
+from s2cd.clusters import cluster, load_profile, try_submission
 from s2cd.clusters.environment import return_free_memory
+from s2cd.clusters.start import prepare_scheduler
 from s2cd.config import RunConfig
 from s2cd.cube import common_grid
 from s2cd.errors import ClusterError, OutputError, S2cdError, S2cdWarning, ShiftError, ShiftWarning
@@ -141,27 +142,24 @@ def run(
     started = time.monotonic()
     config = _located(config)
     model = load_model(config.model, device="cpu")
-    workers = Workers() if client else _workers_to_come(config)
+    expected = Workers() if client else _workers_to_come(config)
     outputs.check_writable(config.out)
     with _strictness(config.strict):
         plan = make_plan(config, scenes)
         require_model_bands(plan, model)
         require_same_recipe(config, model, plan.finished)
         require_same_grids(plan, model)
-        outputs.save_run(config.out, config.dump(), plan.scenes)
-        return_free_memory()  # to plan and freeze a continent takes 80 MB that nothing needs again
         report = Report(config.out)
         with outputs.cataloguing(config.out) as listed, ExitStack() as stack:
             if client is None:
-                from s2cd.clusters import cluster
-
                 client = stack.enter_context(cluster(config.cluster))
-            workers = Workers.of_client(client, config.device) or workers
+            outputs.save_run(config.out, config.dump(), plan.scenes)  # not before it has a cluster
+            return_free_memory()  # to plan and freeze a continent takes 80 MB that nothing needs again
             ref = ModelRef(config.model, model.hash, config.device)
-            context = _Context(config, ref, model, mask_of(config), workers)
+            context = _Context(config, ref, model, mask_of(config), expected)
             submission = _Submission(client, context, plan, report, progress or (lambda *_: None))
             with client.as_current(), _scheduler_needed(client):
-                _help_orphans(client)
+                prepare_scheduler(client)
                 submission.run()
     submission.look_for_maps(listed)
     report.left_out[:0] = plan.left_out
@@ -177,8 +175,6 @@ def _located(config: RunConfig) -> RunConfig:
 
 def _workers_to_come(config: RunConfig) -> Workers:
     """Tell what the run's cluster will offer. Raises ClusterError for a profile that is none or will be refused."""
-    from s2cd.clusters import load_profile, try_submission
-
     profile = load_profile(config.cluster)
     try_submission(profile)
     return Workers.of_profile(profile, config.device)
@@ -191,7 +187,7 @@ def run_status(out: str) -> list[dict[str, Any]]:
     """
     require_there(out)
     store = open_store(out)
-    views = [name for name, _ in store.list(VIEWS) if is_ours(name)]
+    views = [name for name, _ in store.list(VIEWS) if is_ours(name) and f"{VIEWS}/." not in name]
     if not views:
         raise OutputError(f"{out} holds no run: found no {VIEWS}/*.json")
     finished = outputs.finished(out)
@@ -404,9 +400,11 @@ class _Submission:
 
     @cached_property
     def _workers(self) -> Workers:
-        """What the cluster offers: the GPU of batch jobs is known once one has surveyed a scene."""
-        found = Workers.of_client(self.client, self.context.config.device)
-        return self.context.workers if found is None else replace(self.context.workers, device=found.device)
+        """What the cluster offers, asked once it has surveyed a scene: batch jobs, and their GPUs, come with work."""
+        expected, found = self.context.workers, Workers.of_client(self.client, self.context.config.device)
+        if found is None:
+            return expected
+        return replace(found, count=max(found.count, expected.count), threads=max(found.threads, expected.threads))
 
     def _units_under_way(self) -> list[_Unit]:
         return list({id(unit): unit for unit, _ in self.pending.values()}.values())
@@ -472,16 +470,6 @@ def _checked(pair: Pair, surveys: dict[str, Survey], strict: bool) -> Pair:
         return pair
     note = f"darkest pixels differ by {found:+.3f} in every band: an offset may be applied to one date only"
     return replace(pair, notes=(*pair.notes, note))
-
-
-def _help_orphans(client: Client) -> None:
-    try:
-        client.register_plugin(Anywhere())
-    except ImportError as error:
-        place = client.scheduler_info(n_workers=0)["address"]
-        raise ClusterError(
-            f"{place}: the scheduler lacks s2cd ({error}), expected the version of this client"
-        ) from None
 
 
 @contextmanager

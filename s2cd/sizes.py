@@ -38,7 +38,8 @@ class Workers:
     """What a cluster offers: `count` processes, `threads` in all, and bytes for each thread, None where unknown.
 
     memory  of the host, on the worker that has least
-    device  of the GPU that the threads of a worker, or of several, share; None without one
+    device  of the GPU that the threads of a worker, or of several, share; infinite for one of unknown size, None
+            without one
     """
 
     count: int = 1
@@ -79,7 +80,8 @@ class Workers:
         from s2cd.clusters.profiles import CudaProfile, LocalProfile, PbsProfile, SlurmProfile
         from s2cd.clusters.start import batch_threads, cuda_threads, local_resources
 
-        card = None if device == "cpu" else first_device()
+        wanted = device != "cpu"
+        card = first_device() if wanted else None
         here = card[1] if card else 0
         if isinstance(profile, LocalProfile):
             threads, memory = local_resources(profile)
@@ -87,7 +89,7 @@ class Workers:
             return cls(profile.processes, profile.processes * threads, memory / threads, share)
         if isinstance(profile, SlurmProfile | PbsProfile):
             threads, jobs = batch_threads(profile), profile.jobs.maximum
-            return cls(jobs, jobs * threads, profile.memory / threads)
+            return cls(jobs, jobs * threads, profile.memory / threads, math.inf if profile.gpus and wanted else None)
         if isinstance(profile, CudaProfile):
             threads = cuda_threads(profile)
             limit = None if profile.memory == "auto" else profile.memory / threads

@@ -272,18 +272,32 @@ def test_damaged_files_are_told_of_without_a_traceback(tmp_path):
     )
 
 
-def test_an_interrupt_while_the_cluster_starts_is_one_line(catalog, tmp_path):
-    """As a terminal sends it: to the worker process too, which is still importing."""
-    command = [*HEEDING, "run", str(catalog), "--out", str(tmp_path), "-q"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+@pytest.mark.parametrize(("number", "command", "status"), [(signal.SIGINT, HEEDING, 130), (signal.SIGTERM, DEAF, 143)])
+def test_an_interrupt_while_the_cluster_starts_is_one_line(catalog, tmp_path, number, command, status):
+    """As a terminal or a service sends it: to the worker process too, which is still importing."""
+    arguments = ["run", str(catalog), "--out", str(tmp_path), "-q"]
+    process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while not _starts_a_worker(process) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
+    assert process.returncode == status, stderr
     lines = [line for line in stderr.splitlines() if not line.startswith("warning: ")]
     assert lines == ["interrupted: finished maps are complete, run the same command to go on"]
+
+
+def test_a_watch_that_is_terminated_gives_the_folder_back(catalog, tmp_path):
+    command = [*COMMAND, "watch", str(catalog), "--out", str(tmp_path), "-q"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "watch.lock").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "watch.lock").exists()
 
 
 def _starts_a_worker(process):

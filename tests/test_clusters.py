@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 from distributed import get_worker
+from places_support import BIN, background
 
 from s2cd import reader
 from s2cd.clusters import PROFILES, check_profile, cluster, load_profile, show_profile, worker_environment
@@ -334,8 +335,29 @@ def test_an_existing_scheduler_is_used_and_left_running(client):
 
 
 def test_a_scheduler_file_that_does_not_come_is_named(tmp_path):
-    profile = {"kind": "existing", "scheduler_file": str(tmp_path / "none.json"), "timeout": 1}
-    with pytest.raises(ClusterError, match=r"scheduler_file .*none\.json: found none after 1 s"), cluster(profile):
+    profile = {"kind": "existing", "scheduler_file": str(tmp_path / "s.json"), "timeout": 1}
+    with pytest.raises(ClusterError, match=r"scheduler_file .*s\.json: found none after 1 s"), cluster(profile):
+        pass
+    (tmp_path / "s.json").touch()
+    with pytest.raises(ClusterError, match=r"s\.json: found JSONDecodeError after 1 s, expected one"), cluster(profile):
+        pass
+
+
+def test_a_scheduler_without_s2cd_is_named(tmp_path):
+    """It unpickles task graphs."""
+    (tmp_path / "s2cd").mkdir()
+    (tmp_path / "s2cd" / "__init__.py").write_text("raise ImportError('no s2cd here')")
+    file = tmp_path / "scheduler.json"
+    located = ["--no-dashboard", "--scheduler-file", str(file)]
+    scheduler = [str(BIN / "dask"), "scheduler", "--host", "127.0.0.1", "--port", "0", *located]
+    worker = [str(BIN / "dask"), "worker", "--nthreads", "1", "--no-nanny", *located]
+    lacks = r"^tcp://\S+: the scheduler lacks s2cd \(no s2cd here\), expected the version of this client$"
+    with (
+        background(scheduler, tmp_path / "scheduler.log", {"PYTHONPATH": str(tmp_path)}),
+        background(worker, tmp_path / "worker.log"),
+        pytest.raises(ClusterError, match=lacks),
+        cluster({"kind": "existing", "scheduler_file": str(file)}),
+    ):
         pass
 
 

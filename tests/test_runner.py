@@ -19,7 +19,7 @@ import pytest
 import rasterio
 from conftest import GSD
 from dask.callbacks import Callback
-from distributed import Client, get_task_stream
+from distributed import Client, LocalCluster, get_task_stream
 from fault_server import FaultServer
 
 import s2cd
@@ -339,6 +339,39 @@ def test_grids_are_the_same_to_a_hundredth_of_a_pixel(make_series, config):
             require_grids(config.out, names, {"31UDS": other})
 
 
+@pytest.mark.parametrize("damage", [{"transform": [1, 2]}, {"transform": ["x"] * 6}, {"shape": ["x", 1]}])
+def test_an_item_without_a_grid_is_named(make_series, config, client, tmp_path, damage):
+    scenes = make_series(dates=2)
+    run(config, client, scenes=scenes)
+    (path,) = (tmp_path / "out").rglob("S2CD_*.json")
+    item = json.loads(path.read_text())
+    item["properties"] |= {f"proj:{key}": value for key, value in damage.items()}
+    path.write_text(json.dumps(item))
+    with pytest.raises(OutputError, match=rf"^{tmp_path}/out: 31UDS/{path.name}: .*, expected the item of a map$"):
+        run(config, client, scenes=scenes)
+
+
+def test_a_run_whose_cluster_does_not_start_leaves_the_record_of_the_one_before(make_series, config, client, tmp_path):
+    scenes, out = make_series(dates=2), tmp_path / "out"
+    run(config, client, scenes=scenes)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (tmp_path / "away.yaml").write_text(f"kind: existing\nscheduler_file: {tmp_path}/none.json\ntimeout: 1 s\n")
+    with pytest.raises(ClusterError, match=r"none\.json: found none after 1 s"):
+        run(config.model_copy(update={"min_valid": 0.5, "cluster": str(tmp_path / "away.yaml")}), scenes=scenes)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_workers_that_come_with_the_work_are_counted_then(make_series, config):
+    """Six pairs on eight threads are as many units; on a thread, as is supposed while there is none, they are two."""
+    with (
+        LocalCluster(processes=False, n_workers=0, threads_per_worker=8, dashboard_address=None) as batch,
+        Client(batch) as client,
+        get_task_stream(client) as stream,
+    ):
+        assert run(config, client, scenes=make_series(dates=7), progress=lambda *_: batch.scale(1)).ok
+    assert len({task["key"][1] for task in stream.data if task["key"][0] == "infer_block"}) == 6
+
+
 def test_what_the_cluster_refuses_is_told_before_anything_is_searched_or_written(config, tmp_path):
     wrong = config.model_copy(update={"cluster": "nope.yaml", "catalog": str(tmp_path / "nowhere.json")})
     with pytest.raises(ClusterError, match="nope"):
@@ -564,7 +597,8 @@ def test_a_damaged_record_of_pairs_is_named(make_series, config, client, tmp_pat
 
 def test_what_others_leave_among_the_records_of_pairs_is_none(make_series, config, client, tmp_path):
     run(config, client, scenes=make_series(dates=2))
-    (tmp_path / "out" / "views" / ".DS_Store").write_bytes(b"\0\1")
+    for name in (".DS_Store", "._31UDS_R051.json"):
+        (tmp_path / "out" / "views" / name).write_bytes(b"\0\1")
     assert [row["finished"] for row in run_status(config.out)] == [1]
 
 

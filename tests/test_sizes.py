@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -124,6 +125,11 @@ def test_profiles_tell_what_they_will_offer(tmp_path):
     assert local == Workers(2, 6, 2 * GB)
     slurm = load_profile({"kind": "slurm", "cores": 8, "memory": "32 GB", "jobs": {"maximum": 5}})
     assert Workers.of_profile(slurm, "cpu") == Workers(5, 40, 4 * GB)
+    slurm_gpu = Workers.of_profile(load_profile("slurm-gpu"), "auto")
+    assert slurm_gpu == Workers(4, 16, 16 * 2**30, device=math.inf)
+    found = sizes(slurm_gpu)
+    assert found.chunk == 3072
+    assert 0 < found.device_need < 2 * GB
     cuda = load_profile({"kind": "cuda", "threads": 4, "memory": "16 GB"})
     assert Workers.of_profile(cuda, "cpu") == Workers(1, 4, 4 * GB)
     shared = load_profile({"kind": "cuda", "gpus": [0], "memory": "16 GB"})

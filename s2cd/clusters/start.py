@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import logging
 import shlex
 import shutil
@@ -21,6 +22,7 @@ from distributed import Client, LocalCluster
 from distributed.deploy.spec import SpecCluster
 from distributed.security import Security
 
+from s2cd.clusters.anywhere import Anywhere
 from s2cd.clusters.environment import SetupWorker, environment, worker_environment
 from s2cd.clusters.machine import available_cores, available_memory
 from s2cd.clusters.profiles import (
@@ -80,12 +82,17 @@ def cluster(profile: str | Path | Profile | dict[str, Any] = "local") -> Iterato
 
 @contextlib.contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Raise a Ctrl-C when the block ends: a cluster that is half started can neither be used nor taken down."""
+    """Raise a Ctrl-C when the block ends: a cluster that is half started can neither be used nor taken down.
+
+    Also where the block fails: a SIGTERM to all processes of a job ends the workers that start.
+    """
     interrupted = threading.Event()
-    with noted_interrupts(interrupted):
-        yield
-    if interrupted.is_set():
-        raise KeyboardInterrupt
+    try:
+        with noted_interrupts(interrupted):
+            yield
+    finally:
+        if interrupted.is_set():
+            raise KeyboardInterrupt from None
 
 
 @contextlib.contextmanager
@@ -108,7 +115,21 @@ def scheduler_address(client: Client) -> str:
     return str(client.scheduler_info(n_workers=0)["address"])
 
 
+def prepare_scheduler(client: Client) -> None:
+    """Let work whose workers are gone go to others.
+
+    Raises ClusterError for a scheduler without s2cd, which could not read task graphs either.
+    """
+    try:
+        client.register_plugin(Anywhere())
+    except ImportError as error:
+        raise ClusterError(
+            f"{scheduler_address(client)}: the scheduler lacks s2cd ({error}), expected the version of this client"
+        ) from None
+
+
 def _prepare(client: Client) -> None:
+    prepare_scheduler(client)
     try:
         client.register_plugin(SetupWorker(str(client.scheduler_info(n_workers=0)["id"])))
     except Exception as error:
@@ -354,13 +375,9 @@ def _connect(profile: ExistingProfile) -> Iterator[Client]:
         )
     security = None if profile.tls is None else _security(profile.tls)
     if profile.scheduler_file and not profile.address:
-        _await_file(profile.scheduler_file, profile.timeout)
+        where = _address_in(profile.scheduler_file, profile.timeout)
     try:
-        client = (
-            Client(scheduler_file=profile.scheduler_file, security=security, timeout=profile.timeout)
-            if profile.scheduler_file and not profile.address
-            else Client(where, security=security, timeout=profile.timeout)
-        )
+        client = Client(where, security=security, timeout=profile.timeout)
     except (OSError, TimeoutError, ValueError, TypeError) as error:  # TypeError: a tls:// address without certificates
         reason = " ".join(str(error).split())
         raise ClusterError(f"{where}: no scheduler answers within {profile.timeout} s ({reason})") from None
@@ -369,12 +386,18 @@ def _connect(profile: ExistingProfile) -> Iterator[Client]:
         yield client
 
 
-def _await_file(path: str, timeout: int) -> None:
-    """Wait for a scheduler's file, for which Dask would wait for ever."""
+def _address_in(file: str, timeout: int) -> str:
+    """Wait for a scheduler's file, for which Dask would wait for ever; it may be there before it is whole."""
     until = time.monotonic() + timeout
-    while not Path(path).exists():
-        if time.monotonic() > until:
-            raise ClusterError(f"scheduler_file {path}: found none after {timeout} s, expected a scheduler to write it")
+    while True:
+        try:
+            return str(json.loads(Path(file).read_text())["address"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            if time.monotonic() > until:
+                found = type(error).__name__ if Path(file).exists() else "none"
+                raise ClusterError(
+                    f"scheduler_file {file}: found {found} after {timeout} s, expected one that a scheduler wrote"
+                ) from None
         time.sleep(0.1)
 
 

@@ -65,7 +65,8 @@ def require_grids(out: str, names: Iterable[str], expected: Mapping[str, Grid]) 
             properties = json.loads(open_store(out).get(path))["properties"]
             shape, transform = (tuple(properties[f"proj:{what}"]) for what in ("shape", "transform"))
             grid = Grid(properties["proj:epsg"], transform, shape)
-        if not _same(grid, expected[tile]):
+            same = _same(grid, expected[tile])
+        if not same:
             found, wanted = _place(grid), _place(expected[tile])
             raise OutputError(
                 f"{out} holds maps of {tile} of {found}, expected {wanted}: choose another folder for maps of a part"
