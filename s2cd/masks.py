@@ -125,7 +125,7 @@ def _call(name: str, reflectance: np.ndarray, bands: tuple[str, ...]) -> np.ndar
         cloud = function(reflectance, bands)
     except MemoryError:  # no fault of the function's
         raise
-    except Exception as error:
+    except Exception as error:  # a function of the user's may raise anything
         raise ConfigError(f"mask function {name!r}: {_one_line(error)}, expected bool of shape {shape}") from error
     found = f"{cloud.dtype} of shape {cloud.shape}" if isinstance(cloud, np.ndarray) else type(cloud).__name__
     if found != f"bool of shape {shape}":
