@@ -128,8 +128,9 @@ class Engine:
             sent, wait = self._send([*planes, gains, valid])
             with self._running():
                 wait()
-                x = to_input(sent[:-2], sent[-2], sent[-1], fine, stride)
-                return EncodedDate(self._split((x,), lambda t: self._network.encode(t[0])), sent[-1])
+                x, seen = to_input(sent[:-2], sent[-2], sent[-1], fine, stride), sent[-1].clone()
+                del sent, wait  # all pixels are in one tensor, which a date would keep with its mask
+                return EncodedDate(self._split((x,), lambda t: self._network.encode(t[0])), seen)
 
         return with_memory(encoded)
 
@@ -235,12 +236,20 @@ def split_rows(inputs: Features, call: Callable[[Features], Features], stride: i
     def part(tensor: Tensor, start: int, stop: int) -> Tensor:
         return tensor[:, :, start * tensor.shape[2] // rows : stop * tensor.shape[2] // rows]
 
-    upper = call(tuple(part(t, 0, middle + halo) for t in inputs))
-    upper = tuple(u[:, :, : u.shape[2] * middle // (middle + halo)].clone() for u in upper)
-    lower = call(tuple(part(t, middle - halo, rows) for t in inputs))
-    lower = tuple(low[:, :, low.shape[2] * halo // (rows - middle + halo) :] for low in lower)
-    with torch.autocast(inputs[0].device.type, enabled=False):  # it refuses float16, a date's pixels, beside bfloat16
-        return tuple(torch.cat(halves, dim=2) for halves in zip(upper, lower, strict=True))
+    whole: list[Tensor] = []
+    for first, last, start, stop in ((0, middle, 0, middle + halo), (middle, rows, middle - halo, rows)):
+        half = call(tuple(part(t, start, stop) for t in inputs))
+        whole = whole or [_taller(h, h.shape[2] * rows // (stop - start)) for h in half]
+        for into, found in zip((part(w, first, last) for w in whole), half, strict=True):
+            above = found.shape[2] * (first - start) // (stop - start)
+            into.copy_(found[:, :, above : above + into.shape[2]])
+        del half, found  # or the lower half would be worked on while the upper one is there twice
+    return tuple(whole)
+
+
+def _taller(tensor: Tensor, rows: int) -> Tensor:
+    shape = (*tensor.shape[:2], rows, tensor.shape[3])
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=torch.channels_last)
 
 
 def with_memory(call: Callable[[], Result]) -> Result:
