@@ -135,7 +135,10 @@ def _levels(before: Survey, after: Survey, ref: ModelRef) -> Levels:
 
 
 class Work(NamedTuple):
-    """What all chunks of a unit of work share: it goes to a worker once, not with each."""
+    """What all chunks of a unit of work share: it goes to a worker once, not with each.
+
+    workers  how many have a run of its chunks each (`s2cd.reader.turn`)
+    """
 
     series: Series
     tiling: Tiling
@@ -143,6 +146,7 @@ class Work(NamedTuple):
     ref: ModelRef
     finish: Finish
     reasons: bool
+    workers: int
 
 
 class Block(NamedTuple):
@@ -165,6 +169,7 @@ def change_blocks(
     finish: Finish,
     *,
     reasons: bool = False,
+    workers: int = 1,
 ) -> tuple[dict[Key, Any], list[list[Key]]]:
     """Return a graph for several pairs of one field of view, each source block read once, row by row, and its chunks.
 
@@ -173,7 +178,8 @@ def change_blocks(
 
     Their keys lie in rows as the chunks of `chunk` pixels along y and x do; each stands for a `Block` of all pairs. All
     wait for one short task: Dask starts what becomes ready at once by priority, but what it is given at once in any
-    order, and blocks at the borders of a chunk far from the others are kept until these arrive there.
+    order, and blocks at the borders of a chunk far from the others are kept until these arrive there. Where several
+    `workers` have a run of the chunks each, each decodes the blocks between two runs, and keeps none for the other.
     With `reasons` the codes tell which date does not show a pixel. Tasks fail with ReadError or GridError where a
     source does.
     """
@@ -197,7 +203,7 @@ def change_blocks(
     shared = ("unit_of_work", number)
     # The scheduler keeps a record of every first part of a key for good: the same for all units, or its memory grows.
     keys: list[list[Key]] = [[("infer_block", number, row, col) for col in range(cols)] for row in range(rows)]
-    graph: dict[Key, Any] = {shared: (partial(Work, series, tiling, mask, ref, finish, reasons),)}
+    graph: dict[Key, Any] = {shared: (partial(Work, series, tiling, mask, ref, finish, reasons, workers),)}
     graph |= {keys[row][col]: (_infer_block, shared, row, col) for row in range(rows) for col in range(cols)}
     return graph, keys
 
@@ -223,8 +229,8 @@ def encode_series(
 
 
 def _infer_block(work: Work, row: int, col: int) -> Block:
-    series, tiling, mask, ref, finish, reasons = work
-    model = ref.load()
+    series, tiling, mask, ref, finish, reasons, workers = work
+    model, tiling = ref.load(), tiling.shared_by(workers, row, col)
     window, core = tiling.read(row, col), tiling.core(row, col)
     rows, cols = (slice(c.start - w.start, c.stop - w.start) for c, w in zip(core, window, strict=True))
     inner = rows, cols

@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -33,6 +33,8 @@ SPECTRAL = frozenset(band.common_name for band in BANDS)
 SOURCE_BLOCK = 1024  # pixels along a side of a block, as most archives have them
 Result = TypeVar("Result")
 _Finish = Callable[[], np.ndarray]
+Readers = Callable[[slice, slice], int]
+"""Counts the chunks that read something of the pixels (rows, cols) of a raster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,8 @@ class Tiling:
 
     `shape`, `chunk` and `halo` are in pixels of the cube's grid; so is `stride`, of which all borders are multiples if
     `chunk` is. `work` names the unit of work whose chunks share decoded blocks: what another one left behind may be of
-    a file that was written anew since.
+    a file that was written anew since. Where several workers have a part of it each, `run` has the numbers of the
+    chunks that share blocks with the one that reads, counted row by row; None stands for all.
     """
 
     shape: tuple[int, int]
@@ -65,6 +68,7 @@ class Tiling:
     halo: int
     stride: int = 1
     work: str = field(default_factory=lambda: uuid4().hex, compare=False)
+    run: range | None = None
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -84,10 +88,25 @@ class Tiling:
         """Pixels of chunk (row, col), with its halo, cut at the edges of the grid."""
         return self._span(0, row, self.halo), self._span(1, col, self.halo)
 
-    def readers(self, axis: int, start: int, stop: int) -> int:
-        """How many chunks along `axis` read something of the pixels [start, stop)."""
-        first, last = max(start - self.halo, 0), min(stop + self.halo, self.shape[axis]) - 1
-        return self._index(axis, last) - self._index(axis, first) + 1
+    def shared_by(self, workers: int, row: int, col: int) -> Tiling:
+        """Return the tiling as chunk (row, col) has it where so many workers take turns (`turn`)."""
+        rows, cols = self.blocks
+        mine = turn(row * cols + col, rows * cols, workers)
+        start, stop = (-(-bound * rows * cols // workers) for bound in (mine, mine + 1))
+        return replace(self, run=range(start, stop))
+
+    def readers(self, rows: slice, cols: slice) -> int:
+        """How many chunks of the run read something of the pixels [rows, cols)."""
+        down, across = self._readers(0, rows), self._readers(1, cols)
+        if self.run is None:
+            return len(down) * len(across)
+        width = self.blocks[1]
+        return sum(row * width + col in self.run for row in down for col in across)
+
+    def _readers(self, axis: int, span: slice) -> range:
+        """Return which chunks along an axis read something of its pixels `span`."""
+        first, last = max(span.start - self.halo, 0), min(span.stop + self.halo, self.shape[axis]) - 1
+        return range(self._index(axis, first), self._index(axis, last) + 1)
 
     def _span(self, axis: int, index: int, halo: int) -> slice:
         start = index * self.chunk - self._lead(axis)
@@ -103,6 +122,14 @@ class Tiling:
         half, size = SOURCE_BLOCK // 2, self.shape[axis]
         no_more = math.ceil((size + half) / self.chunk) == math.ceil(size / self.chunk)
         return half if self.chunk % SOURCE_BLOCK == 0 and half % self.stride == 0 and no_more else 0
+
+
+def turn(number: int, chunks: int, workers: int) -> int:
+    """Return which of so many workers has a chunk: each a run of neighbours, counted row by row, as these share blocks.
+
+    number  of the chunk, of so many `chunks`
+    """
+    return number * workers // chunks
 
 
 def band_source(scene: Scene, band: str) -> Source:
@@ -267,11 +294,15 @@ def _start_blocks(
     return lambda: data
 
 
-def counter(tiling: Tiling, factor: int) -> Callable[[int, slice], int]:
-    """Return what counts the chunks that read a span of an axis of a raster `factor` times as coarse as the grid."""
+def counter(tiling: Tiling, factor: int) -> Readers:
+    """Return what counts the chunks that read pixels of a raster `factor` times as coarse as the grid."""
 
-    def readers(axis: int, span: slice) -> int:
-        return tiling.readers(axis, span.start * factor, min(span.stop * factor, tiling.shape[axis]))
+    def readers(rows: slice, cols: slice) -> int:
+        fine = (
+            slice(s.start * factor, min(s.stop * factor, size))
+            for s, size in zip((rows, cols), tiling.shape, strict=True)
+        )
+        return tiling.readers(*fine)
 
     return readers
 
@@ -416,9 +447,9 @@ class BlockCache:
         dataset: rasterio.DatasetReader,
         rows: slice,
         cols: slice,
-        readers: Callable[[int, slice], int],
+        readers: Readers,
     ) -> _Finish:
-        """Read pixels [rows, cols) of `dataset`; `readers(axis, span)` counts who reads a span.
+        """Read pixels [rows, cols) of `dataset`; `readers(rows, cols)` counts who reads something of such pixels.
 
         Decodes the blocks that nobody else has; what this returns waits for those that others decode.
         """
@@ -525,9 +556,9 @@ class Layout:
         """Return the pixels of a block."""
         return self.span(0, block[0]), self.span(1, block[1])
 
-    def wanted(self, blocks: Sequence[Block], readers: Callable[[int, slice], int]) -> dict[Block, int]:
-        """Return how many chunks read each block; `readers` counts those along an axis."""
-        return {b: readers(0, self.span(0, b[0])) * readers(1, self.span(1, b[1])) for b in blocks}
+    def wanted(self, blocks: Sequence[Block], readers: Readers) -> dict[Block, int]:
+        """Return how many chunks read each block, as `readers` counts them."""
+        return {block: readers(*self.spans(block)) for block in blocks}
 
     def covering(self, rows: slice, cols: slice) -> Iterator[Block]:
         """Yield the blocks that have something of the pixels [rows, cols)."""

@@ -56,6 +56,7 @@ from s2cd.plan import (
     require_same_recipe,
 )
 from s2cd.radiometry import check_offsets
+from s2cd.reader import turn
 from s2cd.sizes import Sizes, Workers, task_sizes
 from s2cd.survey import Survey, scene_input, survey_scene
 
@@ -299,15 +300,15 @@ class _Submission:
 
     def _submit(self, unit: _Unit) -> None:
         unit = replace(unit, place=self._least_loaded(unit))
-        graph, maps = _unit_graph(unit, self.context)
+        workers = [unit.place] if unit.place else sorted(self._threads())
+        graph, blocks, maps = _unit_graph(unit, self.context, max(1, len(workers)))
         # As a layer: of a plain dictionary Dask would hash every argument of every task.
         layer = HighLevelGraph({str(maps[0]): graph}, {str(maps[0]): set()})
-        workers = [unit.place] if unit.place else sorted(self._threads())
         self.submitted += 1
         # Dask takes what comes within a moment as equally urgent: two units side by side would hold memory for both.
         # Within one, chunks go row by row: few decoded blocks are kept, and the last, which are small, end together.
         urgency = {key: -(self.submitted + i / len(graph)) for i, key in enumerate(graph)}
-        homes = places(graph, maps, workers)
+        homes = places(graph, blocks, maps, workers)
         with dask.annotate(workers=homes.get, priority=urgency.get, allow_other_workers=True):
             futures = self.client.get(layer, maps, sync=False)
         self.pending.update(zip(futures, ((unit, pair) for pair in unit.pairs), strict=True))
@@ -421,8 +422,8 @@ class _Submission:
         return min(workers, key=lambda worker: units[worker], default=None)
 
 
-def _unit_graph(unit: _Unit, context: _Context) -> tuple[dict[Key, Any], list[Key]]:
-    """Return tasks, the most urgent first, and the keys of maps: one a pair; the chunks, shared by all, come once.
+def _unit_graph(unit: _Unit, context: _Context, workers: int) -> tuple[dict[Key, Any], list[list[Key]], list[Key]]:
+    """Return tasks, the most urgent first, and the keys of chunks, row by row, and of maps, one a pair.
 
     A graph written by hand: Dask's collections take the client and the scheduler five times as long as these tasks.
     """
@@ -432,14 +433,21 @@ def _unit_graph(unit: _Unit, context: _Context) -> tuple[dict[Key, Any], list[Ke
     levels = [unit.levels[pair.name] for pair in unit.pairs]
     finish = partial(outputs.map_part, shape=grid.shape, profile=config.cog_profile, reasons=config.validity)
     graph, blocks = change_blocks(
-        unit.pairs, levels, context.ref, context.mask, unit.sizes.chunk, finish, reasons=config.validity
+        unit.pairs,
+        levels,
+        context.ref,
+        context.mask,
+        unit.sizes.chunk,
+        finish,
+        reasons=config.validity,
+        workers=workers,
     )
     number = uuid4().hex
     maps: list[Key] = [("write_pair", number, position) for position in range(len(unit.pairs))]
     for position, (key, pair) in enumerate(zip(maps, unit.pairs, strict=True)):
         write = partial(write_pair, position=position, pair=pair, grid=grid, ref=context.ref, config=config)
         graph[key] = (write, blocks)
-    return graph, maps
+    return graph, blocks, maps
 
 
 def units_at_a_time(threads: Iterable[int], threads_a_unit: int) -> int:
@@ -450,17 +458,19 @@ def units_at_a_time(threads: Iterable[int], threads_a_unit: int) -> int:
     return max(1, sum(1 + -(-count // threads_a_unit) for count in threads))
 
 
-def places(graph: Iterable[Key], maps: Sequence[Key], workers: Sequence[str]) -> dict[Key, Sequence[str]]:
+def places(
+    graph: Iterable[Key], blocks: Sequence[Sequence[Key]], maps: Sequence[Key], workers: Sequence[str]
+) -> dict[Key, Sequence[str]]:
     """Return the worker of each task: a run of neighbouring chunks, which share blocks, for each; maps in turn.
 
-    Without any worker, as when batch jobs wait for work, the tasks have no place.
+    What all chunks wait for has no place; without any worker, as when batch jobs wait for work, no task has one.
     """
-    if not workers:
-        return dict.fromkeys(graph, ())
-    chunks = [key for key in graph if key not in maps]
-    turns = {key: i * len(workers) // len(chunks) for i, key in enumerate(chunks)}
-    turns |= {key: i % len(workers) for i, key in enumerate(maps)}
-    return {key: (workers[turn],) for key, turn in turns.items()}
+    homes: dict[Key, Sequence[str]] = dict.fromkeys(graph, ())
+    if workers:
+        chunks = [key for row in blocks for key in row]
+        homes |= {key: (workers[turn(i, len(chunks), len(workers))],) for i, key in enumerate(chunks)}
+        homes |= {key: (workers[i % len(workers)],) for i, key in enumerate(maps)}
+    return homes
 
 
 def _checked(pair: Pair, surveys: dict[str, Survey], strict: bool) -> Pair:

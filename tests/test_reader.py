@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -19,7 +21,7 @@ from rasterio.transform import Affine
 
 from s2cd import reader
 from s2cd.errors import ConfigError, GridError, ReadError
-from s2cd.reader import BlockCache, Tiling, band_source, read_bands, read_overview, read_window, rectangles
+from s2cd.reader import BlockCache, Tiling, band_source, read_bands, read_overview, read_window, rectangles, turn
 
 
 def whole(scene, band):
@@ -119,7 +121,7 @@ def test_chunks_are_all_of_a_grid_and_know_who_reads_what(size, chunk, halo):
     for start in range(0, size, max(1, size // 9)):
         stop = min(start + 700, size)
         reads = [tiling.read(row, 0)[0] for row in range(tiling.blocks[0])]
-        assert tiling.readers(0, start, stop) == sum(r.start < stop and start < r.stop for r in reads)
+        assert tiling.readers(slice(start, stop), slice(0, 7)) == sum(r.start < stop and start < r.stop for r in reads)
 
 
 def test_borders_of_chunks_lie_within_blocks_of_the_sources_where_the_network_may_start_there():
@@ -247,7 +249,52 @@ def test_readers_counts_the_chunks_that_overlap_a_block(size, chunk, halo, block
     for start in range(0, size, block):
         stop = min(start + block, size)
         expected = sum(span.start < stop and span.stop > start for span in spans)
-        assert tiling.readers(0, start, stop) == expected
+        assert tiling.readers(slice(start, stop), slice(0, 1)) == expected
+
+
+@given(
+    shape=st.tuples(st.integers(1, 150), st.integers(1, 150)),
+    chunk=st.integers(16, 130),
+    halo=st.integers(0, 40),
+    block=st.integers(16, 100),
+    workers=st.integers(1, 9),
+    data=st.data(),
+)
+def test_readers_are_those_whose_worker_has_the_chunk(shape, chunk, halo, block, workers, data):
+    tiling = Tiling(shape, chunk, halo)
+    chunks = list(np.ndindex(tiling.blocks))
+    turns = {c: turn(number, len(chunks), workers) for number, c in enumerate(chunks)}
+    assert sorted(turns.values()) == list(turns.values())
+    assert max(Counter(turns.values()).values()) - min(Counter(turns.values()).values()) <= 1
+    here = data.draw(st.sampled_from(chunks))
+    mine = [tiling.read(*c) for c in chunks if turns[c] == turns[here]]
+    for corner in itertools.product(*(range(0, size, block) for size in shape)):
+        spans = [slice(start, min(start + block, size)) for start, size in zip(corner, shape, strict=True)]
+        expected = sum(all(w.start < s.stop and s.start < w.stop for w, s in zip(c, spans, strict=True)) for c in mine)
+        assert tiling.shared_by(workers, *here).readers(*spans) == expected
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4, 99])
+def test_workers_that_share_a_unit_keep_no_block_for_each_other(make_series, monkeypatch, workers):
+    scene = make_series(shape=(300, 333), dates=1, block=64)[0]
+    grid, source, expected = scene.assets["red"].grid, band_source(scene, "red"), whole(scene, "red")
+    tiling = Tiling(grid.shape, 64, 16)
+    chunks = list(np.ndindex(tiling.blocks))
+    decoded, needed = 0, 0
+    for worker in range(workers):
+        monkeypatch.setattr(reader, "BLOCKS", BlockCache())
+        monkeypatch.setattr(reader, "COUNTS", reader.Counts())
+        mine = [c for number, c in enumerate(chunks) if turn(number, len(chunks), workers) == worker]
+        for c in mine:
+            window = tiling.read(*c)
+            np.testing.assert_array_equal(
+                read_window(source, grid, window, tiling.shared_by(workers, *c)), expected[window]
+            )
+        assert not reader.BLOCKS._entries
+        blocks = {b for c in mine for b in reader.Layout(grid.shape, (64, 64)).covering(*tiling.read(*c))}
+        needed += sum(expected[reader.Layout(grid.shape, (64, 64)).spans(b)].nbytes for b in blocks)
+        decoded += reader.COUNTS.decoded
+    assert decoded == needed > expected.nbytes
 
 
 @given(st.sets(st.tuples(st.integers(0, 6), st.integers(0, 6))))
