@@ -14,7 +14,7 @@ from benchmarks.report import table, write_report
 from s2cd.errors import S2cdError
 
 HERE = Path(__file__).parent
-SHORT = {"size": 3660, "small": 732}
+SHORT = {"size": 3660, "small": 732, "rounds": 1}
 
 
 def _data_options(command):
@@ -64,13 +64,21 @@ def prepare(data: str, size: int, dates: int, source: str) -> None:
     type=click.Choice((*suite.PARTS, *suite.GPU_PARTS)),
     help="Only these; by default all but gpu.",
 )
-def run(data: str, size: int, dates: int, source: str, work: str, short: bool, parts: tuple[str, ...]) -> None:
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    help="How often stages and scaling are measured, in turn.",
+    show_default="3, short 1",
+)
+def run(
+    data: str, size: int, dates: int, source: str, work: str, short: bool, parts: tuple[str, ...], rounds: int | None
+) -> None:
     """Measure s2cd end to end and its stages alone; print the table of targets."""
     asked = click.get_current_context().get_parameter_source("size") is not ParameterSource.DEFAULT
     if short and asked:
         raise click.UsageError(f"--short is of {SHORT['size']} px, found --size {size}, expected one of the two")
     before = load()
-    changes = {**SHORT} if short else {"size": size}
+    changes = {**(SHORT if short else {"size": size}), **({"rounds": rounds} if rounds else {})}
     settings = suite.Settings(folder=data, work=work, dates=dates, source=source, **changes)
     chosen = parts or (("engine", "stages") if short else suite.PARTS)
     results = suite.run_parts(settings, chosen, click.echo)

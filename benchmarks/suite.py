@@ -27,7 +27,6 @@ PARTS = ("engine", "stages", "scaling", "dates", "tiles", "archive")
 GPU_PARTS = ("gpu",)
 GPU_DATES = 21  # 20 maps
 PROCESSES = 2  # as in cluster/one-gpu.yaml
-ROUNDS = 2  # since the speed of many machines drifts
 LATENCIES = (None, 0.02, 0.1)  # seconds; None: local files
 WORKLOADS = {"s2cd": "engine", "stackstac script": "stackstac_script", "rasterio loop": "rasterio_loop"}
 Say = Callable[[str], None]
@@ -35,7 +34,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a benchmark works on; `small` is the size that comes from an archive."""
+    """What a benchmark works on; `small` is the size that comes from an archive.
+
+    rounds  how often what is held against something else runs in turn with it, since the speed of many machines drifts
+    """
 
     folder: str
     work: str
@@ -43,6 +45,7 @@ class Settings:
     dates: int = 6
     source: str = "auto"
     small: int = 3660
+    rounds: int = 3
 
     def series(self, **changes: Any) -> dict[str, Any]:
         """Arguments of a workload."""
@@ -75,26 +78,34 @@ def engine(settings: Settings, say: Say) -> dict[str, Any]:
 
 
 def stages(settings: Settings, say: Say) -> dict[str, Any]:
-    """Each stage alone, on the maps that `engine` left."""
-    maps = settings.out("s2cd")
-    if not Path(maps, "collection.json").exists():
-        _measure("engine", settings.series(out=maps))
-    with environment(worker_environment(CORES)):  # or the allocator alone would make the limit easier to reach
-        result = _measure("stages", settings.series(maps=maps, out=settings.out("stages")))
-    say("  " + ", ".join(f"{name} {result[name]:.1f} core-s" for name in ("decode", "network", "encode")))
-    return result
+    """Each stage alone, in turn with whole runs that make the maps for it; medians of the rounds."""
+    maps, names = settings.out("s2cd"), ("decode", "network", "encode")
+    rounds = []
+    for _ in range(settings.rounds):
+        wall = _measure("engine", settings.series(out=maps, traced=False))["wall_s"]
+        with environment(worker_environment(CORES)):  # or the allocator alone would make the limit easier to reach
+            alone = _measure("stages", settings.series(maps=maps, out=settings.out("stages")))
+        limit = sum(alone[name] for name in names) / alone["cores"]
+        rounds.append({**{name: alone[name] for name in names}, "wall_s": wall, "of_limit": limit / wall})
+        say(f"  {', '.join(f'{name} {alone[name]:.1f}' for name in names)} core-s alone, a run {wall:.1f} s")
+    return {**_medians(rounds), "rounds": rounds}
 
 
 def scaling(settings: Settings, say: Say) -> dict[str, Any]:
-    """One worker against two: as threads of one process (the default), and as processes; the mean of rounds in turn."""
+    """One worker against two: as threads of one process (the default), and as processes; medians of rounds in turn."""
     cases = {"1 thread": (1, 1), "2 threads": (1, 2), "2 processes": (2, 1)}
-    runs: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(ROUNDS):
+    rounds: list[dict[str, float]] = []
+    for _ in range(settings.rounds):
+        rounds.append({})
         for name, (processes, threads) in cases.items():
             series = settings.series(out=settings.out("scaling"), processes=processes, threads=threads)
-            runs[name].append(_measure("engine", series)["wall_s"])
-            say(f"  {name}: {runs[name][-1]:.1f} s")
-    return {"size": settings.size, **{name: statistics.mean(times) for name, times in runs.items()}}
+            rounds[-1][name] = _measure("engine", series)["wall_s"]
+            say(f"  {name}: {rounds[-1][name]:.1f} s")
+    return {"size": settings.size, **_medians(rounds), "rounds": rounds}
+
+
+def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
 
 
 def by_dates(settings: Settings, say: Say) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def test_run_and_compare_record_results_that_the_report_shows(data, folder, monk
     options = ("--data", str(folder / "data"), "--work", str(folder / "work"), "--size", "512", "--dates", "3")
     options += ("--source", "simulated")
     monkeypatch.setattr(suite, "LATENCIES", (None, 0.01))
-    printed = invoke("run", *options, "--part", "engine", "--part", "stages", "--part", "archive")
+    parts = ("--part", "engine", "--part", "stages", "--part", "archive")
+    printed = invoke("run", *options, *parts, "--rounds", "2")
     assert "tasks a pair" in printed
     assert "distance to the limit" in printed
     printed = invoke("compare", *options, "--rounds", "1")
@@ -104,6 +105,8 @@ def test_run_and_compare_record_results_that_the_report_shows(data, folder, monk
     page = (tmp_path / "report.md").read_text()
     assert "| GPU busy | >= 60 % | not measured | |" in page
     assert "| an archive 10 ms away | " in page
+    assert len(run["parts"]["stages"]["rounds"]) == 2
+    assert f"distance to the limit was {run['parts']['stages']['rounds'][0]['of_limit']:.2f} (" in page
     assert f"chunks of {chosen['chunk']} px, {chosen['dates_a_task']} dates a task" in page
     assert suite._agreement(str(folder / "work" / "s2cd"), str(folder / "work" / "archive")) == 0
     assert (tmp_path / "benchmark.png").stat().st_size > 5000
