@@ -283,8 +283,8 @@ def _times(seconds: Iterable[float]) -> str:
 def _memory_block(axis: str) -> Callable[[Parts], str]:
     def block(parts: Parts) -> str:
         rows = [
-            f"| {r[axis]} | {r['maps']} | {r['peak_gb']:.3f} | {r['wall_s'] / r['maps']:.2f} |"
-            f" {r['decoded_over_needed']:.3f} |"
+            f"| {r[axis]} | {r['maps']} | {r['peak_gb']:.3f}{_range(r.get('peaks_gb', []))} |"
+            f" {r['wall_s'] / r['maps']:.2f} | {r['decoded_over_needed']:.3f} |"
             for r in parts[axis]["rows"]
         ]
         head = [f"## Memory against {axis}, {parts[axis]['size']} px", ""]
@@ -293,6 +293,11 @@ def _memory_block(axis: str) -> Callable[[Parts], str]:
         )
 
     return block
+
+
+def _range(peaks: list[float]) -> str:
+    """Tell of which runs a peak is the median, if there are several."""
+    return f" ({', '.join(f'{peak:.2f}' for peak in peaks)})" if len(peaks) > 1 else ""
 
 
 def _archive_block(parts: Parts) -> str:

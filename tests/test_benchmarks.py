@@ -20,7 +20,7 @@ from benchmarks import europe, suite
 from benchmarks.__main__ import main
 from benchmarks.data import prepare, repeated
 from benchmarks.device import seen_since, watched
-from benchmarks.report import latest, table, write_report
+from benchmarks.report import _memory_block, latest, table, write_report
 from s2cd.errors import ConfigError
 from s2cd.pairs import consecutive_pairs
 
@@ -110,6 +110,18 @@ def test_run_and_compare_record_results_that_the_report_shows(data, folder, monk
     assert f"chunks of {chosen['chunk']} px, {chosen['dates_a_task']} dates a task" in page
     assert suite._agreement(str(folder / "work" / "s2cd"), str(folder / "work" / "archive")) == 0
     assert (tmp_path / "benchmark.png").stat().st_size > 5000
+
+
+def test_memory_of_the_first_case_is_the_median_of_rounds(data, folder):
+    settings = suite.Settings(str(folder / "data"), str(folder / "work"), data.size, 3, data.source, rounds=2)
+    first, second = suite._memory(settings, print, "dates", [{"dates": 3}, {"dates": 4}])["rows"]
+    assert first["peaks_gb"] == sorted(first["peaks_gb"])
+    assert first["peak_gb"] == first["peaks_gb"][1]
+    assert second["peaks_gb"] == [second["peak_gb"]]
+    assert (first["maps"], second["maps"]) == (2, 3)
+    parts = {"dates": {"size": 512, "rows": [first, second]}}
+    assert f"| 3 | 2 | {first['peak_gb']:.3f} ({first['peaks_gb'][0]:.2f}, " in _memory_block("dates")(parts)
+    assert f"| 4 | 3 | {second['peak_gb']:.3f} | " in _memory_block("dates")(parts)
 
 
 def test_maps_that_differ_are_refused(tmp_path):
