@@ -135,10 +135,7 @@ def _levels(before: Survey, after: Survey, ref: ModelRef) -> Levels:
 
 
 class Work(NamedTuple):
-    """What all chunks of a unit of work share: it goes to a worker once, not with each.
-
-    workers  how many have a run of its chunks each (`s2cd.reader.turn`)
-    """
+    """What all chunks of a unit of work share: it goes to a worker once, not with each."""
 
     series: Series
     tiling: Tiling
@@ -146,7 +143,6 @@ class Work(NamedTuple):
     ref: ModelRef
     finish: Finish
     reasons: bool
-    workers: int
 
 
 class Block(NamedTuple):
@@ -170,18 +166,17 @@ def change_blocks(
     *,
     reasons: bool = False,
     workers: int = 1,
-) -> tuple[dict[Key, Any], list[list[Key]]]:
-    """Return a graph for several pairs of one field of view, each source block read once, row by row, and its chunks.
+) -> tuple[dict[Key, Any], list[list[Key]], dict[Key, int]]:
+    """Return a graph for several pairs of one field of view, its chunks, and which of the `workers` has each.
 
     `levels` has an entry for each pair. `finish` gets the codes of a pair in a chunk, uint16 (y, x) as `s2cd.codes`
     defines them, and the row and column of their first pixel.
 
-    Their keys lie in rows as the chunks of `chunk` pixels along y and x do; each stands for a `Block` of all pairs. All
-    wait for one short task: Dask starts what becomes ready at once by priority, but what it is given at once in any
-    order, and blocks at the borders of a chunk far from the others are kept until these arrive there. Where several
-    `workers` have a run of the chunks each, each decodes the blocks between two runs, and keeps none for the other.
-    With `reasons` the codes tell which date does not show a pixel. Tasks fail with ReadError or GridError where a
-    source does.
+    The keys of chunks lie in rows, as the chunks of `chunk` pixels along y and x do; each stands for a `Block` of all
+    pairs. A worker reads each source block once, row by row. All wait for one short task: Dask starts what becomes
+    ready at once by priority, but what it is given at once in any order, and blocks at the borders of a chunk far from
+    the others are kept until these arrive there. With `reasons` the codes tell which date does not show a pixel. Tasks
+    fail with ReadError or GridError where a source does.
     """
     network = replace(ref, device="cpu").load()  # the workers' device need not be here
     dates = {
@@ -198,14 +193,14 @@ def change_blocks(
         pairs=tuple((order[p.before.id], order[p.after.id]) for p in pairs),
         backgrounds=tuple(level.background for level in levels),
     )
-    tiling = Tiling(grid.shape, chunk, _halo(network, mask, series.dates), network.stride)
+    tiling = Tiling(grid.shape, chunk, _halo(network, mask, series.dates), network.stride, workers)
     number, (rows, cols) = uuid4().hex, tiling.blocks
     shared = ("unit_of_work", number)
     # The scheduler keeps a record of every first part of a key for good: the same for all units, or its memory grows.
     keys: list[list[Key]] = [[("infer_block", number, row, col) for col in range(cols)] for row in range(rows)]
-    graph: dict[Key, Any] = {shared: (partial(Work, series, tiling, mask, ref, finish, reasons, workers),)}
+    graph: dict[Key, Any] = {shared: (partial(Work, series, tiling, mask, ref, finish, reasons),)}
     graph |= {keys[row][col]: (_infer_block, shared, row, col) for row in range(rows) for col in range(cols)}
-    return graph, keys
+    return graph, keys, {keys[row][col]: tiling.turn(row, col) for row in range(rows) for col in range(cols)}
 
 
 def encode_series(
@@ -229,8 +224,8 @@ def encode_series(
 
 
 def _infer_block(work: Work, row: int, col: int) -> Block:
-    series, tiling, mask, ref, finish, reasons, workers = work
-    model, tiling = ref.load(), tiling.shared_by(workers, row, col)
+    series, tiling, mask, ref, finish, reasons = work
+    model, tiling = ref.load(), replace(tiling, worker=tiling.turn(row, col))
     window, core = tiling.read(row, col), tiling.core(row, col)
     rows, cols = (slice(c.start - w.start, c.stop - w.start) for c, w in zip(core, window, strict=True))
     inner = rows, cols

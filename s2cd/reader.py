@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -59,16 +59,17 @@ class Tiling:
 
     `shape`, `chunk` and `halo` are in pixels of the cube's grid; so is `stride`, of which all borders are multiples if
     `chunk` is. `work` names the unit of work whose chunks share decoded blocks: what another one left behind may be of
-    a file that was written anew since. Where several workers have a part of it each, `run` has the numbers of the
-    chunks that share blocks with the one that reads, counted row by row; None stands for all.
+    a file that was written anew since. Where several `workers` have a run of its chunks each, only those of one run
+    share blocks: those of `worker`, from 0.
     """
 
     shape: tuple[int, int]
     chunk: int
     halo: int
     stride: int = 1
+    workers: int = 1
+    worker: int = 0
     work: str = field(default_factory=lambda: uuid4().hex, compare=False)
-    run: range | None = None
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -88,20 +89,21 @@ class Tiling:
         """Pixels of chunk (row, col), with its halo, cut at the edges of the grid."""
         return self._span(0, row, self.halo), self._span(1, col, self.halo)
 
-    def shared_by(self, workers: int, row: int, col: int) -> Tiling:
-        """Return the tiling as chunk (row, col) has it where so many workers take turns (`turn`)."""
-        rows, cols = self.blocks
-        mine = turn(row * cols + col, rows * cols, workers)
-        start, stop = (-(-bound * rows * cols // workers) for bound in (mine, mine + 1))
-        return replace(self, run=range(start, stop))
+    def turn(self, row: int, col: int) -> int:
+        """Return which of the workers has chunk (row, col).
+
+        Each has a run of neighbours, row by row, since these share blocks; all runs have about as many pixels.
+        """
+        (top, bottom), (left, right) = ((s.start, s.stop) for s in self.core(row, col))
+        before = top * self.shape[1] + (bottom - top) * (left + right) / 2  # up to the middle of the chunk
+        return int(before * self.workers / math.prod(self.shape))
 
     def readers(self, rows: slice, cols: slice) -> int:
-        """How many chunks of the run read something of the pixels [rows, cols)."""
+        """How many chunks of the worker's run read something of the pixels [rows, cols)."""
         down, across = self._readers(0, rows), self._readers(1, cols)
-        if self.run is None:
+        if self.workers == 1:
             return len(down) * len(across)
-        width = self.blocks[1]
-        return sum(row * width + col in self.run for row in down for col in across)
+        return sum(self.turn(row, col) == self.worker for row in down for col in across)
 
     def _readers(self, axis: int, span: slice) -> range:
         """Return which chunks along an axis read something of its pixels `span`."""
@@ -122,14 +124,6 @@ class Tiling:
         half, size = SOURCE_BLOCK // 2, self.shape[axis]
         no_more = math.ceil((size + half) / self.chunk) == math.ceil(size / self.chunk)
         return half if self.chunk % SOURCE_BLOCK == 0 and half % self.stride == 0 and no_more else 0
-
-
-def turn(number: int, chunks: int, workers: int) -> int:
-    """Return which of so many workers has a chunk: each a run of neighbours, counted row by row, as these share blocks.
-
-    number  of the chunk, of so many `chunks`
-    """
-    return number * workers // chunks
 
 
 def band_source(scene: Scene, band: str) -> Source:

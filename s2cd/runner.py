@@ -56,7 +56,6 @@ from s2cd.plan import (
     require_same_recipe,
 )
 from s2cd.radiometry import check_offsets
-from s2cd.reader import turn
 from s2cd.sizes import Sizes, Workers, task_sizes
 from s2cd.survey import Survey, scene_input, survey_scene
 
@@ -301,14 +300,14 @@ class _Submission:
     def _submit(self, unit: _Unit) -> None:
         unit = replace(unit, place=self._least_loaded(unit))
         workers = [unit.place] if unit.place else sorted(self._threads())
-        graph, blocks, maps = _unit_graph(unit, self.context, max(1, len(workers)))
+        graph, turns, maps = _unit_graph(unit, self.context, max(1, len(workers)))
         # As a layer: of a plain dictionary Dask would hash every argument of every task.
         layer = HighLevelGraph({str(maps[0]): graph}, {str(maps[0]): set()})
         self.submitted += 1
         # Dask takes what comes within a moment as equally urgent: two units side by side would hold memory for both.
         # Within one, chunks go row by row: few decoded blocks are kept, and the last, which are small, end together.
         urgency = {key: -(self.submitted + i / len(graph)) for i, key in enumerate(graph)}
-        homes = places(graph, blocks, maps, workers)
+        homes = places(graph, turns, maps, workers)
         with dask.annotate(workers=homes.get, priority=urgency.get, allow_other_workers=True):
             futures = self.client.get(layer, maps, sync=False)
         self.pending.update(zip(futures, ((unit, pair) for pair in unit.pairs), strict=True))
@@ -422,8 +421,8 @@ class _Submission:
         return min(workers, key=lambda worker: units[worker], default=None)
 
 
-def _unit_graph(unit: _Unit, context: _Context, workers: int) -> tuple[dict[Key, Any], list[list[Key]], list[Key]]:
-    """Return tasks, the most urgent first, and the keys of chunks, row by row, and of maps, one a pair.
+def _unit_graph(unit: _Unit, context: _Context, workers: int) -> tuple[dict[Key, Any], dict[Key, int], list[Key]]:
+    """Return tasks, the most urgent first, which worker has each chunk, and the keys of maps, one a pair.
 
     A graph written by hand: Dask's collections take the client and the scheduler five times as long as these tasks.
     """
@@ -432,7 +431,7 @@ def _unit_graph(unit: _Unit, context: _Context, workers: int) -> tuple[dict[Key,
     grid = common_grid([unit.pairs[0].before], bands)
     levels = [unit.levels[pair.name] for pair in unit.pairs]
     finish = partial(outputs.map_part, shape=grid.shape, profile=config.cog_profile, reasons=config.validity)
-    graph, blocks = change_blocks(
+    graph, blocks, turns = change_blocks(
         unit.pairs,
         levels,
         context.ref,
@@ -447,7 +446,7 @@ def _unit_graph(unit: _Unit, context: _Context, workers: int) -> tuple[dict[Key,
     for position, (key, pair) in enumerate(zip(maps, unit.pairs, strict=True)):
         write = partial(write_pair, position=position, pair=pair, grid=grid, ref=context.ref, config=config)
         graph[key] = (write, blocks)
-    return graph, blocks, maps
+    return graph, turns, maps
 
 
 def units_at_a_time(threads: Iterable[int], threads_a_unit: int) -> int:
@@ -459,16 +458,15 @@ def units_at_a_time(threads: Iterable[int], threads_a_unit: int) -> int:
 
 
 def places(
-    graph: Iterable[Key], blocks: Sequence[Sequence[Key]], maps: Sequence[Key], workers: Sequence[str]
+    graph: Iterable[Key], turns: Mapping[Key, int], maps: Sequence[Key], workers: Sequence[str]
 ) -> dict[Key, Sequence[str]]:
-    """Return the worker of each task: a run of neighbouring chunks, which share blocks, for each; maps in turn.
+    """Return the worker of each task: that of `turns` for chunks, each in turn for maps.
 
     What all chunks wait for has no place; without any worker, as when batch jobs wait for work, no task has one.
     """
     homes: dict[Key, Sequence[str]] = dict.fromkeys(graph, ())
     if workers:
-        chunks = [key for row in blocks for key in row]
-        homes |= {key: (workers[turn(i, len(chunks), len(workers))],) for i, key in enumerate(chunks)}
+        homes |= {key: (workers[turn],) for key, turn in turns.items()}
         homes |= {key: (workers[i % len(workers)],) for i, key in enumerate(maps)}
     return homes
 

@@ -49,13 +49,13 @@ def graph_of(scenes, chunk, ref=REF):
 
 
 def run_codes(scenes, chunk):
-    blocks = dask.threaded.get(*graph_of(scenes, chunk))
+    blocks = dask.threaded.get(*graph_of(scenes, chunk)[:2])
     return np.block([[np.stack(block.parts) for block in row] for row in blocks])
 
 
 def test_a_client_needs_no_device_of_its_workers(make_series):
     """A login node has none."""
-    graph, _ = graph_of(make_series(dates=2), 512, replace(REF, device="cuda:63"))
+    graph, *_ = graph_of(make_series(dates=2), 512, replace(REF, device="cuda:63"))
     (shared,) = (key for key in graph if key[0] == "unit_of_work")
     assert graph[shared][0]().ref.device == "cuda:63"
 
@@ -197,7 +197,7 @@ def test_what_changed_in_a_simulated_series_stands_out(tmp_path):
 
 def test_invariant_4_a_failed_read_names_the_asset(make_series):
     scenes = make_series(dates=3)
-    graph, keys = graph_of(scenes, 128)
+    graph, keys, _ = graph_of(scenes, 128)
     content = open(scenes[1].assets["nir"].href, "rb").read()
     open(scenes[1].assets["nir"].href, "wb").write(content[: len(content) // 2])
     with pytest.raises(ReadError, match=r"001/nir\.tif"):
@@ -216,7 +216,7 @@ def test_displacement_is_measured_on_pixels_that_are_read_anyway(make_series, mo
     scenes = make_series(shape=(400, 460), dates=2, change=False)
     with rasterio.open(scenes[1].assets["red"].href, "r+") as file, rasterio.open(scenes[0].assets["red"].href) as red:
         file.write(np.roll(red.read(1), (2, -3), axis=(0, 1)), 1)
-    work = graph_of(scenes, 256)
+    work = graph_of(scenes, 256)[:2]
     monkeypatch.setattr(reader, "COUNTS", reader.Counts())
     monkeypatch.setattr(reader, "BLOCKS", reader.BlockCache())
     rows = dask.threaded.get(*work)
@@ -229,7 +229,7 @@ def test_displacement_is_measured_on_pixels_that_are_read_anyway(make_series, mo
 def test_invariant_7_the_graph_carries_urls_and_a_hash_only(make_series):
     scenes = make_series(shape=(261, 333), dates=3)
     change = detect_changes(open_cube(scenes), consecutive_pairs(scenes), device="cpu")
-    blocks, _ = graph_of(scenes, 128)
+    blocks, *_ = graph_of(scenes, 128)
     for collection in (dict(change.data.__dask_graph__()), blocks):
         graph = pickle.dumps(collection)
         assert REF.hash.encode() in graph

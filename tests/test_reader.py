@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 import threading
 from collections import Counter
@@ -21,7 +22,7 @@ from rasterio.transform import Affine
 
 from s2cd import reader
 from s2cd.errors import ConfigError, GridError, ReadError
-from s2cd.reader import BlockCache, Tiling, band_source, read_bands, read_overview, read_window, rectangles, turn
+from s2cd.reader import BlockCache, Tiling, band_source, read_bands, read_overview, read_window, rectangles
 
 
 def whole(scene, band):
@@ -261,34 +262,45 @@ def test_readers_counts_the_chunks_that_overlap_a_block(size, chunk, halo, block
     data=st.data(),
 )
 def test_readers_are_those_whose_worker_has_the_chunk(shape, chunk, halo, block, workers, data):
-    tiling = Tiling(shape, chunk, halo)
+    tiling = Tiling(shape, chunk, halo, workers=workers)
     chunks = list(np.ndindex(tiling.blocks))
-    turns = {c: turn(number, len(chunks), workers) for number, c in enumerate(chunks)}
+    turns = {c: tiling.turn(*c) for c in chunks}
     assert sorted(turns.values()) == list(turns.values())
-    assert max(Counter(turns.values()).values()) - min(Counter(turns.values()).values()) <= 1
+    areas = Counter({c: math.prod(s.stop - s.start for s in tiling.core(*c)) for c in chunks})
+    for worker in range(workers):
+        found = sum(areas[c] for c in chunks if turns[c] == worker)
+        assert abs(found - math.prod(shape) / workers) <= max(areas.values())
     here = data.draw(st.sampled_from(chunks))
     mine = [tiling.read(*c) for c in chunks if turns[c] == turns[here]]
     for corner in itertools.product(*(range(0, size, block) for size in shape)):
         spans = [slice(start, min(start + block, size)) for start, size in zip(corner, shape, strict=True)]
         expected = sum(all(w.start < s.stop and s.start < w.stop for w, s in zip(c, spans, strict=True)) for c in mine)
-        assert tiling.shared_by(workers, *here).readers(*spans) == expected
+        assert replace(tiling, worker=turns[here]).readers(*spans) == expected
+
+
+def test_two_workers_share_a_tile_evenly():
+    tiling = Tiling((10980, 10980), 2048, 64, stride=16, workers=2)
+    first = [c for c in np.ndindex(tiling.blocks) if tiling.turn(*c) == 0]
+    assert len(first) == 17
+    area = sum(math.prod(s.stop - s.start for s in tiling.core(*c)) for c in first)
+    assert area / 10980**2 == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4, 99])
 def test_workers_that_share_a_unit_keep_no_block_for_each_other(make_series, monkeypatch, workers):
     scene = make_series(shape=(300, 333), dates=1, block=64)[0]
     grid, source, expected = scene.assets["red"].grid, band_source(scene, "red"), whole(scene, "red")
-    tiling = Tiling(grid.shape, 64, 16)
+    tiling = Tiling(grid.shape, 64, 16, workers=workers)
     chunks = list(np.ndindex(tiling.blocks))
     decoded, needed = 0, 0
     for worker in range(workers):
         monkeypatch.setattr(reader, "BLOCKS", BlockCache())
         monkeypatch.setattr(reader, "COUNTS", reader.Counts())
-        mine = [c for number, c in enumerate(chunks) if turn(number, len(chunks), workers) == worker]
+        mine = [c for c in chunks if tiling.turn(*c) == worker]
         for c in mine:
             window = tiling.read(*c)
             np.testing.assert_array_equal(
-                read_window(source, grid, window, tiling.shared_by(workers, *c)), expected[window]
+                read_window(source, grid, window, replace(tiling, worker=worker)), expected[window]
             )
         assert not reader.BLOCKS._entries
         blocks = {b for c in mine for b in reader.Layout(grid.shape, (64, 64)).covering(*tiling.read(*c))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import socket
@@ -206,17 +205,13 @@ def test_workers_of_many_threads_get_more_units(threads, device, units):
 
 
 def test_tasks_have_no_place_while_there_are_no_workers():
-    assert places({"chunk": 0, "map": 0}, [["chunk"]], ["map"], []) == {"chunk": (), "map": ()}
+    assert places({"chunk": 0, "map": 0}, {"chunk": 0}, ["map"], []) == {"chunk": (), "map": ()}
 
 
-def test_each_worker_has_a_run_of_chunks_and_maps_in_turn():
-    blocks = [[(row, col) for col in range(2)] for row in range(3)]
-    homes = places(["work", *itertools.chain(*blocks), "a", "b", "c"], blocks, ["a", "b", "c"], ["one", "two"])
-    assert homes == {
-        "work": (),
-        **dict.fromkeys([(0, 0), (0, 1), (1, 0), "a", "c"], ("one",)),
-        **dict.fromkeys([(1, 1), (2, 0), (2, 1), "b"], ("two",)),
-    }
+def test_chunks_go_where_their_turn_is_and_maps_to_workers_in_turn():
+    homes = places(["work", "x", "y", "a", "b", "c"], {"x": 0, "y": 1}, ["a", "b", "c"], ["one", "two"])
+    one, two = ("one",), ("two",)
+    assert homes == {"work": (), "x": one, "y": two, "a": one, "b": two, "c": one}
 
 
 def test_outputs_are_maps_items_quicklooks_and_a_catalogue(make_series, config, client, tmp_path):
