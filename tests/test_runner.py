@@ -157,8 +157,8 @@ def test_chunks_are_worked_row_by_row_so_that_few_blocks_are_kept(make_series, c
         get_task_stream(one) as stream,
     ):
         assert run(config, one, scenes=make_series(dates=3)).count("written") == 2
-    tasks = sorted((task["startstops"][0]["start"], task["key"]) for task in stream.data)
-    chunks = [key[2:] for _, key in tasks if key[0] == "infer_block"]
+    # In the order in which they ended: Dask moves their times by what a heartbeat tells of the scheduler's clock.
+    chunks = [task["key"][2:] for task in stream.data if task["key"][0] == "infer_block"]
     assert len(chunks) > 9
     assert chunks == sorted(chunks)
 
