@@ -67,7 +67,7 @@ def prepare(data: str, size: int, dates: int, source: str) -> None:
 @click.option(
     "--rounds",
     type=click.IntRange(1),
-    help="How often stages and scaling are measured, in turn.",
+    help="How often stages, scaling and the first case of dates and tiles are measured.",
     show_default="3, short 1",
 )
 def run(
