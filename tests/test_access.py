@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -70,7 +70,7 @@ def server(assets: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultServe
     monkeypatch.setattr(access, "FIRST_DELAY", 0.01)
     monkeypatch.setattr(ranges, "READ_TIMEOUT", 3.0)
     monkeypatch.setattr(ranges, "BACKOFF", 0.01)
-    monkeypatch.setattr(ranges, "_pools", {})
+    monkeypatch.setattr(ranges, "_http", cache(ranges._http.__wrapped__))
     with FaultServer(assets, seed=1, stall=4.0) as running:
         yield running
 

@@ -18,7 +18,7 @@ from typing import Any, Self
 import pytest
 from service_addresses import service
 
-from s2cd.catalog import api, freeze, search, static
+from s2cd.catalog import api, freeze, http, search
 from s2cd.catalog.scene import Scene
 from s2cd.errors import CatalogError, NoScenesError
 
@@ -89,7 +89,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on to an API; the n-th request of all fails as `plan` says: a status, or "drop"."""
+    """Passes requests on to an API; the n-th request of all fails as `plan` says: a status, "drop" or "cut"."""
 
     daemon_threads = True
 
@@ -128,6 +128,12 @@ class _ProxyHandler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
         elif fault is not None:
             self._answer(int(fault), b"fault", {"Retry-After": "0"} if fault in {429, 503} else {})
+        elif fault == "cut":  # half of an answer
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b'{"type": "FeatureCollection", "features": []}')
+            self.close_connection = True
         else:
             headers = {"Host": self.headers["Host"], "Content-Type": "application/json"}
             request = urllib.request.Request(self.server.target + self.path, body, headers=headers, method=self.command)
@@ -205,7 +211,7 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_pages")
 def test_a_search_survives_what_servers_do_in_the_middle_of_one(recorded: str) -> None:
     plain = search(recorded, collection="sentinel-2-l2a", datetime="../2021")
-    plan: dict[int, int | str] = {1: 503, 3: 502, 5: 503, 6: 503, 8: 429, 10: 504, 12: "drop"}
+    plan: dict[int, int | str] = {1: 503, 3: 502, 5: 503, 6: 503, 8: 429, 10: 504, 12: "drop", 14: "cut", 15: "cut"}
     with Proxy(recorded, plan) as proxy:
         found = search(proxy.url, collection="sentinel-2-l2a", datetime="../2021")
     assert ids(found) == ids(plain)
@@ -216,8 +222,8 @@ def test_a_search_survives_what_servers_do_in_the_middle_of_one(recorded: str) -
 @pytest.mark.usefixtures("small_pages")
 def test_a_server_that_stays_broken_is_named(recorded: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The search fails with an error; it never ends with the pages it had."""
-    monkeypatch.setattr(static.Retry, "DEFAULT_BACKOFF_MAX", 0)
-    monkeypatch.setattr(api, "retry_policy", lambda: static.Retry(1, allowed_methods=None, status_forcelist=[503]))
+    monkeypatch.setattr(http.Retry, "DEFAULT_BACKOFF_MAX", 0)
+    monkeypatch.setattr(api, "retry_policy", lambda: http.Retry(1, allowed_methods=None, status_forcelist=[503]))
     with Proxy(recorded, dict.fromkeys(range(4, 100), 503)) as proxy:
         with pytest.raises(CatalogError, match=rf"{proxy.url}: search failed"):
             search(proxy.url, collection="sentinel-2-l2a")

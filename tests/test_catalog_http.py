@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from api_server import ApiServer
 from fault_server import FaultServer
 from service_addresses import service
 
-from s2cd.catalog import freeze, scene_to_item, search, static
+from s2cd.catalog import freeze, http, scene_to_item, search, static
 from s2cd.catalog.api import search_api
 from s2cd.catalog.filters import make_filter
 from s2cd.catalog.items import resolve_href
@@ -27,8 +28,8 @@ from s2cd.reader import band_source, read_window
 
 @pytest.fixture
 def server(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultServer]:
-    monkeypatch.setattr(static, "BACKOFF", 0.01)
-    monkeypatch.setattr(static, "_pools", {})
+    monkeypatch.setattr(http, "BACKOFF", 0.01)
+    monkeypatch.setattr(static, "_http", cache(static._http.__wrapped__))
     with FaultServer(shared_data, seed=3, stall=0.2) as running:
         yield running
 
@@ -88,6 +89,20 @@ def test_a_url_that_is_no_catalogue(server: FaultServer, path: str, message: str
         search(f"{server.url}/{path}")
 
 
+def test_proxies_of_the_environment_are_used(server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on clusters whose nodes reach nothing by themselves: catalogue and pixels alike."""
+    monkeypatch.setenv("HTTP_PROXY", server.url)
+    scene = search("http://archive.test/oscd/catalog.json")[0]
+    asset = scene.assets["red"]
+    assert asset.href.startswith("http://archive.test/oscd/")
+    pixels = read_window(band_source(scene, "red"), asset.grid, (slice(0, 8), slice(0, 8)))
+    assert pixels.shape == (8, 8)
+    assert pixels.any()
+    monkeypatch.setenv("NO_PROXY", "archive.test")
+    with pytest.raises(CatalogError, match=r"http://archive.test/oscd/catalog.json: cannot be read"):
+        search("http://archive.test/oscd/catalog.json")
+
+
 def test_a_frozen_search_by_url(server: FaultServer, shared_data: Path, tmp_path: Path) -> None:
     scenes = search(shared_data / "oscd")
     freeze(scenes, tmp_path / "scenes.parquet")
@@ -97,7 +112,7 @@ def test_a_frozen_search_by_url(server: FaultServer, shared_data: Path, tmp_path
 
 @pytest.fixture
 def pages(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
-    monkeypatch.setattr(static, "_pools", {})
+    monkeypatch.setattr(static, "_http", cache(static._http.__wrapped__))
     with ApiServer([scene_to_item(scene) for scene in search(shared_data / "oscd")[:4]]) as running:
         yield running
 

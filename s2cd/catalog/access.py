@@ -21,10 +21,11 @@ import urllib3
 
 from s2cd.addresses import local_path
 from s2cd.buckets import s3_endpoint
+from s2cd.catalog.http import Http, retry_policy
 from s2cd.catalog.items import parse_time
 from s2cd.catalog.providers import PROVIDERS
 from s2cd.catalog.ranges import HEADS, HttpSource, RangeFile, RangePath, S3Source, s3_source
-from s2cd.catalog.static import is_url, retry_policy
+from s2cd.catalog.static import is_url
 from s2cd.errors import GridError, ReadError, S2cdError
 
 T = TypeVar("T")
@@ -290,7 +291,7 @@ class SasSigner:
     def __init__(self) -> None:
         self._tokens: dict[tuple[str, str], _Token] = {}
         self._lock = threading.Lock()
-        self._http = urllib3.PoolManager(retries=retry_policy(), timeout=urllib3.Timeout(10, 30))
+        self._http = Http(10, retry_policy(), urllib3.Timeout(10, 30))
 
     def sign(self, href: str) -> str:
         """Return `href` with a signature that is valid for some minutes. Raises ReadError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -11,15 +12,18 @@ import requests
 from pystac.link import Link
 from pystac_client.exceptions import APIError
 from pystac_client.stac_api_io import StacApiIO
+from urllib3.exceptions import ReadTimeoutError
 
 from s2cd.catalog.filters import Filter, boxes_of
+from s2cd.catalog.http import BACKOFF, retry_policy
 from s2cd.catalog.items import format_time
 from s2cd.catalog.providers import PROVIDERS, TILE_QUERY, Provider
-from s2cd.catalog.static import Document, iter_pages, links_of, parse_document, retry_policy
+from s2cd.catalog.static import Document, iter_pages, links_of, parse_document
 from s2cd.errors import CatalogError
 
 PAGE_SIZE = 250
 READ_TIMEOUT = 60.0
+WHOLE_TRIES = 4
 Find = Callable[[dict[str, Any] | None], Iterator[Document]]
 
 
@@ -75,11 +79,25 @@ def _iter_found(found: pystac_client.ItemSearch, io: StacApiIO) -> Iterator[Docu
     """Iterate over what was found, page after page: pystac_client takes what is no page for the end of the search."""
     parameters = found.get_parameters()
 
-    def follow(link: Mapping[str, Any]) -> Mapping[str, Any]:
-        return parse_document(io.read_text(Link.from_dict(dict(link)), parameters=parameters), link["href"])
+    def page(source: str | Link, address: str, **how: Any) -> Mapping[str, Any]:
+        return parse_document(_whole(lambda: io.read_text(source, parameters=parameters, **how)), address)
 
-    first = parse_document(io.read_text(found.url, method=found.method, parameters=parameters), found.url)
-    return iter_pages(first, found.url, follow)
+    first = page(found.url, found.url, method=found.method)
+    return iter_pages(first, found.url, lambda link: page(Link.from_dict(dict(link)), link["href"]))
+
+
+def _whole(read: Callable[[], str]) -> str:
+    """Call `read` until the answer is whole: requests retries one that does not come, not one that breaks off."""
+    for attempt in range(WHOLE_TRIES - 1):
+        try:
+            return read()
+        except APIError as error:
+            reason = error.__context__
+            stalled = isinstance(reason, requests.ConnectionError) and isinstance(reason.args[0], ReadTimeoutError)
+            if not stalled and not isinstance(reason, requests.exceptions.ChunkedEncodingError):
+                raise
+        time.sleep(BACKOFF * 2**attempt)
+    return read()
 
 
 def _interval(wanted: Filter) -> str | None:

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol, Self
 
 import obstore
@@ -24,7 +24,7 @@ from rasterio.io import FilePath
 
 from s2cd.addresses import login_headers
 from s2cd.buckets import client_options, environment_digest
-from s2cd.catalog.static import RETRIED_STATUS, Retry
+from s2cd.catalog.http import RETRIED_STATUS, Http, Retry
 from s2cd.errors import ReadError
 
 HEAD_BYTES = 1 << 16
@@ -109,19 +109,10 @@ class S3Source:
         return data
 
 
-_pool_lock = threading.Lock()
-_pools: dict[str, urllib3.PoolManager] = {}
-
-
-def _http() -> urllib3.PoolManager:
-    with _pool_lock:
-        if "pool" not in _pools:
-            retries = Retry(
-                total=QUICK_RETRIES, backoff_factor=BACKOFF, status_forcelist=RETRIED_STATUS, raise_on_status=False
-            )
-            timeout = urllib3.Timeout(connect=CONNECT_TIMEOUT, read=READ_TIMEOUT)
-            _pools["pool"] = urllib3.PoolManager(maxsize=64, retries=retries, timeout=timeout)
-        return _pools["pool"]
+@cache
+def _http() -> Http:
+    retries = Retry(total=QUICK_RETRIES, backoff_factor=BACKOFF, status_forcelist=RETRIED_STATUS, raise_on_status=False)
+    return Http(64, retries, urllib3.Timeout(connect=CONNECT_TIMEOUT, read=READ_TIMEOUT))
 
 
 @dataclass(slots=True)

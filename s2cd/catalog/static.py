@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,50 +14,22 @@ from urllib.parse import urljoin
 import urllib3
 
 from s2cd.addresses import login_headers
+from s2cd.catalog.http import Http, retry_policy
 from s2cd.catalog.items import resolve_href
 from s2cd.errors import CatalogError
 
 ENTRY_FILES = ("catalog.json", "collection.json")
-RETRIED_STATUS = (429, 500, 502, 503, 504)
 PARALLEL_REQUESTS = 16
-LONGEST_WAIT = 60.0
-BACKOFF = 0.3
 Document = tuple[Mapping[str, Any], str]
 Follow = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
-class Retry(urllib3.Retry):
-    """Retries that wait as long as a server asks for, but never longer than a minute."""
-
-    def get_retry_after(self, response: urllib3.BaseHTTPResponse) -> float | None:
-        """Return seconds to wait, as the answer states them."""
-        asked = super().get_retry_after(response)
-        return None if asked is None else min(asked, LONGEST_WAIT)
-
-
-def retry_policy() -> Retry:
-    """Retries for catalogue requests: every method, so POST too, honouring Retry-After, with back-off."""
-    return Retry(
-        total=6,
-        connect=3,
-        backoff_factor=BACKOFF,
-        backoff_max=20,
-        backoff_jitter=0.2,
-        status_forcelist=RETRIED_STATUS,
-        allowed_methods=None,
-        respect_retry_after_header=True,
-        raise_on_status=False,
-    )
-
-
 TIMEOUT = urllib3.Timeout(connect=10, read=60)
-_pools: dict[str, urllib3.PoolManager] = {}
 
 
-def _http() -> urllib3.PoolManager:
-    if "pool" not in _pools:
-        _pools["pool"] = urllib3.PoolManager(maxsize=PARALLEL_REQUESTS, retries=retry_policy(), timeout=TIMEOUT)
-    return _pools["pool"]
+@cache
+def _http() -> Http:
+    return Http(PARALLEL_REQUESTS, retry_policy(), TIMEOUT)
 
 
 def is_url(source: str) -> bool:
