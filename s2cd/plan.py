@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
+from operator import itemgetter
 from typing import Any
 
 from s2cd import outputs
+from s2cd.catalog.bands import SCL
 from s2cd.catalog.filters import make_filter
 from s2cd.catalog.packed import Packed, grouped
 from s2cd.catalog.scene import Scene
@@ -16,12 +20,12 @@ from s2cd.catalog.search import found_scenes
 from s2cd.clusters.profiles import load_profile
 from s2cd.config import RunConfig
 from s2cd.cube import common_grid, finest_grid
-from s2cd.errors import NoScenesError
+from s2cd.errors import ConfigError, NoScenesError, S2cdWarning
 from s2cd.masks import Mask, extra_assets
 from s2cd.model import Model, load_model
 from s2cd.outputs.layout import names_alike
 from s2cd.pairs import LeftOut, Pair, PairList, consecutive_pairs, fields_of_view, select_scenes
-from s2cd.reader import Tiling, require_asset
+from s2cd.reader import Tiling
 from s2cd.sizes import Sizes, Workers, task_sizes
 
 
@@ -84,30 +88,82 @@ class Plan:
 def make_plan(config: RunConfig, scenes: Iterable[Scene] | None = None) -> Plan:
     """Search the catalogue (or take `scenes`) and decide which dates are compared, by metadata alone.
 
-    Raises CatalogError, NoScenesError if no two dates can be compared, ConfigError for a mask that cannot be used, and
-    GridError if the scenes of one tile lie on different grids.
+    Scenes that cannot be read (`usable_scenes`) are left out with a warning.
+
+    Raises CatalogError, NoScenesError if no two dates can be compared, ConfigError for a mask that cannot be used and
+    where no scene offers what model and mask need, ModelError for an unknown model, and GridError if the scenes of one
+    tile lie on different grids, none of which most of them share.
     """
     mask_of(config)
+    bands = load_model(config.model, device="cpu").bands
     fields: list[FieldOfView] = []
-    left_out: Packed[LeftOut] = Packed()
+    left_out, unusable = Packed[LeftOut](), Packed[LeftOut]()
+    unclassified: list[str] = []
     count = 0
     for _, found in grouped(search_scenes(config) if scenes is None else scenes, lambda scene: scene.tile):
         count += len(found)
-        kept, unused = select_scenes(found, max_cloud=config.max_cloud)
+        usable, others = usable_scenes(found, bands, config)
+        unusable.extend(others)
+        if config.mask == SCL:
+            unclassified += [scene.id for scene in usable if scene.level == "L2A" and SCL not in scene.assets]
+        kept, unused = select_scenes(usable, max_cloud=config.max_cloud)
         for series in fields_of_view(kept, "any" if config.orbit == "any" else "same"):
             if len(series) == 1:
                 unused.append(LeftOut(series[0].id, "the only date left of its tile and orbit"))
                 continue
-            for scene, key in product(series, extra_assets(config.mask)):
-                require_asset(scene, key)
             fields.append(FieldOfView(view_name(series, config), Packed(series)))
         left_out.extend(unused)
+    warn_of_unusable(unusable)
+    if unclassified:
+        told = f"{len(unclassified)} L2A scenes have no scene classification, the first: {unclassified[0]}"
+        warnings.warn(f"{told}: a simple test of their spectra tells clouds, and no shadows", S2cdWarning, stacklevel=2)
+    left_out.extend(unusable)
+    if len(unusable) == count > 0:
+        first = next(iter(unusable))
+        raise ConfigError(f"none of {count} scenes can be used, the first: {first.what} {first.reason}")
     if not fields:
         reasons = "; ".join(f"{item.what}: {item.reason}" for item in islice(left_out, 3))
         raise NoScenesError(
             f"{config.catalog}: {count} scenes found, but no two dates of one tile and orbit ({reasons})"
         )
     return Plan(config, tuple(fields), left_out, frozenset(outputs.finished(config.out)))
+
+
+def usable_scenes(
+    scenes: Iterable[Scene], bands: Sequence[str], config: RunConfig
+) -> tuple[list[Scene], list[LeftOut]]:
+    """Split the scenes of one tile into those that a run can read and those that it has to leave out.
+
+    The latter lack one of `bands`, the mask, or the scene classification where others of their level have one; or they
+    lie on another grid than most scenes.
+    """
+    scenes, left_out = list(scenes), []
+    classified = {scene.level for scene in scenes if SCL in scene.assets} if config.mask == SCL else set()
+    usable: list[Scene] = []
+    for scene in scenes:
+        needed = [*bands, *extra_assets(config.mask), *([SCL] if scene.level in classified else [])]
+        offered = set.intersection(*(set(piece.assets) for piece in (scene, *scene.parts)))
+        if lacking := [name for name in needed if name not in offered]:
+            reason = f"offers no {', '.join(lacking)}, only {', '.join(sorted(offered))}"
+            left_out.append(LeftOut(scene.id, reason))
+        else:
+            usable.append(scene)
+    grids = Counter(finest_grid(scene, bands) for scene in usable)
+    usual, most = max(grids.items(), key=itemgetter(1), default=(None, 0))
+    if len(usable) > most > len(usable) / 2:
+        for scene in usable:
+            if (found := finest_grid(scene, bands)) != usual:
+                left_out.append(LeftOut(scene.id, f"lies on {found}, {most} of {len(usable)} of its tile on {usual}"))
+        usable = [scene for scene in usable if finest_grid(scene, bands) == usual]
+    return usable, left_out
+
+
+def warn_of_unusable(left_out: Collection[LeftOut]) -> None:
+    """Tell of scenes that `usable_scenes` leaves out."""
+    if left_out:
+        first = next(iter(left_out))
+        told = f"{len(left_out)} scenes left out, the first: {first.what} {first.reason}"
+        warnings.warn(told, S2cdWarning, stacklevel=3)
 
 
 def mask_of(config: RunConfig) -> Mask:
@@ -128,12 +184,10 @@ class PlanTable:
 def describe_plan(plan: Plan) -> PlanTable:
     """Say what a plan compares, reads and writes, from metadata alone.
 
-    Raises ConfigError for a band of the model that a scene does not offer, ModelError for an unknown model,
-    ClusterError for a wrong cluster profile, OutputError if the finished maps were made with other options
-    or lie on other grids.
+    Raises ModelError for an unknown model, ClusterError for a wrong cluster profile, OutputError if the finished maps
+    were made with other options or lie on other grids.
     """
     model = load_model(plan.config.model, device="cpu")
-    require_model_bands(plan, model)
     require_same_recipe(plan.config, model, plan.finished)
     require_same_grids(plan, model)
     mask = mask_of(plan.config)
@@ -222,13 +276,6 @@ def _decoded_bytes(scene: Scene, bands: Sequence[str], mask: str) -> int:
     shapes = [scene.assets[band].grid.shape for band in bands]
     classes = scene.assets[mask].grid.shape if mask in scene.assets else (0, 0)
     return sum(2 * rows * cols for rows, cols in shapes) + classes[0] * classes[1]
-
-
-def require_model_bands(plan: Plan, model: Model) -> None:
-    """Raise ConfigError before anything is computed if a scene lacks a band that the model needs."""
-    for scene in plan.scenes:
-        for band in model.bands:
-            require_asset(scene, band)
 
 
 def require_same_recipe(config: RunConfig, model: Model, finished: Collection[str]) -> None:

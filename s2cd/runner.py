@@ -51,7 +51,6 @@ from s2cd.plan import (
     make_plan,
     mask_of,
     pairs_of,
-    require_model_bands,
     require_same_grids,
     require_same_recipe,
 )
@@ -146,7 +145,6 @@ def run(
     outputs.check_writable(config.out)
     with _strictness(config.strict):
         plan = make_plan(config, scenes)
-        require_model_bands(plan, model)
         require_same_recipe(config, model, plan.finished)
         require_same_grids(plan, model)
         report = Report(config.out)

@@ -21,14 +21,15 @@ from s2cd import outputs
 from s2cd.addresses import public_href
 from s2cd.catalog.duplicates import SAME_PASS
 from s2cd.catalog.filters import parse_interval
+from s2cd.catalog.packed import grouped
 from s2cd.catalog.scene import Scene
 from s2cd.config import RunConfig
 from s2cd.errors import BusyError, CatalogError, ConfigError, NoScenesError, OutputError
-from s2cd.model import load_model
+from s2cd.model import Model, load_model
 from s2cd.outputs.layout import tile_of, times_of
 from s2cd.outputs.store import open_store, understood
 from s2cd.pairs import fields_of_view, select_scenes
-from s2cd.plan import require_same_recipe, search_scenes, view_name
+from s2cd.plan import require_same_recipe, search_scenes, usable_scenes, view_name, warn_of_unusable
 from s2cd.runner import Progress, Report, read_view, run, view_path
 
 STATE = "watch.json"
@@ -91,11 +92,12 @@ def _map_what_is_new(config: RunConfig, client: Client | None, progress: Progres
     looks = _load(config.out)
     seen = looks.setdefault(_options(config), {})
     finished = outputs.finished(config.out)
-    require_same_recipe(config, load_model(config.model, device="cpu"), finished)
+    model = load_model(config.model, device="cpu")
+    require_same_recipe(config, model, finished)
     maps = _by_view(finished, config)
     mapped = {name: {t for pair in pairs for t in times_of(pair)} for name, pairs in maps.items()}
     try:
-        found = list(search_scenes(_since(config, seen, mapped)))
+        found = _usable(search_scenes(_since(config, seen, mapped)), model, config)
     except NoScenesError:
         return Report(config.out)
     kept, _ = select_scenes(found, max_cloud=config.max_cloud)
@@ -118,6 +120,13 @@ def _map_what_is_new(config: RunConfig, client: Client | None, progress: Progres
     if todo:
         open_store(config.out).put(STATE, json.dumps({"looks": looks}, indent=1).encode())
     return report
+
+
+def _usable(found: Iterable[Scene], model: Model, config: RunConfig) -> list[Scene]:
+    """Return the scenes that a run can read; of the others, which the next look asks for again, one is told."""
+    split = [usable_scenes(group, model.bands, config) for _, group in grouped(found, lambda scene: scene.tile)]
+    warn_of_unusable([item for _, left_out in split for item in left_out])
+    return [scene for usable, _ in split for scene in usable]
 
 
 def _window(series: list[Scene], seen: dict[str, str], mapped: set[str]) -> list[Scene]:

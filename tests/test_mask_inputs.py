@@ -131,7 +131,7 @@ def test_the_command_line_takes_a_function(
 
 def test_a_mask_that_is_not_there_or_no_classes(cloudy: list[Scene], client: Client, tmp_path: Path) -> None:
     config = settings(tmp_path / "out", mask="cloud", mask_classes=(1,))
-    with pytest.raises(ConfigError, match="scene-000 offers no band 'cloud', only blue"):
+    with pytest.raises(ConfigError, match="the first: scene-000 offers no cloud, only blue"):
         run(config, client, scenes=cloudy)
     report = run(config, client, scenes=with_probability(cloudy, 20, "float32"))
     assert not report.ok

@@ -615,7 +615,10 @@ def test_one_date_only(make_series, config, client):
 
 def test_a_band_nobody_offers(make_series, config, client):
     scenes = make_series(dates=2, bands=("blue", "green", "red", "nir"))
-    with pytest.raises(ConfigError, match="offers no band 'nir08'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"none of 2 scenes can be used, the first: scene-000 offers no nir08, ",
+    ):
         run(config, client, scenes=scenes)
 
 
