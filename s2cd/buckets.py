@@ -30,6 +30,8 @@ _CONNECTION = (
     "user_agent",
 )
 
+UPLOAD_TIMEOUT = "600s"  # of each piece of 5 MB: many maps may share a thin link
+
 
 def s3_endpoint() -> dict[str, str]:
     """Return the options of obstore's S3Store that name the server, none for Amazon's.
@@ -62,7 +64,7 @@ def open_bucket(url: str) -> ObjectStore:
     """
     scheme = urlsplit(url).scheme
     config = cast("S3Config", s3_endpoint()) if scheme in {"s3", "s3a"} else None
-    return from_url(url, config=config, client_options=client_options(scheme))
+    return from_url(url, config=config, client_options=client_options(scheme, timeout=UPLOAD_TIMEOUT))
 
 
 def reason_of(error: Exception) -> str:
@@ -71,6 +73,8 @@ def reason_of(error: Exception) -> str:
     answer = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL)  # what a bucket says
     if answer:
         return f"{answer[1]}: {answer[2]}"
+    if "//169.254." in text:  # where machines of a cloud ask for keys, which obstore does if it has none
+        return "found no credentials, expected AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
     return re.sub(r"^Generic \w+ error: ", "", text.split("\n", 1)[0].strip())
 
 

@@ -439,6 +439,8 @@ def _positions(cube: xr.DataArray, pair: Pair) -> tuple[int, int]:
 def _require_even_start(cube: xr.DataArray, scenes: Sequence[Scene], model: Model) -> Grid:
     """Return the cube's grid after checking that its 20 m pixels are whole."""
     grid, whole = cube_grid(cube), common_grid(scenes, model.bands)
+    if reason := model.misfit(abs(whole.transform[0])):
+        raise GridError(f"{scenes[0].id} {reason} by {model.name}")
     for axis, (origin, step) in {"column": (2, 0), "row": (5, 4)}.items():
         start = (grid.transform[origin] - whole.transform[origin]) / whole.transform[step]
         if abs(start - round(start)) > 0.01 or round(start) % 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,11 +16,11 @@ import xarray as xr
 from distributed import get_worker
 
 from s2cd import outputs
-from s2cd.catalog.scene import Grid
+from s2cd.catalog.scene import Grid, Scene
 from s2cd.clusters.machine import available_cores
 from s2cd.config import RunConfig
 from s2cd.cube import cube_grid, window_of
-from s2cd.errors import ConfigError, OutputError, ShiftError
+from s2cd.errors import ConfigError, GridError, OutputError, ReadError, ShiftError
 from s2cd.inference import Block
 from s2cd.masks import Mask
 from s2cd.model import ModelRef
@@ -29,6 +30,7 @@ from s2cd.reader import band_source, read_window
 from s2cd.registration import Shift, middle_span, phase_shift, shift_band
 from s2cd.thumbnails import thumbnail
 
+LOG = logging.getLogger(__name__)
 LEAST_QUALITY = 0.3
 LARGEST_SHIFT = 0.5  # pixels: Sentinel-2's multi-temporal registration is specified to be better
 
@@ -88,19 +90,29 @@ def write_pair(
 ) -> dict[str, Any]:
     """Put the chunks of one pair together and write its map; return the figures for the report, and the `place`.
 
-    In strict mode raises ShiftError, before anything is written, if the images are displaced.
+    A map that was finished meanwhile, by another run or by a worker that was lost right after it, stays as it is. In
+    strict mode raises ShiftError, before anything is written, if the images are displaced.
     """
     parts = [block.parts[position] for row in blocks for block in row]
     shift = next(block.shifts[position] for row in blocks for block in row if block.shifts)
     if config.strict and shifted(shift):
         raise ShiftError(f"strict: {pair.name}: {_displaced(shift)}, expected at most {LARGEST_SHIFT:g}")
-    properties = _write_map(parts, shift, pair, grid, ref, config, mask_of(config))["properties"]
+    item = _finished_item(config.out, pair) or _write_map(parts, shift, pair, grid, ref, config, mask_of(config))
+    properties = item["properties"]
     return {
         "valid_fraction": properties["s2cd:valid_fraction"],
         "changed_fraction": properties["s2cd:changed_fraction"],
         "shift": properties["s2cd:shift"],
         "place": outputs.place_of(config.out),
     }
+
+
+def _finished_item(out: str, pair: Pair) -> dict[str, Any] | None:
+    """Return the item of the pair's map, None if there is none yet that shows every piece of both dates."""
+    pieces = 2 + len(pair.before.parts) + len(pair.after.parts)
+    if outputs.is_done(out, pair.name) and outputs.count_inputs(out, pair.name) >= pieces:
+        return outputs.item_of(out, pair.name)
+    return None
 
 
 def _write_array(
@@ -130,7 +142,7 @@ def _write_map(
         "s2cd:mask": mask.description,
     }
     info = outputs.MapInfo(model=Path(ref.name).name, model_hash=ref.hash, bands=bands, extra=extra)
-    rgb = (thumbnail(pair.before, grid), thumbnail(pair.after, grid)) if config.quicklook else None
+    rgb = (_picture(pair.before, grid), _picture(pair.after, grid)) if config.quicklook else None
     return outputs.write_map(
         values,
         pair,
@@ -141,6 +153,15 @@ def _write_map(
         profile=config.cog_profile,
         threads=_threads(),  # GDAL has one pool for all maps: as large as the largest that is asked for
     )
+
+
+def _picture(scene: Scene, grid: Grid) -> np.ndarray | None:
+    """Return a scene's part of the quicklook, None where bands that the map does not need cannot be read."""
+    try:
+        return thumbnail(scene, grid)
+    except (ReadError, GridError) as error:
+        LOG.warning("%s: no picture of it: %s", scene.id, error)
+        return None
 
 
 def _threads() -> int:

@@ -76,6 +76,10 @@ class Plan:
         names = (Pair(*pieces).name for pieces in product(before, after))
         return {alike for name in names for alike in names_alike(name) if alike in self.finished}
 
+    def is_alone(self, pair: Pair, name: str) -> bool:
+        """Whether no other map was made of the pair when one of its dates lacked a piece."""
+        return not (pair.before.parts or pair.after.parts) or self.maps_of_pieces(pair) == {name}
+
     def _is_whole(self, name: str, pair: Pair) -> bool:
         """Whether a map was made of as many pieces as its pair has now: half a date may be published before the rest.
 
@@ -95,14 +99,14 @@ def make_plan(config: RunConfig, scenes: Iterable[Scene] | None = None) -> Plan:
     tile lie on different grids, none of which most of them share.
     """
     mask_of(config)
-    bands = load_model(config.model, device="cpu").bands
+    model = load_model(config.model, device="cpu")
     fields: list[FieldOfView] = []
     left_out, unusable = Packed[LeftOut](), Packed[LeftOut]()
     unclassified: list[str] = []
     count = 0
     for _, found in grouped(search_scenes(config) if scenes is None else scenes, lambda scene: scene.tile):
         count += len(found)
-        usable, others = usable_scenes(found, bands, config)
+        usable, others = usable_scenes(found, model, config)
         unusable.extend(others)
         if config.mask == SCL:
             unclassified += [scene.id for scene in usable if scene.level == "L2A" and SCL not in scene.assets]
@@ -129,33 +133,36 @@ def make_plan(config: RunConfig, scenes: Iterable[Scene] | None = None) -> Plan:
     return Plan(config, tuple(fields), left_out, frozenset(outputs.finished(config.out)))
 
 
-def usable_scenes(
-    scenes: Iterable[Scene], bands: Sequence[str], config: RunConfig
-) -> tuple[list[Scene], list[LeftOut]]:
+def usable_scenes(scenes: Iterable[Scene], model: Model, config: RunConfig) -> tuple[list[Scene], list[LeftOut]]:
     """Split the scenes of one tile into those that a run can read and those that it has to leave out.
 
-    The latter lack one of `bands`, the mask, or the scene classification where others of their level have one; or they
-    lie on another grid than most scenes.
+    The latter lack a band of the model, the mask, or the scene classification where others of their level have one;
+    or their pixels are not of the model's size, or they lie on another grid than most scenes.
     """
-    scenes, left_out = list(scenes), []
+    scenes = list(scenes)
     classified = {scene.level for scene in scenes if SCL in scene.assets} if config.mask == SCL else set()
     usable: list[Scene] = []
+    left_out: list[LeftOut] = []
     for scene in scenes:
-        needed = [*bands, *extra_assets(config.mask), *([SCL] if scene.level in classified else [])]
-        offered = set.intersection(*(set(piece.assets) for piece in (scene, *scene.parts)))
-        if lacking := [name for name in needed if name not in offered]:
-            reason = f"offers no {', '.join(lacking)}, only {', '.join(sorted(offered))}"
+        needed = [*model.bands, *extra_assets(config.mask), *([SCL] if scene.level in classified else [])]
+        if reason := _lacks(scene, needed) or model.misfit(abs(finest_grid(scene, model.bands).transform[0])):
             left_out.append(LeftOut(scene.id, reason))
         else:
             usable.append(scene)
-    grids = Counter(finest_grid(scene, bands) for scene in usable)
-    usual, most = max(grids.items(), key=itemgetter(1), default=(None, 0))
-    if len(usable) > most > len(usable) / 2:
-        for scene in usable:
-            if (found := finest_grid(scene, bands)) != usual:
-                left_out.append(LeftOut(scene.id, f"lies on {found}, {most} of {len(usable)} of its tile on {usual}"))
-        usable = [scene for scene in usable if finest_grid(scene, bands) == usual]
-    return usable, left_out
+    grids = [finest_grid(scene, model.bands) for scene in usable]
+    usual, most = max(Counter(grids).items(), key=itemgetter(1), default=(None, 0))
+    if most <= len(usable) / 2:
+        return usable, left_out
+    strays = [(scene, grid) for scene, grid in zip(usable, grids, strict=True) if grid != usual]
+    left_out += [LeftOut(s.id, f"lies on {g}, {most} of {len(usable)} of its tile on {usual}") for s, g in strays]
+    return [scene for scene, grid in zip(usable, grids, strict=True) if grid == usual], left_out
+
+
+def _lacks(scene: Scene, needed: Collection[str]) -> str | None:
+    """Say which of the assets that are needed a scene, or a piece of it, does not offer."""
+    offered = set.intersection(*(set(piece.assets) for piece in (scene, *scene.parts)))
+    lacking = [name for name in needed if name not in offered]
+    return f"offers no {', '.join(lacking)}, only {', '.join(sorted(offered))}" if lacking else None
 
 
 def warn_of_unusable(left_out: Collection[LeftOut]) -> None:

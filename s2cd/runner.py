@@ -7,7 +7,6 @@ with the number of tiles.
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
@@ -42,9 +41,8 @@ from s2cd.maps import LARGEST_SHIFT, write_pair
 from s2cd.masks import Mask
 from s2cd.model import Model, ModelRef, load_model
 from s2cd.model.ref import absolute_name
-from s2cd.outputs.layout import is_map_name, is_ours
-from s2cd.outputs.store import open_store, require_there, understood
-from s2cd.pairs import LeftOut, Pair
+from s2cd.outputs.store import DAMAGED, require_there
+from s2cd.pairs import LeftOut, Pair, PairList
 from s2cd.plan import (
     FieldOfView,
     Plan,
@@ -56,10 +54,10 @@ from s2cd.plan import (
 )
 from s2cd.radiometry import check_offsets
 from s2cd.sizes import Sizes, Workers, task_sizes
-from s2cd.survey import Survey, scene_input, survey_scene
+from s2cd.survey import SceneInput, Survey, scene_input, survey_scene
+from s2cd.views import View, fingerprint, read_view, read_views, write_view
 
 Progress = Callable[[str, int, int], None]
-VIEWS = "views"
 HEED = 0.5  # seconds between looks for an interrupt
 NOTICE = 10.0  # seconds in which a client notices that its scheduler is gone
 
@@ -147,23 +145,82 @@ def run(
         plan = make_plan(config, scenes)
         require_same_recipe(config, model, plan.finished)
         require_same_grids(plan, model)
-        report = Report(config.out)
+        ref = ModelRef(config.model, model.hash, config.device)
+        context = _Context(config, ref, model, mask_of(config), expected)
+        report, earlier = Report(config.out), _figures_of_before(config.out)
+        todo = _without_finished(plan, context, report)
+        submission = _Submission(context, todo, report, progress or (lambda *_: None))
         with outputs.cataloguing(config.out) as listed, ExitStack() as stack:
-            if client is None:
+            if todo.fields and client is None:
                 client = stack.enter_context(cluster(config.cluster))
             outputs.save_run(config.out, config.dump(), plan.scenes)  # not before it has a cluster
             return_free_memory()  # to plan and freeze a continent takes 80 MB that nothing needs again
-            ref = ModelRef(config.model, model.hash, config.device)
-            context = _Context(config, ref, model, mask_of(config), expected)
-            submission = _Submission(client, context, plan, report, progress or (lambda *_: None))
-            with client.as_current(), _scheduler_needed(client):
-                prepare_scheduler(client)
-                submission.run()
+            if todo.fields and client is not None:
+                with client.as_current(), _scheduler_needed(client):
+                    prepare_scheduler(client)
+                    submission.run(client)
     submission.look_for_maps(listed)
+    report.maps = [earlier.get(r.name, r) if r.status == "kept" else r for r in report.maps]
     report.left_out[:0] = plan.left_out
     report.seconds = time.monotonic() - started
     outputs.save_report(config.out, asdict(report) | {"out": public_href(config.out)})
     return report
+
+
+def _without_finished(plan: Plan, context: _Context, report: Report) -> Plan:
+    """Leave out of a plan the fields of view of which every pair has its map, and report these as kept.
+
+    Which pairs there are tells what earlier runs saw of the dates: a rerun looks at no pixels, and needs no cluster,
+    where it has nothing to do.
+    """
+    left = []
+    for view in plan.fields:
+        kept = _kept(plan.config.out, view.name) if plan.finished else View(view.name, [])
+        pairs = _pairs_as_seen(kept, plan, view, context)
+        maps = [] if pairs is None else [plan.map_of(pair) for pair in pairs]
+        finished = [name for pair, name in zip(pairs or (), maps, strict=True) if name and plan.is_alone(pair, name)]
+        if pairs is None or len(finished) < len(maps):
+            left.append(view)
+            continue
+        report.maps += [MapRecord(name, "kept") for name in finished]
+        report.left_out += pairs.left_out
+        if kept.pairs != finished:
+            write_view(plan.config.out, replace(kept, pairs=finished))
+    return replace(plan, fields=tuple(left))
+
+
+def _kept(out: str, name: str) -> View:
+    """Return what is kept of a field of view; nothing of it where it is damaged, since it is written anew."""
+    with suppress(OutputError):
+        return read_view(out, name) or View(name, [])
+    return View(name, [])
+
+
+def _pairs_as_seen(kept: View, plan: Plan, view: FieldOfView, context: _Context) -> PairList | None:
+    """Pair the dates of a field of view by what earlier runs saw of them; None where they have not seen them all."""
+    if not kept.valid:
+        return None
+    seen = {scene.id: kept.valid.get(_fingerprint(scene, context)) for scene in view.scenes}
+    known = {name: fraction for name, fraction in seen.items() if fraction is not None}
+    return pairs_of(view, plan.config, known) if len(known) == len(seen) else None
+
+
+def _fingerprint(scene: Scene, context: _Context) -> str:
+    return fingerprint(_input(scene, context), context.mask)
+
+
+def _input(scene: Scene, context: _Context) -> SceneInput:
+    bands = context.model.bands
+    return scene_input(scene, bands, common_grid([scene], bands), context.mask)
+
+
+def _figures_of_before(out: str) -> dict[str, MapRecord]:
+    """Return what the report of an earlier run tells of its maps, as of ones that are kept now."""
+    maps = outputs.load_report(out).get("maps", ())
+    with suppress(*DAMAGED):
+        records = [MapRecord(**record) for record in maps]
+        return {r.name: replace(r, status="kept", error=None) for r in records if r.status != "failed"}
+    return {}
 
 
 def _located(config: RunConfig) -> RunConfig:
@@ -184,24 +241,20 @@ def run_status(out: str) -> list[dict[str, Any]]:
     Raises OutputError if there is no run, or its record is damaged.
     """
     require_there(out)
-    store = open_store(out)
-    views = [name for name, _ in store.list(VIEWS) if is_ours(name) and f"{VIEWS}/." not in name]
-    if not views:
-        raise OutputError(f"{out} holds no run: found no {VIEWS}/*.json")
+    found = read_views(out)
+    if not found:
+        raise OutputError(f"{out} holds no run: found no views/*.json")
     finished = outputs.finished(out)
-    rows = []
-    for name in sorted(views):
-        view, pairs = read_view(out, name)
-        done = sum(pair in finished for pair in pairs)
-        rows.append({"field_of_view": view, "pairs": len(pairs), "finished": done})
-    return rows
+    done = {view.name: sum(pair in finished for pair in view.pairs) for view in found}
+    return [{"field_of_view": v.name, "pairs": len(v.pairs), "finished": done[v.name]} for v in found]
 
 
 class _Submission:
     """Keeps a bounded number of units on the cluster and collects what becomes of their pairs."""
 
-    def __init__(self, client: Client, context: _Context, plan: Plan, report: Report, progress: Progress):
-        self.client = client
+    client: Client
+
+    def __init__(self, context: _Context, plan: Plan, report: Report, progress: Progress):
         self.context = context
         self.plan = plan
         self.report = report
@@ -215,8 +268,9 @@ class _Submission:
         self.submitted = 0
         self.places: defaultdict[str, list[str]] = defaultdict(list)  # names of maps, by where they were written
 
-    def run(self) -> None:
+    def run(self, client: Client) -> None:
         """Work through the plan; on an interrupt cancel what is under way and leave finished maps alone."""
+        self.client = client
         try:
             with noted_interrupts(self.interrupted):
                 for unit in self._units():
@@ -250,8 +304,7 @@ class _Submission:
 
     def _survey(self, scenes: Iterable[Scene]) -> list[Future]:
         context = self.context
-        bands = context.model.bands
-        inputs = [scene_input(s, bands, common_grid([s], bands), context.mask) for s in scenes]
+        inputs = [_input(scene, context) for scene in scenes]
         return self.client.map(survey_scene, inputs, mask=context.mask, model=context.ref, priority=10, pure=False)
 
     def _units_of(self, view: FieldOfView, futures: list[Future]) -> Iterator[_Unit]:
@@ -278,9 +331,10 @@ class _Submission:
         config = self.context.config
         pairs = pairs_of(view, config, {i: s.valid_fraction for i, s in surveys.items()})
         self.report.left_out += pairs.left_out
-        document = {"name": view.name, "pairs": [self.plan.map_of(pair) or pair.name for pair in pairs]}
-        store = open_store(config.out)
-        store.put(view_path(view.name), json.dumps(document).encode())
+        names = [self.plan.map_of(pair) or pair.name for pair in pairs]
+        seen = [scene for scene in view.scenes if scene.id in surveys]
+        valid = {_fingerprint(scene, self.context): surveys[scene.id].valid_fraction for scene in seen}
+        write_view(config.out, View(view.name, names, valid))
         editions = {s.id: s for p in pairs for s in (p.before, p.after) if s.id not in surveys and s.id not in errors}
         found, failed = self._results(editions.values(), self._survey(editions.values()))
         surveys |= found
@@ -515,18 +569,3 @@ def _reads(pair: Pair, href: str) -> bool:
 
 def _message(error: BaseException | None) -> str:
     return str(error) if isinstance(error, S2cdError) else f"{type(error).__name__}: {error}"
-
-
-def read_view(out: str, path: str) -> tuple[str, list[str]]:
-    """Return a field of view's name and its pairs, as the output folder keeps them. Raises OutputError."""
-    with understood(out, path, "the pairs of a field of view"):
-        view = json.loads(open_store(out).get(path))
-        name, pairs = view["name"], list(view["pairs"])
-        if strange := [pair for pair in pairs if not is_map_name(pair)]:
-            raise ValueError(f"{strange[0]!r} names no map")
-        return name, pairs
-
-
-def view_path(name: str) -> str:
-    """Return where the output folder keeps the pairs of a field of view."""
-    return f"{VIEWS}/{name.replace(' ', '_')}.json"

@@ -120,8 +120,9 @@ def observed(pixels: Planes, classes: np.ndarray | None, scene: SceneInput, mask
     """Return bool (y, x): True where every band has an observation and the mask lets it pass.
 
     `pixels`, an array (y, x) for each band, and `classes`, those of the mask band, are decimated by `factor` against
-    the 10 m grid; all but the first may be half as large, at 20 m. Arrays of CuPy give one of CuPy if classes do.
+    the scene's grid; all but the first may be half as large, at 20 m. Arrays of CuPy give one of CuPy if classes do.
     """
+    coarse = max(1, round(abs(scene.grid.transform[0]) / 10))  # pixels of 10 m in one of the grid, in which masks count
     seen: np.ndarray = np.ones_like(pixels[0], dtype=bool)
     half: np.ndarray = np.ones_like(seen, shape=tuple(-(-n // 2) for n in seen.shape))
     for plane, source in zip(pixels, scene.sources, strict=True):
@@ -131,9 +132,9 @@ def observed(pixels: Planes, classes: np.ndarray | None, scene: SceneInput, mask
             np.logical_and(level, np.isfinite(plane), out=level)
     small = classes is not None and classes.shape != seen.shape  # at 20 m, whatever the scene says
     if classes is not None and factor == 1 and (small or scene.classes_factor == 2):  # a quarter of the work
-        half &= mask.from_classes(classes if small else classes[::2, ::2], 2)
+        half &= mask.from_classes(classes if small else classes[::2, ::2], 2 * coarse)
     elif classes is not None:
-        seen &= mask.from_classes(classes, factor)
+        seen &= mask.from_classes(classes, factor * coarse)
     if not half.all():
         wide = (half.astype(np.uint16) * np.uint16(0x0101)).view(bool)[:, : seen.shape[1]]  # each pixel twice
         seen[::2] &= wide
@@ -142,7 +143,7 @@ def observed(pixels: Planes, classes: np.ndarray | None, scene: SceneInput, mask
         return seen
     seen = to_host(seen)  # what looks at the spectrum is NumPy's and SciPy's, or a function of the user's
     reflectance = to_reflectance(to_host(pixels), scene, seen)
-    return seen & mask.from_reflectance(reflectance, [s.band for s in scene.sources], factor)
+    return seen & mask.from_reflectance(reflectance, [s.band for s in scene.sources], factor * coarse)
 
 
 def to_reflectance(pixels: np.ndarray, scene: SceneInput, valid: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Literal
 
@@ -30,7 +31,8 @@ from s2cd.outputs.layout import tile_of, times_of
 from s2cd.outputs.store import open_store, understood
 from s2cd.pairs import fields_of_view, select_scenes
 from s2cd.plan import require_same_recipe, search_scenes, usable_scenes, view_name, warn_of_unusable
-from s2cd.runner import Progress, Report, read_view, run, view_path
+from s2cd.runner import Progress, Report, run
+from s2cd.views import View, read_view, write_view
 
 STATE = "watch.json"
 SEARCH = ("catalog", "bbox", "datetime", "tiles", "collection", "orbit", "max_cloud", "min_valid", "max_gap_days")
@@ -124,7 +126,7 @@ def _map_what_is_new(config: RunConfig, client: Client | None, progress: Progres
 
 def _usable(found: Iterable[Scene], model: Model, config: RunConfig) -> list[Scene]:
     """Return the scenes that a run can read; of the others, which the next look asks for again, one is told."""
-    split = [usable_scenes(group, model.bands, config) for _, group in grouped(found, lambda scene: scene.tile)]
+    split = [usable_scenes(group, model, config) for _, group in grouped(found, lambda scene: scene.tile)]
     warn_of_unusable([item for _, left_out in split for item in left_out])
     return [scene for usable, _ in split for scene in usable]
 
@@ -183,7 +185,7 @@ def _options(config: RunConfig) -> str:
 def _load(out: str) -> dict[str, Seen]:
     """Return what earlier looks have seen, by their options; nothing where a person or a full disk damaged it."""
     store = open_store(out)
-    if not store.exists(STATE):
+    if store.size(STATE) is None:
         return {}
     text = store.get(STATE)
     try:
@@ -214,15 +216,16 @@ def _record_kept(out: str, maps: Mapping[str, Collection[str]]) -> Iterator[None
 
     maps  the finished maps of each field of view, which are on record again even if a look was killed
     """
-    earlier = {view: {*names, *_pairs_on_record(out, view)} for view, names in maps.items()}
+    earlier = {view: {*names, *_on_record(out, view).pairs} for view, names in maps.items()}
     try:
         yield
     finally:
         replaced = {name for names in maps.values() for name in names} - outputs.finished(out)
         for view, pairs in earlier.items():
-            record = sorted({*(pairs - replaced), *_pairs_on_record(out, view)}, key=times_of)
-            open_store(out).put(view_path(view), json.dumps({"name": view, "pairs": record}).encode())
+            record = _on_record(out, view)
+            names = sorted({*(pairs - replaced), *record.pairs}, key=times_of)
+            write_view(out, replace(record, pairs=names))
 
 
-def _pairs_on_record(out: str, view: str) -> list[str]:
-    return read_view(out, view_path(view))[1] if open_store(out).exists(view_path(view)) else []
+def _on_record(out: str, view: str) -> View:
+    return read_view(out, view) or View(view, [])

@@ -258,6 +258,16 @@ def test_bands_and_classes_at_20_m_hide_the_same_pixels_as_replicated_ones(seed:
     assert np.array_equal(observed([*fine, coarse], classes, replace(scene, classes_factor=1), Mask()), expected)
 
 
+def test_clouds_grow_by_metres_whatever_the_size_of_pixels() -> None:
+    """A network of one's own may have bands of 20 m alone."""
+    sources = (Source("nir08", (), "static"),)
+    scene = SceneInput("a", Grid(32631, (20.0, 0, 0, 0, -20.0, 0), (41, 41)), sources, (1,), (0,), sources[0], 1)
+    classes = np.full((41, 41), 4, np.uint8)
+    classes[20, 20] = 9
+    seen = observed([np.ones((41, 41), np.uint16)], classes, scene, Mask(dilation=6))
+    assert np.flatnonzero(~seen[20]).tolist() == [*range(17, 24)]
+
+
 def test_whole_numbers_with_the_scale_of_reflectance_are_refused(make_series: Callable[..., list[Scene]]) -> None:
     """As where an item states a scale of 1, and not what its pixels are."""
     (scene,) = make_series(dates=1)

@@ -26,9 +26,14 @@ import s2cd
 from s2cd.catalog import access, freeze
 from s2cd.cube import common_grid
 from s2cd.errors import ClusterError, ConfigError, NoScenesError, OutputError, S2cdError, S2cdWarning, ShiftWarning
+from s2cd.inference import Block
+from s2cd.maps import write_pair
+from s2cd.model import ModelRef, load_model
 from s2cd.outputs import finished, require_grids, validate, write_catalog
 from s2cd.outputs.page import write_page
+from s2cd.pairs import consecutive_pairs
 from s2cd.plan import describe_plan, make_plan
+from s2cd.registration import Shift
 from s2cd.runner import places, run, run_status, units_at_a_time
 from s2cd.simulate import simulate
 from s2cd.sizes import Workers
@@ -358,8 +363,8 @@ def test_an_item_without_a_grid_is_named(make_series, config, client, tmp_path, 
 
 
 def test_a_run_whose_cluster_does_not_start_leaves_the_record_of_the_one_before(make_series, config, client, tmp_path):
-    scenes, out = make_series(dates=2), tmp_path / "out"
-    run(config, client, scenes=scenes)
+    scenes, out = make_series(dates=3), tmp_path / "out"
+    run(config, client, scenes=scenes[:2])
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     (tmp_path / "away.yaml").write_text(f"kind: existing\nscheduler_file: {tmp_path}/none.json\ntimeout: 1 s\n")
     with pytest.raises(ClusterError, match=r"none\.json: found none after 1 s"):
@@ -581,7 +586,7 @@ def test_a_relative_folder_is_the_clients_wherever_workers_run(make_series, conf
     assert s2cd.RunConfig.load("maps/run.yaml").out == str(tmp_path / "maps")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"properties": {}, "bbox": 1}', "\xff"])
+@pytest.mark.parametrize("text", ["[]", "{}", '{"properties": {}, "bbox": 1}', "\xff"])
 def test_a_damaged_item_is_named_by_what_reads_it(make_series, config, client, tmp_path, text):
     run(config, client, scenes=make_series(dates=2))
     (path,) = (tmp_path / "out").rglob("S2CD_*.json")
@@ -589,6 +594,67 @@ def test_a_damaged_item_is_named_by_what_reads_it(make_series, config, client, t
     for read in (write_page, write_catalog):
         with pytest.raises(OutputError, match=rf"^{tmp_path}/out: 31UDS/{path.name}: .*, expected the item of a map$"):
             read(config.out)
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".json"])
+def test_an_empty_file_is_no_finished_map(make_series, config, client, tmp_path, suffix):
+    """As a machine that lost its power may leave: the name is there, the bytes are not."""
+    scenes = make_series(dates=2)
+    run(config, client, scenes=scenes)
+    (path,) = (tmp_path / "out").rglob(f"S2CD_*{suffix}")
+    path.write_bytes(b"")
+    assert finished(config.out) == set()
+    assert [record.status for record in run(config, client, scenes=scenes).maps] == ["written"]
+    assert validate(config.out) == []
+
+
+def test_a_rerun_with_nothing_to_do_starts_no_cluster_and_looks_at_no_pixels(make_series, config, client, tmp_path):
+    scenes = make_series(dates=3)
+    first = run(config, client, scenes=scenes)
+    for path in (tmp_path / "series").rglob("*.tif"):
+        path.unlink()
+    away = tmp_path / "away.yaml"
+    away.write_text(f"kind: existing\nscheduler_file: {tmp_path}/none.json\ntimeout: 1 s\n")
+    again = run(config.model_copy(update={"cluster": str(away)}), scenes=scenes)
+    assert sorted(again.maps, key=str) == sorted((replace(m, status="kept") for m in first.maps), key=str)
+    assert all(record.valid_fraction is not None for record in again.maps)
+
+
+def test_a_rerun_pairs_dates_by_what_the_first_run_saw(make_series, config, client, tmp_path):
+    """A date that was too cloudy then is so now; with another limit it is looked at, and paired, again."""
+    scenes = make_series(dates=3)
+    with rasterio.open(scenes[1].assets["scl"].href, "r+") as dataset:
+        dataset.write(np.full(dataset.shape, 9, np.uint8), 1)
+    strict = config.model_copy(update={"min_valid": 0.5})
+    first, again = (run(strict, client, scenes=scenes) for _ in range(2))
+    assert [len(first.maps), len(again.maps)] == [1, 1]
+    assert [item.what for item in first.left_out] == [item.what for item in again.left_out] == ["scene-001"]
+    report = run(config, client, scenes=scenes)
+    assert sorted(record.status for record in report.maps) == ["written", "written"]
+
+
+def test_a_map_that_another_run_made_meanwhile_is_left_alone(make_series, config, client, tmp_path):
+    scenes = make_series(dates=2)
+    first = run(config, client, scenes=scenes)
+    (path,) = (tmp_path / "out").rglob("S2CD_*.tif")
+    before = path.stat().st_mtime_ns
+    plan = make_plan(config, scenes)
+    (pair,) = consecutive_pairs(scenes)
+    assert plan.map_of(pair)
+    grid, ref = common_grid(scenes, ["red"]), ModelRef(config.model, load_model("generic").hash, "cpu")
+    block = Block((None,), (Shift(0.0, 0.0, 1.0),))
+    figures = write_pair([[block]], position=0, pair=pair, grid=grid, ref=ref, config=config)
+    assert figures["valid_fraction"] == first.maps[0].valid_fraction
+    assert path.stat().st_mtime_ns == before
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_map(make_series, client, tmp_path):
+    scenes = make_series(dates=2)
+    change = s2cd.detect_changes(s2cd.open_cube(scenes), s2cd.consecutive_pairs(scenes), device="cpu").compute()
+    Path(scenes[0].assets["green"].href).unlink()
+    s2cd.write_change_maps(change, tmp_path / "out")
+    assert len([*(tmp_path / "out").rglob("S2CD_*.png")]) == 1
+    assert validate(str(tmp_path / "out")) == []
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"name": "31UDS R051"}', '{"name": "31UDS R051", "pairs": ["x"]}', "\xff"])

@@ -82,6 +82,10 @@ class Model:
         """Where the network runs."""
         return self._engine.device
 
+    def misfit(self, metres: float) -> str | None:
+        """Say why the network cannot work on pixels of so many metres: one with bands of two sizes knows 10 m alone."""
+        return f"has pixels of {metres:g} m, expected 10 m" if self.fine < len(self.bands) and metres != 10 else None
+
     @cached_property
     def feature_bytes(self) -> float:
         """Bytes that the features of a date take for each 10 m pixel."""

@@ -26,7 +26,7 @@ from s2cd.outputs.layout import (
     tile_of,
     times_of,
 )
-from s2cd.outputs.store import Store, local_folder, open_store, place_of, understood
+from s2cd.outputs.store import DAMAGED, Store, local_folder, open_store, place_of, understood
 
 CONFIG_FILE = "run.yaml"
 SCENES_FILE = "scenes.parquet"
@@ -34,9 +34,12 @@ REPORT_FILE = "report.json"
 
 
 def is_done(out: str, name: str) -> bool:
-    """Whether the map of this name is finished: its item, written last, and its COG are there."""
+    """Whether the map of this name is finished: its item, written last, and its COG are there.
+
+    An empty file, as a machine that lost its power may leave, is none.
+    """
     store = open_store(out)
-    return store.exists(path_of(name, ".json")) and store.exists(path_of(name, ".tif"))
+    return bool(store.size(path_of(name, ".json")) and store.size(path_of(name, ".tif")))
 
 
 def finished(out: str) -> set[str]:
@@ -49,10 +52,15 @@ def finished(out: str) -> set[str]:
 
 def count_inputs(out: str, name: str) -> int:
     """Return of how many items a finished map was made: two, or more if a date was split. Raises OutputError."""
+    with understood(out, path_of(name, ".json"), "the item of a map"):
+        return sum(link["rel"] == "derived_from" for link in item_of(out, name)["links"])
+
+
+def item_of(out: str, name: str) -> dict[str, Any]:
+    """Return the STAC item of a finished map. Raises OutputError."""
     path = path_of(name, ".json")
     with understood(out, path, "the item of a map"):
-        links = json.loads(open_store(out).get(path))["links"]
-        return sum(link["rel"] == "derived_from" for link in links)
+        return dict(json.loads(open_store(out).get(path)))
 
 
 def remove_map(out: str, name: str) -> None:
@@ -76,7 +84,7 @@ def write_catalog(out: str) -> set[str]:
     boxes = []
     for tile, names in sorted(by_tile.items()):
         _put_json(store, f"{tile}/{TILE_CATALOG}", _tile_catalog(tile, names))
-        boxes.append(_box(out, names[0]))
+        boxes += _box(out, names)
     times = [t for names in by_tile.values() for name in names for t in times_of(name)]
     _put_json(store, ROOT, _collection(sorted(by_tile), boxes, times))
     return done
@@ -132,21 +140,32 @@ def save_report(out: str, report: Mapping[str, Any]) -> None:
     _put_json(open_store(out), REPORT_FILE, report)
 
 
+def load_report(out: str) -> dict[str, Any]:
+    """Return the report of the last run, as far as it can be read; empty if there is none."""
+    store = open_store(out)
+    try:
+        return dict(json.loads(store.get(REPORT_FILE))) if store.size(REPORT_FILE) else {}
+    except DAMAGED:
+        return {}
+
+
 def _finished(store: Store) -> set[str]:
     found: dict[str, set[str]] = {".json": set(), ".tif": set()}
-    for path, _ in store.list():
+    for path, size in store.list():
         name, dot, extension = path.rpartition("/")[2].rpartition(".")
-        if f".{extension}" in found and is_map_name(name) and path == path_of(name, dot + extension):
+        if size and f".{extension}" in found and is_map_name(name) and path == path_of(name, dot + extension):
             found[f".{extension}"].add(name)
     return found[".json"] & found[".tif"]
 
 
-def _box(out: str, name: str) -> list[float]:
-    """West, south, east, north of a map."""
-    path = path_of(name, ".json")
-    with understood(out, path, "the item of a map"):
-        west, south, east, north = (float(v) for v in json.loads(open_store(out).get(path))["bbox"])
-    return [west, south, east, north]
+def _box(out: str, names: list[str]) -> list[list[float]]:
+    """West, south, east, north of the first of a tile's maps that is still there: another run may make one anew."""
+    for name in names:
+        if is_done(out, name):
+            with understood(out, path_of(name, ".json"), "the item of a map"):
+                west, south, east, north = (float(v) for v in item_of(out, name)["bbox"])
+                return [[west, south, east, north]]
+    return []
 
 
 def _put_json(store: Store, path: str, document: Mapping[str, Any]) -> None:
