@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from base64 import b64encode
 from urllib.parse import unquote, urlsplit
@@ -13,8 +14,8 @@ _ADDRESS = re.compile(rf"(://|url: /)(?:[^\s/]*@)?([^\s?#'\"]*)(?:[?#]\S*?{_END}
 
 
 def local_path(href: str) -> str:
-    """Return the path that a file:// address names; any other href as it is."""
-    return unquote(urlsplit(href).path) if href.startswith("file://") else href
+    """Return the path that a file:// address names, or one below ~, a home; any other href as it is."""
+    return unquote(urlsplit(href).path) if href.startswith("file://") else os.path.expanduser(href)
 
 
 def public_href(href: str) -> str:

@@ -212,14 +212,16 @@ def plan(quiet: bool, **options: Any) -> None:
 def run(quiet: bool, **options: Any) -> None:
     """Make every change map of CATALOG that is not there yet.
 
-    Exit code 0 only if every map was written. Run it again to go on after an interruption.
+    Exit code 0 only if there are maps and none failed. Run it again to go on after an interruption.
     """
     from s2cd.runner import run as run_all
 
     with _progress(quiet) as progress:
         report = run_all(RunConfig(**options), progress=progress)
     _print_report(report)
-    sys.exit(0 if report.ok else 1)
+    if not report.maps:
+        ERR.print("no pair is left to map: see above why dates and pairs were left out", style="red", highlight=False)
+    sys.exit(0 if report.ok and report.maps else 1)
 
 
 @contextmanager
@@ -301,6 +303,8 @@ def validate(out: str) -> None:
     for problem in problems:
         OUT.print(problem, highlight=False)
     OUT.print(f"{len(outputs.finished(out))} maps, {len(problems)} problems: {public_href(out)}")
+    if problems:
+        OUT.print("to make a map anew, delete its .json and give the command of its run again")
     sys.exit(1 if problems else 0)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from itertools import chain
 from numbers import Integral
 from os import PathLike, fspath
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,8 @@ from s2cd.errors import ConfigError
 
 
 def _path(value: Any) -> Any:
-    return fspath(value) if isinstance(value, PathLike) else value
+    text = fspath(value) if isinstance(value, PathLike) else value
+    return expanduser(text) if isinstance(text, str) else text
 
 
 Place = Annotated[str, BeforeValidator(_path)]

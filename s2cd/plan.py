@@ -12,17 +12,19 @@ from operator import itemgetter
 from typing import Any
 
 from s2cd import outputs
+from s2cd.catalog.access import require_keys
 from s2cd.catalog.bands import SCL
 from s2cd.catalog.filters import make_filter
 from s2cd.catalog.packed import Packed, grouped
 from s2cd.catalog.scene import Scene
 from s2cd.catalog.search import found_scenes
-from s2cd.clusters.profiles import load_profile
+from s2cd.clusters.profiles import CudaProfile, LocalProfile, load_profile
 from s2cd.config import RunConfig
 from s2cd.cube import common_grid, finest_grid
 from s2cd.errors import ConfigError, NoScenesError, S2cdWarning
 from s2cd.masks import Mask, extra_assets
 from s2cd.model import Model, load_model
+from s2cd.model.device import choose_device
 from s2cd.outputs.layout import names_alike
 from s2cd.pairs import LeftOut, Pair, PairList, consecutive_pairs, fields_of_view, select_scenes
 from s2cd.reader import Tiling
@@ -191,12 +193,13 @@ class PlanTable:
 def describe_plan(plan: Plan) -> PlanTable:
     """Say what a plan compares, reads and writes, from metadata alone.
 
-    Raises ModelError for an unknown model, ClusterError for a wrong cluster profile, OutputError if the finished maps
-    were made with other options or lie on other grids.
+    Raises ModelError for an unknown model or device, ReadError for scenes that ask for keys, ClusterError for a wrong
+    cluster profile, OutputError if the finished maps were made with other options or lie on other grids.
     """
     model = load_model(plan.config.model, device="cpu")
     require_same_recipe(plan.config, model, plan.finished)
     require_same_grids(plan, model)
+    require_usable_here(plan)
     mask = mask_of(plan.config)
     workers = Workers.of_profile(load_profile(plan.config.cluster), plan.config.device)
     rows, tasks, total, decoded = [], 0, 0, 0
@@ -283,6 +286,18 @@ def _decoded_bytes(scene: Scene, bands: Sequence[str], mask: str) -> int:
     shapes = [scene.assets[band].grid.shape for band in bands]
     classes = scene.assets[mask].grid.shape if mask in scene.assets else (0, 0)
     return sum(2 * rows * cols for rows, cols in shapes) + classes[0] * classes[1]
+
+
+def require_usable_here(plan: Plan) -> None:
+    """Find out early what the workers of a cluster on this machine would find out one by one.
+
+    Raises ModelError for a device that is not there, ReadError for scenes that ask for keys which are not there.
+    """
+    if not isinstance(load_profile(plan.config.cluster), LocalProfile | CudaProfile):
+        return
+    choose_device(plan.config.device)
+    scene = next(iter(plan.fields[0].dates))
+    require_keys(scene.provider, next(iter(scene.assets.values())).href)
 
 
 def require_same_recipe(config: RunConfig, model: Model, finished: Collection[str]) -> None:

@@ -51,6 +51,7 @@ from s2cd.plan import (
     pairs_of,
     require_same_grids,
     require_same_recipe,
+    require_usable_here,
 )
 from s2cd.radiometry import check_offsets
 from s2cd.sizes import Sizes, Workers, task_sizes
@@ -145,6 +146,8 @@ def run(
         plan = make_plan(config, scenes)
         require_same_recipe(config, model, plan.finished)
         require_same_grids(plan, model)
+        if client is None:
+            require_usable_here(plan)
         ref = ModelRef(config.model, model.hash, config.device)
         context = _Context(config, ref, model, mask_of(config), expected)
         report, earlier = Report(config.out), _figures_of_before(config.out)

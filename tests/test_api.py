@@ -197,8 +197,11 @@ def test_a_collection_of_an_api_by_its_own_address(recorded: str) -> None:
 
 
 def test_nothing_found_and_no_such_collection(recorded: str) -> None:
-    with pytest.raises(NoScenesError, match="no Sentinel-2 scenes found"):
+    with pytest.raises(NoScenesError, match="no Sentinel-2 scenes found for datetime 1999-01-01T.*1999-12-31T"):
         search(recorded, collection="sentinel-2-l2a", datetime="1999")
+    told = r"found for datetime 1999.*, tiles 31IDS, 60XWP \(31IDS: no MGRS tile, expected one such as 31UDS\)"
+    with pytest.raises(NoScenesError, match=told):
+        search(recorded, collection="sentinel-2-l2a", tiles=["31IDS", "60XWP"], datetime="1999")
     with pytest.raises(CatalogError):
         search(recorded, collection="nonsense")
 

@@ -101,6 +101,7 @@ def test_swapped_bbox_is_named(shared_data: Path) -> None:
         ((3, 50, 3, 51), "west equals east"),
         ((3, 50, 4), "found 3 numbers"),
         ("3,50,4,51", "bbox: found '3,50,4,51', expected west, south"),
+        ((3.2, 50, 3, 51), "bbox 3.2,50,3,51: west 3.2 lies east of east 3: .*west and east look swapped"),
         ("3504", "found 1 numbers"),
         (3.0, "found 3.0"),
     ],

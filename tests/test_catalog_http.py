@@ -22,7 +22,7 @@ from s2cd.catalog.filters import make_filter
 from s2cd.catalog.items import resolve_href
 from s2cd.catalog.providers import PROVIDERS
 from s2cd.catalog.ranges import HttpSource
-from s2cd.errors import CatalogError
+from s2cd.errors import CatalogError, ConfigError
 from s2cd.reader import band_source, read_window
 
 
@@ -192,12 +192,17 @@ def test_a_page_that_is_none_is_an_error(pages: ApiServer, place: str, number: i
         search(pages.url + place)
 
 
+def test_a_search_of_the_whole_globe_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cdse: found neither bbox nor tiles, expected one"):
+        search("cdse", datetime="2023-06")
+
+
 def test_a_provider_whose_api_is_away_behind_a_page(pages: ApiServer) -> None:
     """Providers are searched without a look at their landing page before."""
     for body in (b"<html>maintenance</html>", b"{}", b"[]", b'{"type": "Catalog", "links": 3}'):
         pages.answers["/"] = body
         with pytest.raises(CatalogError, match=f"{pages.url}: is no STAC API: "):
-            list(search_api(pages.url, make_filter(), None, PROVIDERS["cdse"]))
+            list(search_api(pages.url, make_filter(tiles="31UDS"), None, PROVIDERS["cdse"]))
 
 
 @pytest.mark.services

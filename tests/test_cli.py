@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import rasterio
+import torch
 from click.testing import CliRunner
 
 from s2cd.catalog import freeze
@@ -199,9 +200,30 @@ def test_an_interval_that_never_ends_is_refused(catalog, tmp_path, interval):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_home_is_no_folder_called_tilde(catalog, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert invoke("run", catalog, "--out", "~/maps", "-q").exit_code == 0
+    assert (tmp_path / "home/maps/collection.json").is_file()
+    assert not (tmp_path / "~").exists()
+    assert invoke("run", "~/maps/scenes.parquet", "--out", "file", "-q").exit_code == 0
+
+
+def test_what_the_machine_lacks_is_told_before_a_cluster_starts(catalog, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is there")
+    for command in ("plan", "run"):
+        result = invoke(command, catalog, "--out", tmp_path / "out", "--device", "cuda")
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: device 'cuda' asked for, 0 CUDA devices found")
+        assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out" / "run.yaml").exists()
+
+
 def test_nothing_to_do_is_said_too(catalog, tmp_path):
     result = invoke("run", catalog, "--out", tmp_path / "out", "--max-gap-days", "0.5", "-q")
-    assert result.exit_code == 0
+    assert result.exit_code == 1
+    assert "no pair is left to map" in result.stderr
     assert "0 maps written, 0 were there, 0 failed" in result.output
     assert result.output.count("days apart, more than 0.5") == 2
     assert "max_cloud: input should be" in invoke("search", catalog, "--max-cloud", "nan").stderr

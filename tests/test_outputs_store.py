@@ -70,11 +70,11 @@ def test_a_file_url_is_a_folder(tmp_path):
     assert (tmp_path / "new folder").is_dir()
 
 
-@pytest.mark.parametrize("below", ["", "/deeper"])
-def test_a_file_in_the_way_is_named(tmp_path, below):
+@pytest.mark.parametrize(("below", "why"), [("", ": is a file, expected a folder"), ("/deeper", " cannot be used: ")])
+def test_a_file_in_the_way_is_named(tmp_path, below, why):
     file = tmp_path / "file"
     file.write_text("x")
-    with pytest.raises(OutputError, match=f"{file}{below} cannot be"):
+    with pytest.raises(OutputError, match=f"{file}{below}{why}"):
         check_writable(f"{file}{below}")
 
 

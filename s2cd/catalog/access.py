@@ -254,6 +254,12 @@ def _source(provider: str, href: str) -> HttpSource | S3Source:
     return HttpSource(SIGNER.sign(href) if signed else href)
 
 
+def require_keys(provider: str, href: str) -> None:
+    """Raise ReadError for an asset that asks for keys where this process has none."""
+    if href.startswith("s3://"):
+        s3_options(provider, href)
+
+
 def s3_options(provider: str, href: str) -> dict[str, str]:
     """Return options of the S3 client for an object: endpoint, region, whether to sign, who pays.
 

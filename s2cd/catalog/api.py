@@ -19,7 +19,7 @@ from s2cd.catalog.http import BACKOFF, retry_policy
 from s2cd.catalog.items import format_time
 from s2cd.catalog.providers import PROVIDERS, TILE_QUERY, Provider
 from s2cd.catalog.static import Document, iter_pages, links_of, parse_document
-from s2cd.errors import CatalogError
+from s2cd.errors import CatalogError, ConfigError
 
 PAGE_SIZE = 250
 READ_TIMEOUT = 60.0
@@ -38,8 +38,11 @@ def search_api(url: str, wanted: Filter, collection: str | None, provider: Provi
     The server checks area, time and tiles. Cloud cover is for the caller to check, as is all else: servers leave out
     items that state none.
 
-    Raises CatalogError if the API cannot be reached, is none, fails for good, or gives what is no page of items.
+    Raises CatalogError if the API cannot be reached, is none, fails for good, or gives what is no page of items, and
+    ConfigError for a search of a known `provider` without an area.
     """
+    if provider and wanted.bbox is None and wanted.tiles is None:
+        raise ConfigError(f"{provider.key}: found neither bbox nor tiles, expected one: it holds the whole globe")
     try:
         io = StacApiIO(max_retries=retry_policy(), timeout=READ_TIMEOUT)
         client = _open(url, io)

@@ -108,9 +108,28 @@ def check_bbox(bbox: Collection[float]) -> BBox:
         raise CatalogError(f"bbox {_text(values)}: longitude outside -180..180, {order}")
     if south >= north:
         raise CatalogError(f"bbox {_text(values)}: south {south:g} is not below north {north:g}, {order}")
+    if 0 < west - east < 180:
+        hint = "a box across the antimeridian is narrower than half of the globe; west and east look swapped"
+        raise CatalogError(f"bbox {_text(values)}: west {west:g} lies east of east {east:g}: {hint}, {order}")
     if west == east:
         raise CatalogError(f"bbox {_text(values)}: west equals east, {order}")
     return west, south, east, north
+
+
+def asked(wanted: Filter) -> str:
+    """Say what a search asked for, and which of its tiles are none."""
+    start, end = (t.isoformat() if t else ".." for t in wanted.interval)
+    parts = [
+        f"bbox {_text(wanted.bbox)}" if wanted.bbox else "",
+        f"datetime {start}/{end}" if any(wanted.interval) else "",
+        f"tiles {', '.join(sorted(wanted.tiles))}" if wanted.tiles else "",
+    ]
+    strange = [tile for tile in sorted(wanted.tiles or ()) if not _MGRS.fullmatch(tile)]
+    hint = f" ({', '.join(strange)}: no MGRS tile, expected one such as 31UDS)" if strange else ""
+    return ", ".join(filter(None, parts)) + hint
+
+
+_MGRS = re.compile(r"\d{2}[C-HJ-NP-X][A-HJ-NP-Z][A-HJ-NP-V]")
 
 
 def _text(values: Collection[float]) -> str:

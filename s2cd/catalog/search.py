@@ -18,7 +18,7 @@ from s2cd.addresses import local_path
 from s2cd.catalog import static
 from s2cd.catalog.api import provider_at, search_api
 from s2cd.catalog.bands import canonical_band
-from s2cd.catalog.filters import Filter, describe, intersects, make_filter
+from s2cd.catalog.filters import Filter, asked, describe, intersects, make_filter
 from s2cd.catalog.frozen import SUFFIXES, read_frozen
 from s2cd.catalog.items import format_time, scene_from_item, understood
 from s2cd.catalog.providers import PROVIDERS
@@ -186,7 +186,7 @@ def _why_none(source: str, wanted: Filter, failed: list[Scene], others: Counter[
         names = ", ".join(map(repr, sorted(others)))
         return f"{source}: no scenes found, {others.total()} by collection left out; its collections are {names}"
     if not failed:
-        return f"{source}: no Sentinel-2 scenes found"
+        return f"{source}: no Sentinel-2 scenes found{' for ' * bool(asked(wanted))}{asked(wanted)}"
     why = Counter(wanted.rejects(s) for s in failed)
     causes = ", ".join(f"{count} by {cause}" for cause, count in why.most_common())
     hint = ""

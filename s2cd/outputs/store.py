@@ -40,12 +40,14 @@ class Store:
 
     Credentials come from the environment only, as obstore reads it (AWS_ACCESS_KEY_ID, ...), and servers of S3 as for
     the scenes that are read (AWS_ENDPOINT_URL or AWS_S3_ENDPOINT).
-    Raises OutputError for a URL of an unknown kind or a folder that cannot be made.
+    Raises OutputError for a file, a URL of an unknown kind or a folder that cannot be made.
     """
 
     def __init__(self, out: str):
         self.out = str(out)
         self.folder = local_folder(self.out)
+        if self.folder is not None and self.folder.is_file():
+            raise OutputError(f"{self.out}: is a file, expected a folder or a URL")
         with _output_errors(self.out, "cannot be used"):
             self._store: Any = LocalStore(self.folder, mkdir=True) if self.folder else open_bucket(self.out)
 
