@@ -12,9 +12,10 @@ CONFORMS = [f"https://api.stacspec.org/v1.0.0/{name}" for name in ("core", "item
 
 
 class ApiServer(ThreadingHTTPServer):
-    """Serves `items`; `answers` are bodies given instead of a page, by its number, or of the landing page, by "/".
+    """Serves `items`; `answers` are bodies given instead of a page, by its number, or of a document, by its path.
 
-    `following` says which page a page leads on to, where that is not the next. Searches are by box and query.
+    `following` says which page a page leads on to, where that is not the next. Searches are by collection, box and
+    query.
     """
 
     daemon_threads = True
@@ -58,9 +59,10 @@ class ApiServer(ThreadingHTTPServer):
 def _matches(item: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
     """As pgstac has it: a box from east to west is taken for the rest of the Earth, and null is never less."""
     west, _, east, _ = asked.get("bbox") or (-180, -90, 180, 90)
-    near = item["bbox"][0] <= max(west, east) and item["bbox"][2] >= min(west, east)
+    found = item["bbox"][0] <= max(west, east) and item["bbox"][2] >= min(west, east)
     pairs = [(item["properties"].get(name), *test.items()) for name, test in (asked.get("query") or {}).items()]
-    return near and all(v == limit if op == "eq" else v is not None and v <= limit for v, (op, limit) in pairs)
+    found = found and item["collection"] in (asked.get("collections") or [item["collection"]])
+    return found and all(v == limit if op == "eq" else v is not None and v <= limit for v, (op, limit) in pairs)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -71,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if not self.path.startswith("/items"):
-            self._send("/", self.server.landing())
+            self._send(self.path, self.server.landing())
             return
         number = int(self.path.partition("page=")[2] or 0)
         following = self.server.following.get(number, number + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -155,6 +156,23 @@ def test_tiles_of_an_api_in_every_form(pages: ApiServer, monkeypatch: pytest.Mon
     assert {s.id for s in search(pages.url, tiles="31UES")} == {"hidden"}
     monkeypatch.setitem(PROVIDERS, "earth-search", replace(PROVIDERS["earth-search"], url=pages.url))
     assert {s.id for s in search("earth-search", tiles="9VWK", collection=item["collection"])} == {"short", "long"}
+
+
+def test_a_known_provider_by_its_url_is_searched_as_by_its_name(
+    pages: ApiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = replace(PROVIDERS["earth-search"], url=pages.url)
+    monkeypatch.setitem(PROVIDERS, "earth-search", record)
+    first, *_, last = record.collections
+    pages.items = [
+        described(pages.items[0], name, grid__code="MGRS-31UDS") | {"collection": name} for name in record.collections
+    ]
+    for source in ("earth-search", pages.url, f"{pages.url}/"):
+        assert [s.collection for s in search(source)] == [first]
+        assert [s.collection for s in search(source, collection=last)] == [last]
+    links = [{"rel": "root", "href": pages.url}, {"rel": "items", "href": f"{pages.url}/items"}]
+    pages.answers[f"/collections/{last}"] = json.dumps({"type": "Collection", "id": last, "links": links}).encode()
+    assert [s.collection for s in search(f"{pages.url}/collections/{last}")] == [last]
 
 
 def test_a_box_across_the_antimeridian_is_asked_of_an_api_in_two(pages: ApiServer) -> None:

@@ -52,7 +52,7 @@ def search(
         tiles: MGRS tiles such as "31UDS", in upper or lower case.
         orbit: relative orbit or orbits, 1..143.
         max_cloud: percent by the scene's metadata; scenes that state none pass.
-        collection: STAC collection id; for a provider its first by default.
+        collection: STAC collection id; for a provider, by name or by URL, its first by default.
         bands: names such as "B04" or "red"; other assets are dropped, "scl" is kept.
         extra: keys of the items' assets to keep beside the bands, such as the mask that `Mask(band=...)` names;
             read as class layers.
@@ -108,9 +108,9 @@ def _address(source: str | PathLike[str]) -> str:
 
 def _read_scenes(source: str, wanted: Filter, collection: str | None, extra: Collection[str]) -> Iterator[Scene]:
     """Scenes of any source; servers filter already, files do not."""
-    if source in PROVIDERS:
-        record = PROVIDERS[source]
-        return _scenes(search_api(record.url, wanted, collection or record.collections[0], record), source, extra)
+    record = PROVIDERS.get(source) or provider_at(source)
+    if record is not None:
+        return _scenes(search_api(record.url, wanted, collection or record.collections[0], record), record.key, extra)
     if static.is_url(source) and not urlsplit(source).path.endswith(SUFFIXES):
         document = static.read_document(source)
         root, api_collection = _api_behind(document, source)
