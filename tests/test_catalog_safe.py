@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +93,34 @@ def write_product(folder: Path, *, level: str, baseline: str, offset: int | None
     return product
 
 
+def as_of_2017(product: Path) -> Path:
+    """Turn a product of level 2A into one of issue 14.2: other names of elements, files that begin with L2A_.
+
+    Each resolution has a list of its own, in which the elevation is, too, which the product does not hold.
+    """
+    info = product / "MTD_MSIL2A.xml"
+    text = info.read_text().replace("Level-2A</", "Level-2Ap</").replace("S2MSI2A<", "S2MSI2Ap<")
+    for name in ("Product_Info", "Product_Organisation", "Product_Image_Characteristics", "BOA_QUANTIFICATION_VALUE"):
+        text = re.sub(rf"(</?){name}\b", rf"\1L2A_{name}", text)
+    for name in ("PRODUCT_URI", "IMAGE_FILE"):
+        text = re.sub(rf"(</?){name}>", rf"\1{name}_2A>", text)
+    text = text.replace("QUANTIFICATION_VALUES_LIST", "L1C_L2A_Quantification_Values_List")
+    text = text.replace("<PRODUCT_URI_2A>", "<PRODUCT_URI_1C>S2B_MSIL1C.SAFE</PRODUCT_URI_1C><PRODUCT_URI_2A>")
+    text = re.sub("<Spectral_Information_List>.*</Spectral_Information_List>", "", text)
+    for path in product.glob("GRANULE/*/IMG_DATA/*/*.jp2"):
+        text = text.replace(f"/{path.stem}<", f"/L2A_{path.stem}<")
+        path.rename(path.with_name(f"L2A_{path.name}"))
+    start, images, end = re.split(r"(<IMAGE_FILE_2A>.*</IMAGE_FILE_2A>)", text)
+    opening = re.search(r"<Granule_List>\s*<Granule .*?>", start, re.DOTALL)[0]  # type: ignore[index]
+    lists = []
+    for metres in SIZE:
+        listed = re.findall(rf"<IMAGE_FILE_2A>[^<]*_{metres}m</IMAGE_FILE_2A>", images)
+        height = re.sub(r"IMG_DATA/.*<", f"AUX_DATA/L2A_T33XWJ_20220413T150759_DEM_{metres}m<", listed[0])
+        lists.append("".join([*listed, height]))
+    info.write_text(start + f"</Granule></Granule_List>{opening}".join(lists) + end)
+    return product
+
+
 def pixels(band: str, metres: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng([seed, *band.encode(), metres])
     shape = (SIZE[metres], SIZE[metres])
@@ -151,6 +181,21 @@ def test_the_cloud_probability_of_a_product_can_be_its_mask(tmp_path: Path) -> N
     window = (slice(4, 100), slice(10, 240))
     found = read_window(band_source(scene, "cloud"), scene.assets["red"].grid, window)
     assert np.array_equal(found, pixels("SCL", 20, 1).repeat(2, 0).repeat(2, 1)[window])
+
+
+def test_l2a_products_of_2017_have_other_names_for_the_same(tmp_path: Path) -> None:
+    (usual,) = search(write_product(tmp_path, level="2A", baseline="02.05", offset=None))
+    product = as_of_2017(Path(usual.address or ""))
+    granule = next((product / "GRANULE").iterdir())
+    _write_image(granule / "QI_DATA" / "L2A_T33XWJ_20220413T150759_CLD_20m.jp2", "SCL", 20, 1)
+    (scene,) = search(tmp_path, extra=("cloud",))
+    assert scene.assets.pop("cloud").grid == usual.assets["scl"].grid
+    assert "/R20m/L2A_T33XWJ_20220413T150759_SCL_20m.jp2" in scene.assets["scl"].href
+    renamed = {b: replace(a, href=a.href.replace("/L2A_T33XWJ_2", "/T33XWJ_2")) for b, a in scene.assets.items()}
+    assert replace(scene, assets=renamed) == usual
+    window = (slice(3, 233), slice(10, 240))
+    found = read_window(band_source(scene, "red"), scene.assets["red"].grid, window)
+    assert np.array_equal(found, pixels("B04", 10, 0)[window])
 
 
 def test_a_product_by_its_own_path_and_frozen(products: Path, tmp_path: Path) -> None:

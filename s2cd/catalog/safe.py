@@ -1,6 +1,7 @@
 """Folders of .SAFE products, read from their own metadata.
 
-The elements are those of the Sentinel-2 Products Specification Document (S2-PDGS-TAS-DI-PSD).
+The elements are those of the Sentinel-2 Products Specification Document (S2-PDGS-TAS-DI-PSD). Up to its issue 14.2
+(baselines 02.04 to 02.06, 2017 and 2018) those of L2A say so in their names: PRODUCT_URI_2A, L2A_Product_Info.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from s2cd.catalog.scene import Scene
 from s2cd.errors import CatalogError
 
 _BAND_FILE = re.compile(r"_(B\d{2}|B8A|SCL)(?:_(\d{2})m)?$")
+_L2A = re.compile(r"^L2A_|_2A$")
 _SUFFIXES = (".jp2", ".tif", ".tiff")
 _GSD = {band.name: band.gsd for band in BANDS} | {SCL.upper(): 20}
 
@@ -45,10 +47,11 @@ def _item(product: Path) -> dict[str, Any]:
     tile = _parse(_only(product, "GRANULE/*/MTD_TL.xml"))
     datatake = _find(info, "Datatake")
     granule = _find(info, "Granule")
+    level = _text(info, "PROCESSING_LEVEL").removeprefix("Level-")[:2]  # of "Level-2Ap", too, as of 2017
     return {
         "type": "Feature",
         "id": _text(info, "PRODUCT_URI").removesuffix(".SAFE"),
-        "collection": f"sentinel-2-l{_text(info, 'PROCESSING_LEVEL')[-2:].lower()}",
+        "collection": f"sentinel-2-l{level.lower()}",
         "geometry": {"type": "Polygon", "coordinates": [_footprint(_text(info, "EXT_POS_LIST"))]},
         "properties": {
             "datetime": parse_time(_text(tile, "SENSING_TIME")).isoformat(),
@@ -139,10 +142,10 @@ def _only(product: Path, pattern: str) -> Path:
 
 
 def _parse(path: Path) -> ET.Element:
-    """The document's root, its tags without namespaces."""
+    """The document's root, its tags without namespaces and as they are since issue 14.3."""
     root = ET.parse(path).getroot()
     for node in root.iter():
-        node.tag = node.tag.rpartition("}")[2]
+        node.tag = _L2A.sub("", node.tag.rpartition("}")[2])
     return root
 
 
