@@ -1,4 +1,8 @@
-"""What clients of object stores are made of: the same for the scenes that are read and the maps that are written."""
+"""What clients of object stores are made of: the same for the scenes that are read and the maps that are written.
+
+S2CD_SOURCE_ENDPOINT_URL, S2CD_SOURCE_ACCESS_KEY_ID and S2CD_SOURCE_SECRET_ACCESS_KEY are of the scenes alone, and go
+before AWS_*.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from urllib.parse import urlsplit
 from obstore.store import ObjectStore, from_url
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, S3Config
+    from obstore.store import ClientConfig, S3Config, S3Credential
 
 # What obstore takes from the environment: keys, regions and servers of S3, Azure and Google.
 _PREFIXES = {
@@ -19,6 +23,8 @@ _PREFIXES = {
     **dict.fromkeys(("az", "azure", "abfs", "abfss"), "AZURE_"),
     "gs": "GOOGLE_",
 }
+_SOURCE = "S2CD_SOURCE_"
+SOURCE_KEYS = (f"{_SOURCE}ACCESS_KEY_ID", f"{_SOURCE}SECRET_ACCESS_KEY")
 # What it takes from there of connections, unless it is told anything of them.
 _CONNECTION = (
     "allow_invalid_certificates",
@@ -36,13 +42,30 @@ UPLOAD_TIMEOUT = "600s"  # of each piece of 5 MB: many maps may share a thin lin
 def s3_endpoint() -> dict[str, str]:
     """Return the options of obstore's S3Store that name the server, none for Amazon's.
 
-    It comes from the environment, in the words of the AWS SDKs (AWS_ENDPOINT_URL) or in GDAL's (AWS_S3_ENDPOINT, with
-    AWS_HTTPS=NO for http).
+    It comes from the environment, in the words of the AWS SDKs (AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL) or in GDAL's
+    (AWS_S3_ENDPOINT, with AWS_HTTPS=NO for http).
     """
-    endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_S3_ENDPOINT")
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_S3_ENDPOINT")
+    endpoint = next(filter(None, map(os.environ.get, names)), None)
+    return _endpoint(endpoint, "http" if os.environ.get("AWS_HTTPS", "YES").upper() in {"NO", "FALSE"} else "https")
+
+
+def source_endpoint() -> dict[str, str]:
+    """Return the options of obstore's S3Store that name the server of scenes alone, none where maps have the same."""
+    return _endpoint(os.environ.get(f"{_SOURCE}ENDPOINT_URL"), "https")
+
+
+def source_keys() -> S3Credential | None:
+    """Return the keys of scenes alone, None if the environment does not have both."""
+    key, secret = map(os.environ.get, SOURCE_KEYS)
+    if not key or not secret:
+        return None
+    return {"access_key_id": key, "secret_access_key": secret, "token": None, "expires_at": None}
+
+
+def _endpoint(endpoint: str | None, scheme: str) -> dict[str, str]:
     if not endpoint:
         return {}
-    scheme = "http" if os.environ.get("AWS_HTTPS", "YES").upper() in {"NO", "FALSE"} else "https"
     return {"endpoint": endpoint if "://" in endpoint else f"{scheme}://{endpoint}"}
 
 
@@ -80,6 +103,6 @@ def reason_of(error: Exception) -> str:
 
 def environment_digest() -> str:
     """Return a digest that changes when keys are renewed: clients that are kept belong to one, and tell no key."""
-    prefixes = tuple(_PREFIXES.values())
+    prefixes = (*_PREFIXES.values(), _SOURCE)
     found = sorted((name, os.environ.get(name)) for name in os.environ if name.startswith(prefixes))
     return hashlib.sha256(repr(found).encode()).hexdigest()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import pickle
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -27,6 +29,7 @@ from rasterio.transform import Affine
 from tblib import pickling_support
 
 from s2cd import reader
+from s2cd.buckets import SOURCE_KEYS
 from s2cd.catalog import access, ranges
 from s2cd.catalog.scene import Grid
 from s2cd.errors import GridError, ReadError
@@ -36,6 +39,7 @@ SHAPE = (1023, 1025)
 TRANSFORM = Affine(10, 0, 499980, 0, -10, 5700000)
 GRID = Grid(32631, tuple(TRANSFORM)[:6], SHAPE)
 FILES = 4
+ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 
 
 def pixels(index: int) -> np.ndarray:
@@ -413,8 +417,9 @@ def s3(assets: Path) -> Iterator[str]:
     server.stop()
 
 
-def test_s3_with_keys_from_the_environment(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
+@pytest.mark.parametrize("name", ENDPOINTS)
+def test_s3_with_keys_from_the_environment(s3: str, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, s3)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     rows, cols = slice(17, 936), slice(0, 1025)
@@ -447,6 +452,108 @@ def test_s3_without_keys_reads_public_buckets(s3: str, monkeypatch: pytest.Monke
         read("s3://pixels/folder/none.tif", slice(0, 9), slice(0, 9))
 
 
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment that names no server and no keys."""
+    endpoints = (*ENDPOINTS, "AWS_S3_ENDPOINT", "S2CD_SOURCE_ENDPOINT_URL")
+    for name in (*endpoints, *access.KEYS, *SOURCE_KEYS):
+        monkeypatch.delenv(name, raising=False)
+
+
+def set_keys(monkeypatch: pytest.MonkeyPatch, prefix: str, key: str) -> None:
+    monkeypatch.setenv(f"{prefix}_ACCESS_KEY_ID", key)
+    monkeypatch.setenv(f"{prefix}_SECRET_ACCESS_KEY", "secret")
+
+
+@pytest.mark.usefixtures("bare")
+def test_scenes_have_keys_and_a_server_of_their_own(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of Copernicus Data Space, while maps go to a bucket of one's own."""
+    from moto.moto_api import recorder
+
+    def fetch() -> bytes:
+        options = access.s3_options("static", "s3://pixels/folder/red.tif")
+        return ranges.s3_source("pixels", "folder/red.tif", options).fetch(0, 2)
+
+    monkeypatch.chdir(tmp_path)  # where the server keeps what it was asked
+    recorder.start_recording()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of-maps")
+    set_keys(monkeypatch, "AWS", "MAPS")
+    assert fetch() == b"II"
+    for key in ("SCENES", "RENEWED"):
+        set_keys(monkeypatch, "S2CD_SOURCE", key)
+        assert fetch() == b"II"
+    for name in ENDPOINTS:
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("S2CD_SOURCE_ENDPOINT_URL", s3)
+    assert fetch() == b"II"
+    recorder.stop_recording()
+    asked = [json.loads(line)["headers"] for line in recorder.download_recording().splitlines()]
+    signed = [re.search(r"Credential=(\w+)/", headers["Authorization"])[1] for headers in asked]  # type: ignore[index]
+    assert signed == ["MAPS", "SCENES", "RENEWED", "RENEWED"]
+    assert ["X-Amz-Security-Token" in headers for headers in asked] == [True, False, False, False]
+
+
+EODATA, FRANKFURT = "https://eodata.dataspace.copernicus.eu", "https://s3.eu-central-1.amazonaws.com"
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize(
+    ("provider", "bucket", "own"),
+    [
+        ("cdse", "eodata", EODATA),
+        ("earth-search", "sentinel-s2-l1c", FRANKFURT),
+        ("static", "mine", "http://maps:9000"),
+    ],
+)
+def test_the_server_of_maps_is_not_asked_for_scenes_with_keys_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, provider: str, bucket: str, own: str
+) -> None:
+    def endpoint() -> str:
+        return access.s3_options(provider, f"s3://{bucket}/a.jp2")["endpoint"]
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://maps:9000")
+    set_keys(monkeypatch, "AWS", "key")
+    assert endpoint() == "http://maps:9000"
+    set_keys(monkeypatch, "S2CD_SOURCE", "key")
+    assert endpoint() == own
+    monkeypatch.setenv("S2CD_SOURCE_ENDPOINT_URL", "scenes:9000")
+    assert endpoint() == "https://scenes:9000"
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize("name", SOURCE_KEYS)
+def test_one_key_of_two_is_not_half_used(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    set_keys(monkeypatch, "AWS", "key")
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(ReadError, match=f"found {name} alone, expected {SOURCE_KEYS[0]} and {SOURCE_KEYS[1]}"):
+        read("s3://eodata/a.jp2", slice(0, 9), slice(0, 9), "cdse")
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize(
+    ("bucket", "region"),
+    [
+        ("deafrica-sentinel-2", "af-south-1"),
+        ("sentinel-cogs", "us-west-2"),
+        ("e84-earth-search-sentinel-data", "us-west-2"),
+    ],
+)
+def test_open_buckets_are_read_in_their_region_without_signature(
+    monkeypatch: pytest.MonkeyPatch, bucket: str, region: str
+) -> None:
+    """Keys of the bucket that maps go to mean nothing there."""
+    href = f"s3://{bucket}/a.tif"
+    place = {"region": region, "endpoint": f"https://s3.{region}.amazonaws.com"}
+    set_keys(monkeypatch, "AWS", "key")
+    assert access.s3_options("static", href) == place | {"skip_signature": "true"}
+    set_keys(monkeypatch, "S2CD_SOURCE", "key")
+    assert access.s3_options("static", href) == place
+    monkeypatch.setenv("S2CD_SOURCE_ENDPOINT_URL", "http://mirror")
+    assert access.s3_options("static", href) == {"endpoint": "http://mirror"}
+
+
+@pytest.mark.usefixtures("bare")
 def test_requester_pays_is_said_to_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     options = access.s3_options("earth-search", "s3://sentinel-s2-l1c/a.jp2")
@@ -454,10 +561,9 @@ def test_requester_pays_is_said_to_the_server(monkeypatch: pytest.MonkeyPatch) -
     assert "request_payer" not in access.s3_options("cdse", "s3://eodata/a.jp2")
 
 
+@pytest.mark.usefixtures("bare")
 def test_a_copy_of_an_archive_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     """The endpoint and the keys of Copernicus Data Space are those of its own bucket."""
-    for name in ("AWS_ENDPOINT_URL", "AWS_S3_ENDPOINT", *access.KEYS):
-        monkeypatch.delenv(name, raising=False)
     assert access.s3_options("cdse", "s3://my-mirror/a.jp2") == {"skip_signature": "true"}
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     assert access.s3_options("cdse", "s3://my-mirror/a.jp2") == {}

@@ -20,10 +20,10 @@ import rasterio
 import urllib3
 
 from s2cd.addresses import local_path
-from s2cd.buckets import s3_endpoint
+from s2cd.buckets import SOURCE_KEYS, s3_endpoint, source_endpoint, source_keys
 from s2cd.catalog.http import Http, retry_policy
 from s2cd.catalog.items import parse_time
-from s2cd.catalog.providers import PROVIDERS
+from s2cd.catalog.providers import PROVIDERS, Provider
 from s2cd.catalog.ranges import HEADS, HttpSource, RangeFile, RangePath, S3Source, s3_source
 from s2cd.catalog.static import is_url
 from s2cd.errors import GridError, ReadError, S2cdError
@@ -35,8 +35,15 @@ with rasterio.Env():  # adds the file system of `RangePath` before threads read
 
 # No listing of folders and no search for side files: an asset is one file. One thread, since s2cd reads in many.
 GDAL_OPTIONS = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_NUM_THREADS": "1"}
-# Buckets whose readers pay for the transfer, and the region they stand in.
-REQUESTER_PAYS = {"sentinel-s2-l1c": "eu-central-1", "sentinel-s2-l2a": "eu-central-1"}
+# Known buckets of Amazon's, and the region they stand in; all but those whose readers pay are open.
+REGIONS = {
+    "deafrica-sentinel-2": "af-south-1",
+    "e84-earth-search-sentinel-data": "us-west-2",
+    "sentinel-cogs": "us-west-2",
+    "sentinel-s2-l1c": "eu-central-1",
+    "sentinel-s2-l2a": "eu-central-1",
+}
+REQUESTER_PAYS = {"sentinel-s2-l1c", "sentinel-s2-l2a"}
 # Variables any of which says that this process has keys for S3.
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
 ATTEMPTS = 5
@@ -54,7 +61,8 @@ def open_dataset(provider: str, href: str) -> Iterator[rasterio.DatasetReader]:
 
     Remote files are read by `RangeFile`, which counts every byte; what it could not get is raised, even where GDAL
     went on without. Call it inside `with_retries`: signatures expire. Keys and endpoints come from the environment of
-    the process that reads: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL or AWS_S3_ENDPOINT,
+    the process that reads: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL or AWS_S3_ENDPOINT, or, where
+    maps go elsewhere, S2CD_SOURCE_ACCESS_KEY_ID, S2CD_SOURCE_SECRET_ACCESS_KEY and S2CD_SOURCE_ENDPOINT_URL;
     S2CD_SAS_URL (Planetary Computer's token service) and PC_SDK_SUBSCRIPTION_KEY.
 
     Args:
@@ -263,23 +271,45 @@ def require_keys(provider: str, href: str) -> None:
 def s3_options(provider: str, href: str) -> dict[str, str]:
     """Return options of the S3 client for an object: endpoint, region, whether to sign, who pays.
 
-    A provider's own hold for its own buckets: copies of an archive may lie elsewhere.
+    A provider's own hold for its own buckets: copies of an archive may lie elsewhere. Keys are not among them: those of
+    scenes alone (S2CD_SOURCE_*) go before AWS_*, which sign nothing for buckets that are known to be open.
 
-    Raises ReadError if the object asks for keys and this process has none.
+    Raises ReadError if the object asks for keys and this process has none, or one of two.
     """
     bucket = urlsplit(href).hostname or ""
     record = PROVIDERS.get(provider)
     record = record if record is not None and bucket in record.hosts else None
-    options = (dict(record.s3_options) if record is not None else {}) | s3_endpoint()
     pays = bucket in REQUESTER_PAYS
-    if pays:
-        options |= {"request_payer": "true", "region": REQUESTER_PAYS[bucket]}
-    if any(os.environ.get(name) for name in KEYS):
+    options = _place(bucket, record) | ({"request_payer": "true"} if pays else {})
+    is_open = bucket in REGIONS and not pays
+    if _has_source_keys(href) or (not is_open and any(os.environ.get(name) for name in KEYS)):
         return options
     if pays or (record is not None and record.signing == "s3"):
         why = "its readers pay" if pays else f"{provider} asks for keys"
-        raise ReadError(href, f"{why}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY on the workers")
+        names = f"AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or {' and '.join(SOURCE_KEYS)}"
+        raise ReadError(href, f"{why}: set {names}, on the workers")
     return options | {"skip_signature": "true"}
+
+
+def _place(bucket: str, record: Provider | None) -> dict[str, str]:
+    """Options that say where a bucket stands: as the environment has it, else as is known.
+
+    With keys of scenes alone, AWS_ENDPOINT_URL is the server of maps: what is known goes before it.
+    """
+    own = dict(record.s3_options) if record is not None else {}
+    region = REGIONS.get(bucket)
+    known = bool(own or region)
+    named = source_endpoint() or ({} if known and source_keys() is not None else s3_endpoint())
+    if region is None or named:
+        return own | named
+    return {"region": region, "endpoint": f"https://s3.{region}.amazonaws.com"}  # lest AWS_ENDPOINT_URL is taken
+
+
+def _has_source_keys(href: str) -> bool:
+    found = [name for name in SOURCE_KEYS if os.environ.get(name)]
+    if len(found) == 1:
+        raise ReadError(href, f"found {found[0]} alone, expected {' and '.join(SOURCE_KEYS)}")
+    return bool(found)
 
 
 @dataclass(frozen=True, slots=True)

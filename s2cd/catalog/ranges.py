@@ -23,7 +23,7 @@ from obstore.store import S3Store
 from rasterio.io import FilePath
 
 from s2cd.addresses import login_headers
-from s2cd.buckets import client_options, environment_digest
+from s2cd.buckets import client_options, environment_digest, source_keys
 from s2cd.catalog.http import RETRIED_STATUS, Http, Retry
 from s2cd.errors import ReadError
 
@@ -299,9 +299,14 @@ def s3_source(bucket: str, key: str, config: Mapping[str, str]) -> S3Source:
 
 @lru_cache(maxsize=32)
 def _s3_store(bucket: str, config: tuple[tuple[str, str], ...], _environment: str) -> S3Store:
+    keys, options = source_keys(), dict(config)
+    if "endpoint" in options:
+        options["aws_endpoint_url_s3"] = options["endpoint"]  # before which obstore takes the environment's
     return S3Store(
         bucket,
-        config=dict(config),  # type: ignore[arg-type]
+        config=options,  # type: ignore[arg-type]
+        # Not among the options: with them obstore would send the environment's AWS_SESSION_TOKEN.
+        credential_provider=None if keys is None else lambda: keys,
         client_options=client_options("s3", timeout=f"{READ_TIMEOUT:g}s", connect_timeout=f"{CONNECT_TIMEOUT:g}s"),
         retry_config={"max_retries": QUICK_RETRIES},
     )

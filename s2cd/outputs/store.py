@@ -38,8 +38,8 @@ _STAGED = re.compile(r"(.*)#\d+")  # obstore writes "name#1" and renames it to "
 class Store:
     """Objects by name ("31UDS/x.tif") under a local folder or a URL such as s3://bucket/prefix.
 
-    Credentials come from the environment only, as obstore reads it (AWS_ACCESS_KEY_ID, ...), and servers of S3 as for
-    the scenes that are read (AWS_ENDPOINT_URL or AWS_S3_ENDPOINT).
+    Credentials come from the environment only, as obstore reads it (AWS_ACCESS_KEY_ID, ...), and so do servers of S3
+    (AWS_ENDPOINT_URL or AWS_S3_ENDPOINT).
     Raises OutputError for a file, a URL of an unknown kind or a folder that cannot be made.
     """
 
