@@ -103,7 +103,8 @@ def _search_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--collection", help="STAC collection, where the provider has several."),
             click.option("--orbit", default="same", metavar="same|any|1-143", callback=_number,
                          help="Pair within a relative orbit, only in one, or across orbits (risks false change)."),
-            click.option("--mask", default="scl", metavar="scl|ASSET|MODULE:FUNCTION", help="What tells clouds."),
+            click.option("--mask", default="scl", metavar="scl|ASSET|MODULE:FUNCTION",
+                         help="What tells clouds; PYTHONPATH leads to MODULE."),
             click.option("--max-cloud", type=click.FloatRange(0, 100), default=60.0, help="Percent, by metadata."),
         ]
     ):  # fmt: skip
@@ -115,9 +116,11 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         [
             click.option("--out", required=True, metavar="DIR|URL", help="Where the maps go."),
-            click.option("--min-valid", type=click.FloatRange(0, 1), default=0.1, help="Valid fraction, by pixels."),
+            click.option("--min-valid", type=click.FloatRange(0, 1), default=0.1,
+                         help="Valid fraction, by pixels, before clouds grow."),
             click.option("--max-gap-days", type=click.FloatRange(0, min_open=True), help="Longest gap of a pair."),
-            click.option("--mask-classes", metavar="3,8-10", help="Values of the mask that are no observation."),
+            click.option("--mask-classes", metavar="3,8-10",
+                         help="Values of the mask that are no observation; nodata of another ASSET belongs to them."),
             click.option("--mask-dilation", type=click.FloatRange(0, 600), default=60.0, help="Metres clouds grow by."),
             click.option("--model", default="generic", help="Shipped model, or path of an exported or trained one."),
             click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),

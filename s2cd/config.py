@@ -59,7 +59,7 @@ class RunConfig(BaseModel):
     collection    STAC collection, where the provider has several
     orbit         "same": pairs within a relative orbit; a number: only that orbit; "any": across orbits too
     max_cloud     percent, by metadata: cloudier scenes are left out
-    min_valid     fraction of the tile, by pixels: scenes with less valid are left out
+    min_valid     fraction of the tile, by pixels, before clouds grow: scenes with less valid are left out
     max_gap_days  pairs further apart are left out
     mask          "scl" (L1C has none and gets a spectral test), the key of another asset of the items that holds a
                   mask, or "package.module:function"
