@@ -112,7 +112,9 @@ def load_function(name: str) -> Callable[[np.ndarray, tuple[str, ...]], np.ndarr
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:  # a module of the user's may raise anything
-        raise ConfigError(f'mask function {name!r}: {_one_line(error)}, expected "package.module:name"') from error
+        hint = ": set PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        expected = f'expected "package.module:name" that can be imported{hint}'
+        raise ConfigError(f"mask function {name!r}: {_one_line(error)}, {expected}") from error
     if not callable(function):
         raise ConfigError(f"mask function {name!r}: found {type(function).__name__}, expected a function")
     return function

@@ -218,6 +218,12 @@ def test_a_function_that_is_none_is_named(name: str) -> None:
         Mask(function=name).from_reflectance(np.zeros((1, 3, 3), np.float32), ("red",))
 
 
+def test_a_module_that_is_not_found_is_looked_for_in_pythonpath() -> None:
+    """Python itself looks into the working directory, the command `s2cd` does not."""
+    with pytest.raises(ConfigError, match=r"No module named 'nowhere', expected .* can be imported: set PYTHONPATH$"):
+        Mask.parse("nowhere:cloud")
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
