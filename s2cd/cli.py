@@ -104,8 +104,9 @@ def _search_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--orbit", default="same", metavar="same|any|1-143", callback=_number,
                          help="Pair within a relative orbit, only in one, or across orbits (risks false change)."),
             click.option("--mask", default="scl", metavar="scl|ASSET|MODULE:FUNCTION",
-                         help="What tells clouds; PYTHONPATH leads to MODULE."),
-            click.option("--max-cloud", type=click.FloatRange(0, 100), default=60.0, help="Percent, by metadata."),
+                         help="Source of the cloud mask; PYTHONPATH leads to MODULE."),
+            click.option("--max-cloud", type=click.FloatRange(0, 100), default=60.0,
+                         help="Skip cloudier scenes, percent by metadata."),
         ]
     ):  # fmt: skip
         command = option(command)
@@ -117,20 +118,24 @@ def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         [
             click.option("--out", required=True, metavar="DIR|URL", help="Where the maps go."),
             click.option("--min-valid", type=click.FloatRange(0, 1), default=0.1,
-                         help="Valid fraction, by pixels, before clouds grow."),
-            click.option("--max-gap-days", type=click.FloatRange(0, min_open=True), help="Longest gap of a pair."),
+                         help="Skip dates with a smaller valid fraction, before clouds grow."),
+            click.option("--max-gap-days", type=click.FloatRange(0, min_open=True),
+                         help="Longest gap between the dates of a pair."),
             click.option("--mask-classes", metavar="3,8-10",
                          help="Values of the mask that are no observation; nodata of another ASSET belongs to them."),
             click.option("--mask-dilation", type=click.FloatRange(0, 600), default=60.0, help="Metres clouds grow by."),
             click.option("--model", default="generic", help="Shipped model, or path of an exported or trained one."),
-            click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
+            click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto",
+                         help="Where the network runs."),
             click.option("--cluster", default="local", help="Kind, or a profile: cluster/slurm.yaml."),
-            click.option("--chunk", default="auto", metavar="auto|64-16384", callback=_number, help="Pixels."),
+            click.option("--chunk", default="auto", metavar="auto|64-16384", callback=_number,
+                         help="Edge of a processing chunk, pixels."),
             click.option(
                 "--dates-per-task", default="auto", metavar="auto|2-64", callback=_number,
-                help="Share reads and features.",
+                help="Dates that share reads and features.",
             ),
-            click.option("--cog-profile", type=click.Choice(["default", "zstd", "lerc", "uint8"]), default="default"),
+            click.option("--cog-profile", type=click.Choice(["default", "zstd", "lerc", "uint8"]), default="default",
+                         help="Compression of the maps; default: for any GDAL >= 3.1."),
             click.option("--quicklook/--no-quicklook", default=True, help="A PNG beside each map."),
             click.option("--validity", is_flag=True, help="A layer that tells why a pixel has no value."),
             click.option(
@@ -169,7 +174,8 @@ def _number(_ctx: click.Context, _param: click.Parameter, value: str) -> str | i
 def search(as_json: bool, save: str | None, **options: Any) -> None:
     """List the scenes of CATALOG in one form, wherever they come from.
 
-    CATALOG is earth-search, planetary-computer or cdse, the URL of a STAC API, a static catalogue or frozen scenes.
+    CATALOG is earth-search, planetary-computer or cdse, the URL of a STAC API, a static catalogue, a folder of .SAFE
+    products or frozen scenes.
     """
     from s2cd import catalog
     from s2cd.catalog.frozen import writable
