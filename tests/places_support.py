@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -13,8 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import dask
+import pytest
 import torch
 from distributed import Client
+from distributed.comm import connect
+from distributed.security import Security
 
 import s2cd
 from s2cd.errors import S2cdWarning
@@ -93,3 +97,22 @@ def wait_for_file(path: Path, seconds: float = 60) -> None:
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear within {seconds} s"
         time.sleep(0.1)
+
+
+def call(address: str, security: Security) -> None:
+    """Connect to a scheduler or worker, as a client does first. Raises OSError or TypeError if it refuses."""
+
+    async def connected() -> None:
+        comm = await connect(address, timeout=3, **security.get_connection_args("client"))
+        await comm.close()
+
+    asyncio.run(connected())
+
+
+def refuses_strangers(address: str) -> None:
+    """Fail if someone without a certificate, or with one of his own, can talk to what listens there."""
+    for stranger in (Security(), Security.temporary()):
+        with pytest.raises((OSError, TypeError)):
+            call(address.replace("tcp:", "tls:"), stranger)
+    with pytest.raises(OSError):
+        call(address.replace("tls:", "tcp:"), Security())

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import requests
 import yaml
 from distributed import get_worker
 from places_support import BIN, background
@@ -152,6 +153,11 @@ def test_local_workers_keep_large_buffers_instead_of_returning_them_to_the_kerne
     if not sys.platform.startswith("linux"):
         pytest.skip("the allocator's settings are those of glibc")
     assert client.submit(probe, key="allocator").result()["returned"] == 0
+
+
+def test_the_dashboard_is_for_this_machine_alone(client):
+    assert client.cluster.scheduler.http_server.address == "127.0.0.1"
+    assert requests.get(client.dashboard_link, timeout=30).ok
 
 
 def test_files_stay_open_in_proportion_to_the_threads(client):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -15,8 +17,17 @@ import cloudpickle
 import dask
 import pytest
 import requests
-from distributed import Scheduler, SchedulerPlugin
-from places_support import BIN, PAIRS, background, demo_catalogue, maps_of, run_in_small_parts
+from distributed import Client, Scheduler, SchedulerPlugin
+from places_support import (
+    BIN,
+    PAIRS,
+    background,
+    call,
+    demo_catalogue,
+    maps_of,
+    refuses_strangers,
+    run_in_small_parts,
+)
 
 import s2cd
 from s2cd.catalog.static import iter_items, read_document
@@ -241,3 +252,60 @@ def test_a_certificate_that_is_not_there_is_named(certificates: dict[str, str]) 
     absent["tls"] = {"ca_file": certificates["cluster.pem"], "cert": "none.pem", "key": "none.pem"}
     with pytest.raises(ClusterError, match=r"tls\.cert: found no file none\.pem"):
         s2cd.cluster(absent).__enter__()
+
+
+QSUB = """#!/bin/sh
+export PBS_O_WORKDIR="$PWD"
+cd /
+setsid bash -c "$(cat "$1")" >"$PBS_O_WORKDIR/job.log" 2>&1 </dev/null &
+echo $!
+"""
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A cluster of kind pbs. Its jobs run at once on this machine, in another folder than the client, as PBS has it."""
+    pytest.importorskip("dask_jobqueue")
+    folder = tmp_path_factory.mktemp("pbs")
+    (folder / "bin").mkdir()
+    for name, script in (("qsub", QSUB), ("qdel", '#!/bin/sh\nkill -- "-$1"\n')):
+        (folder / "bin" / name).write_text(script)
+        (folder / "bin" / name).chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+        profile = {"kind": "pbs", "cores": 1, "memory": "1 GiB", "dashboard": 0, "jobs": {"minimum": 1, "maximum": 1}}
+        link = {"distributed.dashboard.link": "/proxy/{host}:{port}/status"}  # as a site's JupyterHub has it
+        with dask.config.set(link), s2cd.cluster(profile) as client:
+            client.wait_for_workers(1, timeout=60)
+            yield client
+        assert list((folder / "s2cd-logs").iterdir()) == []
+
+
+def test_a_batch_cluster_refuses_strangers(batch: Client) -> None:
+    """Every user of a site reaches its hosts, and a scheduler runs what it is sent."""
+    (worker,) = batch.scheduler_info(n_workers=-1)["workers"]
+    for address in (batch.scheduler.address, worker):
+        call(address, batch.security)
+        refuses_strangers(address)
+    assert batch.submit(sum, [1, 2]).result() == 3
+
+
+def test_dashboards_of_a_batch_cluster_are_for_their_hosts_alone(batch: Client) -> None:
+    server = batch.cluster.scheduler.http_server
+    assert server.address == "127.0.0.1"
+    assert batch.dashboard_link == f"/proxy/127.0.0.1:{server.port}/status"
+    assert requests.get(f"http://127.0.0.1:{server.port}/status", timeout=30).ok
+    assert set(batch.run(lambda dask_worker: dask_worker.http_server.address).values()) == {"127.0.0.1"}
+
+
+def test_no_other_user_reads_the_certificate_of_a_batch_cluster(batch: Client) -> None:
+    (folder,) = Path("s2cd-logs").iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert [path.stat().st_mode & 0o777 for path in folder.iterdir()] == [0o600, 0o600]
+
+
+def test_a_batch_cluster_without_cryptography_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    with pytest.raises(ClusterError, match=r"^profile of kind slurm: cryptography cannot be imported .*\[hpc\]"):
+        s2cd.cluster("slurm").__enter__()

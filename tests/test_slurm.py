@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from distributed import as_completed
-from places_support import BIN, PAIRS, demo_catalogue, maps_by, maps_of, run_in_small_parts
+from places_support import BIN, PAIRS, call, demo_catalogue, maps_by, maps_of, refuses_strangers, run_in_small_parts
 
 from s2cd.clusters import check_profile, cluster, worker_environment
 from s2cd.clusters.check import probe
@@ -109,7 +109,22 @@ def test_credentials_reach_the_workers_by_environment_only(client):
         )
         assert "MALLOC_ARENA_MAX" in script.stdout
         assert "a-secret" not in script.stdout
-    assert not [log for log in Path("my logs").iterdir() if "a-secret" in log.read_text()]
+    assert not [log for log in Path("my logs").glob("*.log") if "a-secret" in log.read_text()]
+
+
+def test_a_stranger_is_refused_by_the_scheduler_and_by_workers(client):
+    """Every user of the site reaches them, and they run what they are sent."""
+    client.submit(_where, 0, pure=False).result()
+    (worker, *_) = client.scheduler_info(n_workers=-1)["workers"]
+    for address in (client.scheduler.address, worker):
+        call(address, client.security)
+        refuses_strangers(address)
+
+
+def test_no_other_user_reads_the_certificate(client):
+    (folder,) = Path("my logs").glob("tls-*")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
 
 
 def test_a_cancelled_job_is_replaced_and_its_work_done(client):
@@ -174,3 +189,4 @@ def test_check_starts_one_worker_and_reports(slurm):
     assert {name for name, (ok, _) in report.items() if not ok} == set()
     report = {name: (ok, detail) for name, ok, detail in check_profile(WORKER | {"gpus": 1})}
     assert report["gpu"] == (False, "none")
+    assert {path.suffix for path in Path("s2cd-logs").iterdir()} == {".log"}  # the certificates are gone

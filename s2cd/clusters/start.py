@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -58,6 +59,9 @@ SCHEDULING = {
 _LIFETIME, _STAGGER = 0.85, 0.05  # of the walltime: workers hand over before the batch system kills them
 THREADS_A_GPU = 16  # in one process; half of the time they wait for each other already
 _WORKER_SHARE = 0.85  # of the memory; the rest is the client's, the scheduler's and the page cache's
+_HERE = "127.0.0.1"  # where dashboards listen: whoever reaches one sees the run, unasked
+_CERTIFICATE, _KEY = "cluster.pem", "cluster.key"
+_ROLES = ("client", "scheduler", "worker")
 
 
 @contextlib.contextmanager
@@ -178,7 +182,7 @@ def _local(profile: LocalProfile) -> Iterator[SpecCluster]:
             n_workers=profile.processes,
             threads_per_worker=threads,
             memory_limit=memory,
-            dashboard_address=f":{profile.dashboard}",
+            dashboard_address=f"{_HERE}:{profile.dashboard}",
         )
     with started:
         yield started
@@ -231,7 +235,7 @@ def _cuda(profile: CudaProfile) -> Iterator[SpecCluster]:
         started = local_cuda_cluster(
             threads_per_worker=threads,
             device_memory_limit=profile.device_memory,
-            dashboard_address=f":{profile.dashboard}",
+            dashboard_address=f"{_HERE}:{profile.dashboard}",
             **options,
         )
     with started:
@@ -281,6 +285,7 @@ def job_options(profile: SlurmProfile | PbsProfile) -> dict[str, Any]:
         "worker_extra_args": [
             *("--lifetime", f"{int(profile.walltime * _LIFETIME)}s"),
             *("--lifetime-stagger", f"{int(profile.walltime * _STAGGER)}s"),
+            *("--no-dashboard", "--dashboard-address", f"{_HERE}:0"),
         ],
         "death_timeout": 60,
         "python": shlex.quote(profile.python or sys.executable),
@@ -314,10 +319,11 @@ def _clock(seconds: int) -> str:
 def batch_cluster_class(profile: SlurmProfile | PbsProfile) -> Any:
     """dask-jobqueue's cluster class for the profile."""
     try:
-        import dask_jobqueue
+        dask_jobqueue = importlib.import_module("dask_jobqueue")
+        importlib.import_module("cryptography")  # Dask misses it only when it makes certificates, after the search
     except ImportError as error:
         raise ClusterError(
-            f"profile of kind {profile.kind}: dask-jobqueue cannot be imported ({error});"
+            f"profile of kind {profile.kind}: {error.name} cannot be imported ({error});"
             " pip install -e '.[hpc]' in the checkout of s2cd"
         ) from None
     return dask_jobqueue.SLURMCluster if isinstance(profile, SlurmProfile) else dask_jobqueue.PBSCluster
@@ -325,7 +331,9 @@ def batch_cluster_class(profile: SlurmProfile | PbsProfile) -> Any:
 
 def batch_job(profile: SlurmProfile | PbsProfile, scheduler: str = "<scheduler address>") -> Any:
     """dask-jobqueue's job of the profile: one worker."""
-    return batch_cluster_class(profile).job_cls(scheduler, name="<worker name>", **job_options(profile))
+    job_class = batch_cluster_class(profile).job_cls
+    security = job_security(Path("<certificates>"))
+    return job_class(scheduler, name="<worker name>", protocol="tls://", security=security, **job_options(profile))
 
 
 def try_submission(profile: Profile) -> None:
@@ -355,14 +363,50 @@ def _batch(profile: SlurmProfile | PbsProfile) -> Iterator[SpecCluster]:
     cluster_class = batch_cluster_class(profile)
     Path(profile.log_folder).mkdir(parents=True, exist_ok=True)
     try_submission(profile)
-    with _quiet_ports():
-        started = cluster_class(
-            scheduler_options={"dashboard_address": f":{profile.dashboard}"}, **job_options(profile)
-        )
-    with started:
-        # adaptive even where minimum equals maximum: a fixed scale does not replace a job that ended
-        started.adapt(minimum=profile.jobs.minimum, maximum=profile.jobs.maximum)
-        yield started
+    link = dask.config.get("distributed.dashboard.link").replace("{host}", _HERE)  # not the scheduler's address
+    with _certificates(Path(profile.log_folder)) as security, dask.config.set({"distributed.dashboard.link": link}):
+        with _quiet_ports():
+            started = cluster_class(
+                scheduler_options={"dashboard_address": f"{_HERE}:{profile.dashboard}"},
+                security=security,
+                **job_options(profile),
+            )
+        with started:
+            # adaptive even where minimum equals maximum: a fixed scale does not replace a job that ended
+            started.adapt(minimum=profile.jobs.minimum, maximum=profile.jobs.maximum)
+            yield started
+
+
+class JobSecurity(Security):
+    """Certificates in files, whose paths dask-jobqueue puts into the shell's line that starts a worker."""
+
+    def get_tls_config_for_role(self, role: str) -> dict[str, str | None]:
+        """As Dask's, with a worker's paths quoted: no worker reads them from here."""
+        files: dict[str, str | None] = super().get_tls_config_for_role(role)
+        return {key: file and shlex.quote(file) for key, file in files.items()} if role == "worker" else files
+
+
+def job_security(folder: Path) -> JobSecurity:
+    """Encryption for those alone who can read the certificate and its key in `folder`."""
+    certificate, key = str(folder / _CERTIFICATE), str(folder / _KEY)
+    files = {f"tls_{role}_cert": certificate for role in _ROLES} | {f"tls_{role}_key": key for role in _ROLES}
+    return JobSecurity(require_encryption=True, tls_ca_file=certificate, **files)
+
+
+@contextlib.contextmanager
+def _certificates(folder: Path) -> Iterator[JobSecurity]:
+    """A certificate of the cluster's own, for as long as it lives, where no other user can read it.
+
+    A scheduler runs whatever it is sent, as the user, and every user of a batch system can reach it.
+    """
+    made = Security.temporary()
+    # errors: on NFS a folder stays while some host has one of its files open
+    with tempfile.TemporaryDirectory(prefix="tls-", dir=folder.absolute(), ignore_cleanup_errors=True) as private:
+        for name, text in ((_CERTIFICATE, made.tls_scheduler_cert), (_KEY, made.tls_scheduler_key)):
+            file = Path(private, name)
+            file.touch(mode=0o600)
+            file.write_text(text)
+        yield job_security(Path(private))
 
 
 @contextlib.contextmanager
