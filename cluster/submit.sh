@@ -3,7 +3,8 @@
 # by itself, as the profile says, and gives them back.
 #
 #   Slurm:  sbatch cluster/submit.sh s2cd run CATALOG --out maps --cluster cluster/slurm-gpu.yaml -q
-#   PBS:    qsub -V -v S2CD_COMMAND="s2cd run CATALOG --out maps --cluster cluster/pbs.yaml -q" cluster/submit.sh
+#   PBS:    export S2CD_COMMAND="s2cd run CATALOG --out maps --cluster cluster/pbs.yaml -q"
+#           qsub -V cluster/submit.sh
 #
 # The client needs little: it holds the scheduler and the plan, never pixels. Submit the same command again to go on
 # where a job ended: finished maps stay.

@@ -271,6 +271,7 @@ def batch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     for name, script in (("qsub", QSUB), ("qdel", '#!/bin/sh\nkill -- "-$1"\n')):
         (folder / "bin" / name).write_text(script)
         (folder / "bin" / name).chmod(0o755)
+    (folder / "mine.py").write_text("def answer(): return 42\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
@@ -297,6 +298,10 @@ def test_dashboards_of_a_batch_cluster_are_for_their_hosts_alone(batch: Client) 
     assert batch.dashboard_link == f"/proxy/127.0.0.1:{server.port}/status"
     assert requests.get(f"http://127.0.0.1:{server.port}/status", timeout=30).ok
     assert set(batch.run(lambda dask_worker: dask_worker.http_server.address).values()) == {"127.0.0.1"}
+
+
+def test_jobs_of_pbs_find_what_lies_in_the_clients_folder(batch: Client) -> None:
+    assert batch.submit(eval, "__import__('mine').answer()").result() == 42
 
 
 def test_no_other_user_reads_the_certificate_of_a_batch_cluster(batch: Client) -> None:

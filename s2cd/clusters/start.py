@@ -292,7 +292,7 @@ def job_options(profile: SlurmProfile | PbsProfile) -> dict[str, Any]:
     }
     if isinstance(profile, SlurmProfile):
         return options | _slurm_options(profile)
-    return options | _pbs_options(profile)
+    return options | _pbs_options(profile, options["job_script_prologue"])
 
 
 def _slurm_options(profile: SlurmProfile) -> dict[str, Any]:
@@ -303,13 +303,17 @@ def _slurm_options(profile: SlurmProfile) -> dict[str, Any]:
     return {"job_cpu": profile.cores, "job_extra_directives": [*directives, *profile.directives]}
 
 
-def _pbs_options(profile: PbsProfile) -> dict[str, Any]:
+def _pbs_options(profile: PbsProfile, prologue: list[str]) -> dict[str, Any]:
     select = f"select=1:ncpus={profile.cores}:mem={-(-profile.memory // 2**20)}MB"
     if profile.gpus:
         select += f":ngpus={profile.gpus}"
     # -V: the workers get the client's environment, so credentials need no file and stand in no script
     directives = ["-V", "-j oe", f"-o {profile.log_folder}/"]
-    return {"resource_spec": select, "job_extra_directives": [*directives, *profile.directives]}
+    return {
+        "resource_spec": select,
+        "job_extra_directives": [*directives, *profile.directives],
+        "job_script_prologue": ['cd "$PBS_O_WORKDIR"', *prologue],  # jobs start at home: a mask function lies here
+    }
 
 
 def _clock(seconds: int) -> str:
