@@ -65,6 +65,8 @@ def test_the_profile_for_one_gpu_is_understood():
         ("kind: slurm\nmemory: 32\n", "memory: found 32, expected a size with its unit, such as '16 GiB'"),
         ("kind: local\nmemory: .inf\n", "memory: found inf, expected a size with its unit"),
         ("kind: slurm\nwalltime: soon\n", "walltime: found 'soon', expected"),
+        ("kind: slurm\nwalltime: 60\n", "walltime: found 60, expected a duration with its unit, such as '01:00:00'"),
+        ("kind: pbs\nwalltime: '90'\n", "walltime: found '90', expected a duration with its unit"),
         ("kind: slurm\ngpus: 4\n", "gpus: found 4, expected"),
         ("kind: slurm\njobs: {maximum: few}\n", "jobs.maximum: found 'few', expected"),
         ("kind: slurm\njobs: {most: 3}\n", "jobs.most: unknown key, expected one of maximum, minimum"),
@@ -93,7 +95,14 @@ def test_an_absent_profile_names_the_known_ones():
 
 @pytest.mark.parametrize(
     ("walltime", "seconds"),
-    [('"01:00:00"', 3600), ("12:00:00", 43200), ('"1-00:00:00"', 86400), ("90 minutes", 5400), ("600", 600)],
+    [
+        ('"01:00:00"', 3600),
+        ("12:00:00", 43200),
+        ('"1-00:00:00"', 86400),
+        ("90 minutes", 5400),
+        ("600", 600),
+        ("9 minutes", 540),
+    ],
 )
 def test_walltime_is_read_as_people_and_yaml_write_it(tmp_path, walltime, seconds):
     path = tmp_path / "slurm.yaml"

@@ -144,7 +144,7 @@ def test_idle_jobs_are_given_back_while_the_client_stays(client):
 def test_a_run_outlives_its_jobs():
     jobs: list[str] = []
     deadline = time.monotonic() + 300
-    with cluster(WORKER | {"walltime": 24, "jobs": {"maximum": 2}}) as client:
+    with cluster(WORKER | {"walltime": "24 s", "jobs": {"maximum": 2}}) as client:
         while len(set(jobs)) < 3 and time.monotonic() < deadline:
             jobs += client.gather(client.map(_where, [0.5] * 20, pure=False))
     assert len(set(jobs)) >= 3

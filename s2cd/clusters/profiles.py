@@ -22,6 +22,8 @@ from pydantic import (
 from s2cd.errors import ClusterError
 
 LEAST_MEMORY = 256 << 20  # bytes: less is a number whose unit was forgotten
+LEAST_WALLTIME = 600  # seconds, of a bare number: less is one of minutes
+_NUMBER = re.compile(r"\s*[-+]?[\d.]+\s*")
 _CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d)")
 
 
@@ -44,8 +46,17 @@ def _to_seconds(value: Any) -> int:
     raise ValueError("a duration such as '01:00:00' or '90 minutes'")
 
 
+def _to_walltime(value: Any) -> int:
+    """As `_to_seconds`; a small bare number was meant as minutes, as batch systems read it."""
+    seconds = _to_seconds(value)
+    if seconds < LEAST_WALLTIME and _NUMBER.fullmatch(str(value)):
+        raise ValueError("a duration with its unit, such as '01:00:00' or '60 minutes'")
+    return seconds
+
+
 Bytes = Annotated[int, BeforeValidator(_to_bytes)]
 Seconds = Annotated[int, BeforeValidator(_to_seconds), Field(gt=0)]
+Walltime = Annotated[int, BeforeValidator(_to_walltime), Field(gt=0)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Auto = Literal["auto"]
 
@@ -100,7 +111,7 @@ class _BatchProfile(_Profile):
     threads: Count | Auto = "auto"
     memory: Bytes = 32 << 30
     gpus: Annotated[int, Field(strict=True, ge=0, le=1)] = 0
-    walltime: Seconds = 3600
+    walltime: Walltime = 3600
     jobs: Jobs = Jobs()
     interface: str | None = None
     log_folder: str = "s2cd-logs"
