@@ -7,6 +7,7 @@ with the number of tiles.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -58,8 +59,10 @@ from s2cd.sizes import Sizes, Workers, task_sizes
 from s2cd.survey import SceneInput, Survey, scene_input, survey_scene
 from s2cd.views import View, fingerprint, read_view, read_views, write_view
 
+LOG = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 HEED = 0.5  # seconds between looks for an interrupt
+ALONE = 60.0  # seconds without any worker after which that is said
 NOTICE = 10.0  # seconds in which a client notices that its scheduler is gone
 
 
@@ -266,6 +269,7 @@ class _Submission:
         self.interrupted = threading.Event()
         self.ended = threading.Event()  # a map ended since the last look
         self.asked, self.threads = -math.inf, dict[str, int]()
+        self.manned = time.monotonic()  # when a worker was there last
         self.left = plan.steps  # pairs without a map, as far as is known
         self.total = 0
         self.submitted = 0
@@ -409,6 +413,7 @@ class _Submission:
             self.ended.wait(HEED)
             if self.interrupted.is_set():
                 raise KeyboardInterrupt
+            self._tell_of_absence()
 
     def _wait(self, futures: list[Future]) -> set[Future]:
         """Return all of them when they have ended. Raises KeyboardInterrupt, within a moment, after an interrupt."""
@@ -417,6 +422,15 @@ class _Submission:
                 raise KeyboardInterrupt
             with suppress(TimeoutError):
                 return set(wait(futures, timeout=HEED).done)
+            self._tell_of_absence()
+
+    def _tell_of_absence(self) -> None:
+        """Say so, once, where no worker has been there for long: a wait without a word looks like work."""
+        if self._threads():
+            self.manned = time.monotonic()
+        elif time.monotonic() > self.manned + ALONE:
+            LOG.warning("no worker for %.0f s, the run waits for one; on a batch system its jobs may be queued", ALONE)
+            self.manned = math.inf
 
     def _threads(self) -> dict[str, int]:
         """Threads by worker, asked for now and then: each question is a message to the scheduler and back."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import warnings
 from collections import defaultdict
 from dataclasses import replace
@@ -23,6 +24,7 @@ from distributed import Client, LocalCluster, get_task_stream
 from fault_server import FaultServer
 
 import s2cd
+from s2cd import runner
 from s2cd.catalog import access, freeze
 from s2cd.cube import common_grid
 from s2cd.errors import ClusterError, ConfigError, NoScenesError, OutputError, S2cdError, S2cdWarning, ShiftWarning
@@ -381,6 +383,25 @@ def test_workers_that_come_with_the_work_are_counted_then(make_series, config):
     ):
         assert run(config, client, scenes=make_series(dates=7), progress=lambda *_: batch.scale(1)).ok
     assert len({task["key"][1] for task in stream.data if task["key"][0] == "infer_block"}) == 6
+
+
+def test_a_run_without_any_worker_says_so_once_a_wait(make_series, config, monkeypatch):
+    monkeypatch.setattr(runner, "ALONE", 0.0)
+    told = []
+
+    def come_later(record):
+        told.append(record.getMessage())
+        threading.Timer(4 * runner.HEED, batch.scale, [1]).start()
+        return True
+
+    with (
+        LocalCluster(processes=False, n_workers=0, dashboard_address=None) as batch,
+        Client(batch) as client,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(runner.LOG, "filters", [come_later])
+        assert run(config, client, scenes=make_series(dates=2)).ok
+    assert told == ["no worker for 0 s, the run waits for one; on a batch system its jobs may be queued"]
 
 
 def test_what_the_cluster_refuses_is_told_before_anything_is_searched_or_written(config, tmp_path):
