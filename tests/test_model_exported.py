@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -335,3 +338,89 @@ def test_missing_or_damaged_files_are_named(program, tmp_path):
     (tmp_path / "mine.json").unlink()
     with pytest.raises(ModelError, match=r"cannot read mine\.json"):
         load_model(path, device="cpu")
+
+
+class Evil:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, folder: Path):
+        self._folder = str(folder)
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (self._folder,)
+
+
+def pickled(thing: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(thing, file)
+    return file.getvalue()
+
+
+def rewritten(program: Path, folder: Path, changes: dict[str, bytes], added: dict[str, bytes] | None = None) -> str:
+    """Copy the program to `folder` with other members: changes by the ends of their names, and some more."""
+    path = described(program, folder)
+    with zipfile.ZipFile(program) as given, zipfile.ZipFile(path, "w") as archive:
+        for name in given.namelist():
+            archive.writestr(name, next((v for end, v in changes.items() if name.endswith(end)), given.read(name)))
+        for name, content in (added or {}).items():
+            archive.writestr(f"{given.namelist()[0].split('/')[0]}/{name}", content)
+    return path
+
+
+def listed(path: str, *, use_pickle: object) -> bytes:
+    return json.dumps({"config": {"x": {"path_name": path, "is_param": False, "use_pickle": use_pickle}}}).encode()
+
+
+def test_an_archive_that_could_run_code_is_refused_before_torch_reads_it(program, tmp_path):
+    evil = pickled(((Evil(tmp_path / "run"),), {}))
+    samples, weights, constants = "sample_inputs/model.pt", "weights_config.json", "constants_config.json"
+    for message, changes, added in (
+        (f"data/{samples} holds a pickled object", {samples: evil}, {}),
+        ("data/weights/model.pt holds a pickled object", {}, {"data/weights/model.pt": evil}),
+        ("data/constants/MODEL.PT holds a pickled object", {}, {"data/constants/MODEL.PT": evil}),
+        ("lists a pickled object", {weights: listed("weight_0", use_pickle=True)}, {"data/weights/weight_0": evil}),
+        ("lists a pickled object", {constants: listed("tensor_0", use_pickle=1)}, {"data/constants/tensor_0": evil}),
+        ("custom_obj_0 is an object or", {}, {"data/constants/custom_obj_0": evil}),
+        ("opaque_obj_0 is an object or", {}, {"data/constants/opaque_obj_0": evil}),
+        (r"x\.so is an object or a compiled library", {}, {"data/aotinductor/model/x.so": b""}),
+        ("two files of one name", {}, {"data/SAMPLE_inputs/model.pt": evil}),
+    ):
+        with pytest.raises(ModelError, match=message) as caught:
+            load_model(rewritten(program, tmp_path, changes, added), device="cpu")
+        assert "\n" not in str(caught.value)
+    path = described(program, tmp_path)
+    with zipfile.ZipFile(path, "w") as archive:  # as torch wrote it before 2.8
+        archive.writestr("version", "8.8")
+        archive.writestr("serialized_state_dict.json", evil)
+    with pytest.raises(ModelError, match=r"serialized_state_dict\.json holds a pickled object"):
+        load_model(path, device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_program_with_weights_and_constants_is_plain(tmp_path):
+    class Weighted(Distance):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.constant = nn.Parameter(torch.ones(1, 2, 1, 1)), torch.ones(1, 2, 1, 1)
+
+        def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+            return super().forward(before * self.weight, after * self.constant)
+
+    path = exported(Weighted(), tmp_path / "it.pt2")
+    with zipfile.ZipFile(path) as archive:
+        assert any(name.endswith("weights/weight_0") for name in archive.namelist())
+    before, after = np.full((2, 2, 16, 16), 0.1, np.float32)
+    after[:] = 0.2
+    found = load_model(described(path, tmp_path), device="cpu").predict(before, after)[8, 8]
+    assert found == pytest.approx(1 - np.exp(-1), abs=1e-5)
+
+
+def test_a_worker_looks_at_no_other_program_than_the_clients(program, tmp_path):
+    path = rewritten(program, tmp_path, {"sample_inputs/model.pt": pickled(((Evil(tmp_path / "run"),), {}))})
+    with pytest.raises(ModelError, match=r"mine\.pt2' has weights \w{12} on this worker, expected aaaaaaaaaaaa$"):
+        ModelRef(path, "a" * 64, "cpu").load()
+    assert not (tmp_path / "run").exists()
+    model = load_model(described(program, tmp_path), device="cpu")
+    with pytest.raises(ModelError, match=f"has weights {model.hash[:12]} on this worker, expected aaaaaaaaaaaa$"):
+        ModelRef(path, "a" * 64, "cpu").load()
+    assert ModelRef(path, model.hash, "cpu").load() is model

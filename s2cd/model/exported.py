@@ -17,6 +17,10 @@ writes to neither date. Pixels without observation, and those beyond the edge of
 show a pixel the result must be a number. A network that is loaded is tried on random blocks, each of which must give
 the same as when it is cropped to its middle with the halo around it: what looks at the whole block (a mean, a
 normalisation) does not.
+
+A .pt2 is a program: load only files whose origin you trust, and ONNX where in doubt. One that holds pickled objects or
+compiled libraries, which could do anything while they are loaded, is refused before torch sees it
+(`s2cd/model/archive.py`); that does not make safe what a stranger wrote.
 """
 
 from __future__ import annotations
@@ -34,11 +38,12 @@ from torch import Tensor
 from s2cd.catalog.bands import canonical_band
 from s2cd.codes import CODE_NODATA
 from s2cd.errors import ConfigError, ModelError
+from s2cd.model.archive import checked
 from s2cd.model.device import WHOLE, EncodedDate, Engine, Part, failed, out_of_memory, to_host
 from s2cd.model.mlm import exported_properties
 from s2cd.model.network import Features
 from s2cd.model.normalise import Planes
-from s2cd.model.registry import Model, read_json
+from s2cd.model.registry import Model, card_of, content_of, require_hash
 
 Array = npt.NDArray[np.float32]
 _SCALES, _LARGEST_STRIDE, _LARGEST_HALO = (1e-6, 1e6), 512, 4096
@@ -150,26 +155,28 @@ class ExportedModel(Model):
         return result
 
 
-def load_exported(path: Path, device: torch.device) -> ExportedModel:
-    """Return the model of `path` and the .json beside it.
+def load_exported(path: Path, device: torch.device, expected: str | None = None) -> ExportedModel:
+    """Return the model of `path` and the .json beside it, whose hash is `expected` if that is given.
 
-    Raises ModelError if one of them is missing or damaged, or the program does not do what the description says: it
-    fails, gives NaN, or its results depend on what lies beyond the halo.
+    Raises ModelError if one of them is missing, damaged or another one, or the program does not do what the description
+    says: it fails, gives NaN, or its results depend on what lies beyond the halo.
     """
     if path.suffix not in {".pt2", ".onnx"}:
         kind = path.suffix or "none"
         raise ModelError(f"{path.name}: found a file of type {kind}, expected .pt2, .onnx or .safetensors")
-    card = read_json(path.with_suffix(".json"))
+    data, description = content_of(path), content_of(path.with_suffix(".json"))
+    digest = hashlib.sha256(data + description).hexdigest()
+    require_hash(str(path), digest, expected)
+    card = card_of(path.with_suffix(".json").name, description)
     bands, scale, stride, halo, logits = _described(card, path)
     try:
-        call = _onnx(path, device) if path.suffix == ".onnx" else torch.export.load(path).module().to(device)
+        call = _onnx(path.name, data, device) if path.suffix == ".onnx" else _program(path.name, data, device)
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"cannot load {path.name}: {type(error).__name__}: {_first_line(error)}") from None
     network = _Program(path.name, call, logits=logits)
     _try(network, path.name, len(bands), scale, stride, halo, device)
-    digest = hashlib.sha256(path.read_bytes() + path.with_suffix(".json").read_bytes()).hexdigest()
     engine = Engine(network, device, stride=stride, halo=halo, bfloat16=False)
     model = ExportedModel(
         str(path), digest, engine, card, bands=bands, fine=len(bands), stride=stride, halo=halo, reach=halo
@@ -178,8 +185,13 @@ def load_exported(path: Path, device: torch.device) -> ExportedModel:
     return model
 
 
-def _onnx(path: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the ONNX network of `path` as a function of two tensors.
+def _program(name: str, data: bytes, device: torch.device) -> torch.nn.Module:
+    """Return the program of a .pt2. Raises ModelError for what `checked` refuses, and what torch does for others."""
+    return torch.export.load(checked(name, data)).module().to(device)
+
+
+def _onnx(name: str, data: bytes, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return an ONNX network as a function of two tensors.
 
     Raises ModelError without onnxruntime, or if the network does not take two dates and return one image.
     """
@@ -187,16 +199,16 @@ def _onnx(path: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor
         import onnxruntime
     except ImportError:
         raise ModelError(
-            f"{path.name} needs onnxruntime, which is not installed: pip install -e '.[onnx]' in the checkout of s2cd"
+            f"{name} needs onnxruntime, which is not installed: pip install -e '.[onnx]' in the checkout of s2cd"
         ) from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     wanted = ["CUDAExecutionProvider"] * (device.type == "cuda") + ["CPUExecutionProvider"]
     providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
-    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=providers)
+    session = onnxruntime.InferenceSession(data, options, providers=providers)
     names, results = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
     if (len(names), len(results)) != (2, 1):
-        raise ModelError(f"{path.name} takes {names} and returns {results}, expected two dates and one image")
+        raise ModelError(f"{name} takes {names} and returns {results}, expected two dates and one image")
 
     def call(before: Tensor, after: Tensor) -> Tensor:
         dates = (np.ascontiguousarray(date.cpu().numpy()) for date in (before, after))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2cd.errors import ModelError
-from s2cd.model.registry import Model, list_models, load_model, plain_name
+from s2cd.model.registry import Model, list_models, load_expected, load_model, plain_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +25,10 @@ class ModelRef:
 
     def load(self) -> Model:
         """Return the model, loaded once per process. Raises ModelError if its weights are other ones here."""
-        model = load_model(self.name, device=self.device)
-        if model.hash != self.hash:
-            raise ModelError(
-                f"model {self.name!r} has weights {model.hash[:12]} on this worker, expected {self.hash[:12]}"
-            )
-        return model
+        return load_expected(self.name, self.device, self.hash)
 
 
 def absolute_name(name: str) -> str:
     """Return a model's name so that it means the same in every process: a file by its whole path."""
     name = plain_name(name)
-    return name if name in list_models() or not Path(name).is_file() else str(Path(name).absolute())
+    return name if name in list_models() or not os.path.isfile(name) else str(Path(name).absolute())

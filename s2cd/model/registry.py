@@ -249,12 +249,28 @@ def load_model(name: str = "generic", device: str = "auto") -> Model:
 
     Raises ModelError for an unknown name, a damaged file, or a device that is not there.
     """
+    return load_expected(name, device)
+
+
+def load_expected(name: str, device: str, expected: str | None = None) -> Model:
+    """Return the model as `load_model` does, whose hash is `expected` if that is given.
+
+    Raises ModelError for another one, before anything but its bytes is looked at; else as `load_model`.
+    """
     name, place = plain_name(name), choose_device(device)
     key, edition = (name, str(place)), _edition(Path(name))
     with _lock:
         if key not in _cache or edition not in {None, _cache[key][0]}:
-            _cache[key] = edition, _load(name, place)
-        return _cache[key][1]
+            _cache[key] = edition, _load(name, place, expected)
+        model = _cache[key][1]
+    require_hash(name, model.hash, expected)
+    return model
+
+
+def require_hash(name: str, found: str, expected: str | None) -> None:
+    """Raise ModelError unless the model `name` has the hash `expected`, if that is given."""
+    if expected not in {None, found}:
+        raise ModelError(f"model {name!r} has weights {found[:12]} on this worker, expected {str(expected)[:12]}")
 
 
 def _edition(path: Path) -> _Edition:
@@ -273,16 +289,17 @@ def plain_name(name: str | os.PathLike[str]) -> str:
     return os.fspath(name)
 
 
-def _load(name: str, device: torch.device) -> Model:
+def _load(name: str, device: torch.device, expected: str | None) -> Model:
     if name in list_models():
-        return _trained(name, WEIGHTS / f"{name}.safetensors", device)
+        return _trained(name, WEIGHTS / f"{name}.safetensors", device, expected)
     path = Path(name)
-    if path.suffix == ".safetensors" and path.is_file():
-        return _trained(name, path, device)
-    if path.is_file():
+    there = os.path.isfile(path)  # Path.is_file raises for a folder that may not be entered
+    if path.suffix == ".safetensors" and there:
+        return _trained(name, path, device, expected)
+    if there:
         from s2cd.model.exported import load_exported
 
-        return load_exported(path, device)
+        return load_exported(path, device, expected)
     known = ", ".join(list_models())
     raise ModelError(
         f"unknown model {name!r}, expected one of {known}, or the path of an exported model (.pt2 or .onnx) "
@@ -290,11 +307,14 @@ def _load(name: str, device: torch.device) -> Model:
     )
 
 
-def _trained(name: str, path: Path, device: torch.device) -> Model:
+def _trained(name: str, path: Path, device: torch.device, expected: str | None) -> Model:
     """Return the network of this package's own kind whose weights and card `python -m s2cd.training card` wrote."""
-    data = path.read_bytes()
+    data = content_of(path)
+    digest = hashlib.sha256(data).hexdigest()
+    require_hash(name, digest, expected)
     engine = Engine(_network(name, data).to(device), device, stride=STRIDE // 2, halo=HALO // 2)
-    return Model(name, hashlib.sha256(data).hexdigest(), engine, read_json(path.with_suffix(".json")))
+    card = path.with_suffix(".json")
+    return Model(name, digest, engine, card_of(card.name, content_of(card)))
 
 
 def _network(name: str, data: bytes) -> ChangeNet | Committee:
@@ -309,12 +329,20 @@ def _network(name: str, data: bytes) -> ChangeNet | Committee:
     return network.requires_grad_(False)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds. Raises ModelError if it does not hold one."""
+def content_of(path: Path) -> bytes:
+    """Return what a file of a model holds. Raises ModelError if it cannot be read."""
     try:
-        card = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path.name}: {error}") from None
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"cannot read {path.name}: {error.strerror or error}") from None
+
+
+def card_of(name: str, content: bytes) -> dict[str, Any]:
+    """Return the object that the JSON file `name` holds. Raises ModelError if it does not hold one."""
+    try:
+        card = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"cannot read {name}: {error}") from None
     if not isinstance(card, dict):
-        raise ModelError(f"{path.name} holds a {type(card).__name__}, expected an object")
+        raise ModelError(f"{name} holds a {type(card).__name__}, expected an object")
     return card
