@@ -27,7 +27,7 @@ from torch.nn import functional
 from s2cd import jit
 from s2cd.codes import encode_codes, split_reasons
 from s2cd.errors import ModelError
-from s2cd.model import BANDS, appearance, compiled, device, list_models, load_model, normalise, registry
+from s2cd.model import BANDS, ModelRef, appearance, compiled, device, list_models, load_model, normalise, registry
 from s2cd.model.appearance import BAND_COUNT, INPUTS, RED, along_edges, box, edges
 from s2cd.model.device import Engine, fast_bfloat16, out_of_memory, with_memory
 from s2cd.model.network import HALO, REACH, STRIDE, STRIP, ChangeNet, Committee, cost, network_of
@@ -420,6 +420,18 @@ def test_unknown_names_devices_and_shapes_are_named():
         load_model("generic").predict(np.zeros((6, 5, 5), np.float32), np.zeros((6, 5, 5), np.float32))
     with pytest.raises(ModelError, match="CUDA devices found"):
         load_model("generic", device="cuda:63")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "mine.json").write_text("{}")
+    for name in ("mine.safetensors", "mine.pt2"):
+        (tmp_path / name).symlink_to("/proc/self/mem")  # a file that nobody can read from its beginning
+        with pytest.raises(ModelError, match=rf"cannot read {name}: Input/output error$"):
+            load_model(str(tmp_path / name), device="cpu")
+    for name in (str(tmp_path / ("x" * 300 + ".pt2")), "\0.pt2"):  # neither of which can be a file's name
+        for loaded in (load_model, ModelRef.of):
+            with pytest.raises(ModelError, match="unknown model"):
+                loaded(name)
 
 
 def test_what_a_masked_array_hides_is_no_observation():

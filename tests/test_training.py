@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shutil
+import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -532,6 +534,46 @@ def test_files_that_cannot_be_written_are_named(catalogue, tmp_path):
     (tmp_path / "pictures" / "alba.png").mkdir(parents=True)
     with pytest.raises(OutputError, match=r"alba\.png: cannot be written: Is a directory"):
         score(lambda city: np.zeros(city.label.shape, np.float32), load_cities(catalogue), tmp_path / "pictures")
+
+
+def test_files_are_for_whom_the_umask_says(catalogue, tmp_path):
+    before = os.umask(0o027)
+    try:
+        run = train(catalogue, tmp_path / "run", Plan(steps=1, batch_size=1), labels=True, size=64)
+        publish("mine", [run], [], load_cities(catalogue), tmp_path)
+    finally:
+        os.umask(before)
+    for path in (run.weights, run.path / "run.json", tmp_path / "mine.safetensors", tmp_path / "mine.json"):
+        assert stat.filemode(path.stat().st_mode) == "-rw-r-----", path.name
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ('{"training": "text"}', r"card of .*mine\.safetensors: training is 'text', expected a list of objects"),
+        ('{"training": {"labels": true}}', r"training is \{'labels': True\}, expected a list of objects"),
+        ('{"training": [true]}', r"training is \[True\], expected a list of objects"),
+        ('{"licence": ["x"]}', r"licence is \['x'\], expected a name"),
+        (DEEP, r"cannot read mine\.json: maximum recursion depth"),
+    ],
+)
+def test_a_card_that_tells_nonsense_starts_no_training(catalogue, tmp_path, card, message):
+    shutil.copy(WEIGHTS / "generic.safetensors", tmp_path / "mine.safetensors")
+    (tmp_path / "mine.json").write_text(card)
+    with pytest.raises(ModelError, match=message) as caught:
+        train(catalogue, tmp_path / "run", SMALL, labels=True, size=64, start=str(tmp_path / "mine.safetensors"))
+    assert "\n" not in str(caught.value)
+
+
+def test_runs_that_nest_too_deeply_are_none(catalogue, tmp_path):
+    (tmp_path / "run.json").write_text(DEEP)
+    with pytest.raises(ConfigError, match="found no run, expected a folder that `fit` wrote"):
+        Run.open(tmp_path)
+    with pytest.raises(ConfigError, match=r"run\.json: cannot be read, delete it to go on"):
+        train(catalogue, tmp_path, SMALL, labels=True, size=64)
 
 
 def test_series_smaller_than_a_block_are_refused_and_labels_are_not_asked_for_in_vain(copy, tmp_path):

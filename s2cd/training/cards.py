@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from scipy.special import logit
 
 from s2cd.errors import ConfigError, ModelError
@@ -105,7 +105,7 @@ def publish(name: str, runs: list[Run], folds: list[Run], cities: list[City], fo
     text = json.dumps(card, indent=1, allow_nan=False) + "\n"
     weights = net.folded(temperature, -threshold / temperature).state_dict()
     with written(folder / f"{name}.safetensors") as path:
-        save_file({k: v.contiguous() for k, v in weights.items()}, path)
+        path.write_bytes(save({k: v.contiguous() for k, v in weights.items()}))  # save_file heeds no umask
     with written(folder / f"{name}.json") as path:
         path.write_text(text)
     return card

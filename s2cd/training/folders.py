@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from s2cd.errors import OutputError
 
 
@@ -31,6 +29,6 @@ def written(path: Path) -> Iterator[Path]:
     """Write a file in the block. Raises OutputError that names it where that fails."""
     try:
         yield path
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
         reason = (str(getattr(error, "strerror", None) or error).splitlines() or [type(error).__name__])[0]
         raise OutputError(f"{path}: cannot be written: {reason}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from s2cd.errors import ConfigError, ModelError
@@ -79,7 +80,7 @@ class Run:
             return cls(path, held_out, norm, labels, kind, start, digest, seen, start_held_out, licence)
         except KeyError as error:
             raise ConfigError(f"{path / 'run.json'}: found no {error}, expected a run of this version") from None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"{path}: found no run, expected a folder that `fit` wrote: run.json: {reason}") from None
 
@@ -220,7 +221,7 @@ def train(
     weights = trained.state_dict()
     mixed = {k: v.lerp(first[k], 1 - blend) if v.is_floating_point() else v for k, v in weights.items()}
     with written(out / "network.safetensors") as path:
-        save_file({k: v.contiguous() for k, v in mixed.items()}, path)
+        path.write_bytes(save({k: v.contiguous() for k, v in mixed.items()}))  # save_file heeds no umask
     with written(out / "run.json") as path:
         path.write_text(json.dumps(description, indent=1))
     return Run.open(out)
@@ -232,7 +233,7 @@ def _require_free(path: Path, description: dict[str, Any]) -> None:
         return
     try:
         found = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read, delete it to go on: {error}") from None
     require_same(path, found, description)
 
@@ -250,7 +251,7 @@ def _first(start: str) -> tuple[Trainable, dict[str, Any]]:
     ModelError for what is no model.
     """
     told: dict[str, Any] = {"start": Path(start).name}
-    if start not in list_models() and Path(start).is_dir():
+    if start not in list_models() and os.path.isdir(start):
         run = Run.open(Path(start))
         network, told["start_sha256"] = run.network(), hashlib.sha256(run.weights.read_bytes()).hexdigest()
         told |= {"start_labels": run.labels or run.start_labels, "start_held_out": run.unlearnt}
@@ -259,10 +260,24 @@ def _first(start: str) -> tuple[Trainable, dict[str, Any]]:
     path = WEIGHTS / f"{start}.safetensors" if start in list_models() else Path(start)
     if path.suffix != ".safetensors":
         raise ModelError(f"start {start}: found an exported model, expected a shipped one, .safetensors or a run")
-    history = model.card.get("training")  # a card that tells none: the model may have seen any labels
-    labels = not history or any(run.get("labels") or run.get("start_labels") for run in history)
-    told |= {"start_sha256": model.hash, "start_labels": labels, "start_held_out": []}
-    return network_of(load_file(path)), told | {"start_licence": model.card.get("licence")}
+    told |= {"start_sha256": model.hash, "start_labels": _seen_labels(model), "start_held_out": []}
+    return network_of(load_file(path)), told | {"start_licence": _licence(model)}
+
+
+def _seen_labels(model: Model) -> bool:
+    """Tell whether a model may have seen labels: if its card tells no training, too. Raises ModelError for nonsense."""
+    history = model.card.get("training") or []
+    if not isinstance(history, list) or not all(isinstance(run, dict) for run in history):
+        raise ModelError(f"card of {model.name}: training is {history!r:.60}, expected a list of objects")
+    return not history or any(bool(run.get("labels") or run.get("start_labels")) for run in history)
+
+
+def _licence(model: Model) -> str | None:
+    """Return the licence that a model's card tells, if it does. Raises ModelError for another type."""
+    licence = model.card.get("licence")
+    if not isinstance(licence, str | None):
+        raise ModelError(f"card of {model.name}: licence is {licence!r:.60}, expected a name")
+    return licence
 
 
 def _has_norm(net: Trainable) -> bool:
