@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import correlate
 
 from s2cd.simulate import brdf, cirrus, clouds, gain, haze, noise, shadow, shift, sun_angle
 from s2cd.simulate.__main__ import main
@@ -94,6 +95,27 @@ def test_subpixel_shift_moves_the_centre_of_mass():
     y, x = np.indices(moved.shape)
     assert (moved * y).sum() == pytest.approx(10.25, abs=0.01)
     assert (moved * x).sum() == pytest.approx(9.6, abs=0.01)
+
+
+@pytest.mark.parametrize(("dy", "dx"), [(0.5, -0.5), (0.0, 1.4), (-1.5, 0.3)])
+@pytest.mark.parametrize("sigma", [0.3, 0.5, 1.0])
+def test_shift_is_a_gaussian_and_takes_no_more_pixels_than_count(dy, dx, sigma):
+    before, k = image((40, 41)), np.arange(-8, 9)
+    kernels = [np.exp(-((k + d) ** 2) / (2 * sigma**2)) for d in (dy, dx)]
+    whole = np.outer(*(kernel / kernel.sum() for kernel in kernels))
+    expected = np.stack([correlate(band, whole, mode="nearest") for band in before.astype(np.float64)])
+    np.testing.assert_allclose(shift(before, dy, dx, sigma), expected, atol=1e-4)
+    before[:, 20, 20] = np.nan
+    reach = np.argwhere(np.isnan(shift(before, dy, dx, sigma)[0])) - 20
+    assert [0, 0] in reach.tolist()
+    for offsets, d in zip(reach.T, (dy, dx), strict=True):
+        assert np.abs(offsets[offsets != 0] - d).max(initial=0) < 4.4 * sigma
+
+
+def test_shift_leaves_most_of_an_image_with_scattered_gaps():
+    before = image((100, 100))
+    before[:, np.random.default_rng(1).random((100, 100)) < 0.05] = np.nan
+    assert np.isfinite(shift(before, 0.5, 0.0)).mean() > 0.3
 
 
 def test_sun_over_greenwich_at_the_equinox():

@@ -15,6 +15,8 @@ from scipy.ndimage import correlate1d
 
 from s2cd.simulate.texture import Array
 
+LEAST_WEIGHT = 1e-4  # of a kernel's sum; what is less moves reflectance by less than noise does
+
 
 def haze(reflectance: Array, wavelengths: npt.ArrayLike, tau: float) -> Array:
     """Scatter light in an aerosol layer of optical depth `tau` at 550 nm.
@@ -119,14 +121,22 @@ def shift(reflectance: Array, dy: float, dx: float, sigma: float = 0.5) -> Array
     radius = int(np.ceil(3 * sigma)) + 2
     k = np.arange(-radius, radius + 1)
     out = np.empty_like(reflectance)
-    kernels = []
-    for d in (dy, dx):
-        weights = np.exp(-((k + d) ** 2) / (2 * sigma**2))
-        kernels.append((weights / weights.sum()).astype(np.float32))
+    (down, top), (along, left) = (_cut(np.exp(-((k + d) ** 2) / (2 * sigma**2)), radius) for d in (dy, dx))
     for band in range(len(reflectance)):
-        rows = correlate1d(reflectance[band], kernels[0], axis=0, mode="nearest")
-        correlate1d(rows, kernels[1], axis=1, mode="nearest", output=out[band])
+        rows = correlate1d(reflectance[band], down, axis=0, mode="nearest", origin=top)
+        correlate1d(rows, along, axis=1, mode="nearest", output=out[band], origin=left)
     return out
+
+
+def _cut(weights: npt.NDArray[np.float64], middle: int) -> tuple[Array, int]:
+    """Return a kernel of the sum 1 without the weights that hardly count at its ends, and its origin for SciPy.
+
+    A pixel that is not observed would spread NaN as far as they reach. The weight in the middle stays.
+    """
+    counts = np.flatnonzero(weights > LEAST_WEIGHT * weights.sum())
+    first, last = min(counts[0], middle), max(counts[-1], middle)
+    kept = weights[first : last + 1]
+    return (kept / kept.sum()).astype(np.float32), int(middle - first - len(kept) // 2)
 
 
 def noise(reflectance: Array, rng: np.random.Generator, level: float = 0.0012) -> Array:
