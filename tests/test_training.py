@@ -663,6 +663,39 @@ def test_labels_without_change_train_and_calibrate_nothing(copy, tmp_path):
     assert not (tmp_path / "mine.json").exists()
 
 
+def test_change_that_no_place_shows_on_both_dates_is_refused_before_training(copy, tmp_path):
+    for path in copy.glob("assets/*/20210101/*.tif"):
+        with rasterio.open(path, "r+") as dataset:
+            codes = dataset.read(1)
+            step = 1 + (path.stem in COARSE)
+            codes[30 // step : 70 // step, 40 // step : 90 // step] = 0
+            dataset.write(codes, 1)
+    cities = load_cities(copy)
+    assert [(city.label.sum(), city.changed.sum()) for city in cities] == [(40 * 50, 0)] * 3
+    assert torch.equal(spectral_metric(cities, HALF_POOL[1]), torch.eye(7))
+    with pytest.raises(CatalogError, match="alba, brno, como: found no changed pixel that both dates show, expected"):
+        train(copy, tmp_path / "run", SMALL, labels=True, size=64)
+    assert not any((tmp_path / "run").iterdir())
+
+
+def test_crops_lie_around_change_that_is_seen(catalogue):
+    """Of two blocks one is hidden on a date: crops are those of the other one alone."""
+    city = load_cities(catalogue)[0]
+    label = city.label.copy()
+    label[100:120, 100:120] = True
+    after = city.after.reflectance.copy()
+    after[:, 30:70, 40:90] = np.nan
+    hidden = dataclasses.replace(city, label=label, after=Image.of("alba", "", after))
+    seen = dataclasses.replace(city, label=hidden.changed)
+    samples = [
+        [LabelledSampler([one], 64).sample(np.random.default_rng(seed)) for seed in range(20)]
+        for one in (hidden, dataclasses.replace(seen, after=hidden.after))
+    ]
+    for one, other in zip(*samples, strict=True):
+        np.testing.assert_array_equal(one.before, other.before)
+        np.testing.assert_array_equal(one.truth * one.weight, other.truth * other.weight)
+
+
 def test_a_card_tells_what_the_starts_had_seen(catalogue, tmp_path):
     cities = load_cities(catalogue)
     held = [("alba",), ("brno", "como")]

@@ -71,6 +71,11 @@ class City:
     label: npt.NDArray[np.bool_]
     known: npt.NDArray[np.bool_]
 
+    @property
+    def changed(self) -> npt.NDArray[np.bool_]:
+        """Where something is known to have changed that both dates show, bool (y, x): what can be learnt from."""
+        return self.label & self.known & self.before.seen & self.after.seen
+
     @cached_property
     def background(self) -> float:
         """How much the two dates differ everywhere."""

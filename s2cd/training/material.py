@@ -61,15 +61,16 @@ class Material:
     def sampler(self, size: int, simulated: float) -> Sampler:
         """Return what draws crops; of labelled pairs a share `simulated` has simulated changes.
 
-        Raises CatalogError for labels without a changed pixel where none is simulated.
+        Raises CatalogError for labels without a changed pixel that both dates show, where none is simulated.
         """
         if not self.cities:
             return SimulatedSampler([Place.of(dates) for dates in self.places], self.quiet, size)
         labelled = LabelledSampler(self.cities, size)
         if not simulated:
-            if not any(city.label.any() for city in self.cities):
+            if not any(city.changed.any() for city in self.cities):
                 names = ", ".join(city.name for city in self.cities)
-                raise CatalogError(f"labels of {names}: found no changed pixel, expected some to learn from")
+                found = "found no changed pixel that both dates show"
+                raise CatalogError(f"labels of {names}: {found}, expected some to learn from")
             return labelled
         nowhere = np.float32(np.nan)
         places = [Place.of([c.before, c.after], np.where(c.known, c.label, nowhere)) for c in self.cities]

@@ -35,9 +35,9 @@ def spectral_metric(cities: Sequence[City], evidence: float) -> Tensor:
     """Return a symmetric matrix (bands, bands) float32 for `ChangeNet.metric`, of the scale of no matrix at all.
 
     It is what best tells the changed pixels of `cities` by the length of the change vector against the background
-    alone, where e times that length adds `evidence` to the logit; the unit matrix where nothing has changed.
+    alone, where e times that length adds `evidence` to the logit; the unit matrix where no change is seen.
     """
-    if not any((city.label & city.known).any() for city in cities):
+    if not any(city.changed.any() for city in cities):
         return torch.eye(BAND_COUNT)
     pixels = [part for seed, city in enumerate(cities, SKIES) for part in _lessons(city, seed)]
     vectors, around, truth, weight, usual = map(torch.cat, zip(*pixels, strict=True))

@@ -203,6 +203,7 @@ def train(
         raise ConfigError(f"blend: found {blend:g} without a start, expected one whose weights are the rest")
     made(out)
     material = Material.load(data, series, labels=labels, held_out=held_out, size=size)
+    sampler = material.sampler(size, simulated)
     torch.manual_seed(plan.seed)
     net, origin = _first(start) if start else (_fresh(kind, labels=labels), NO_START)
     description = {"held_out": list(held_out), "labels": labels, "plan": asdict(plan), "size": size, **origin}
@@ -215,7 +216,7 @@ def train(
         for part in parts:
             part.metric.copy_(metric)
     first = {name: value.clone() for name, value in net.state_dict().items()}
-    trained = fit(net, material.sampler(size, simulated), plan, out, description, device=device)
+    trained = fit(net, sampler, plan, out, description, device=device)
     if isinstance(trained, ChangeNet) and not labels and start is None:
         trained.pool(*POOL)  # one of two experts from now on: the magnitude of change is the other
     weights = trained.state_dict()

@@ -70,11 +70,11 @@ class Sampler(Protocol):
 
 
 class LabelledSampler:
-    """Random crops of labelled cities, six in ten around a changed pixel where a city has one."""
+    """Random crops of labelled cities, six in ten around a changed pixel where a city shows one."""
 
     def __init__(self, cities: list[City], size: int, nuisances: Nuisances = LIGHT):
         self._cities, self._size = cities, size
-        self._changed = [np.argwhere(c.label) for c in cities]
+        self._changed = [np.argwhere(c.changed) for c in cities]
         area = np.array([c.label.size for c in cities], np.float64) ** 0.5
         self._chance = area / area.sum()
         self._nuisances = nuisances
