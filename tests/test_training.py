@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from s2cd.training.baselines import BASELINES
 from s2cd.training.cards import publish
 from s2cd.training.data import City, Image, load_cities, load_series
 from s2cd.training.fcsiam import FCSiamDiff
-from s2cd.training.fitting import Plan
+from s2cd.training.fitting import Plan, fit
 from s2cd.training.material import Material
 from s2cd.training.metric import spectral_metric
 from s2cd.training.metrics import Histogram
@@ -350,8 +351,6 @@ def test_a_resumed_run_goes_on_where_it_was(catalogue, tmp_path, kind):
 
 
 def _interrupted(catalogue: Path, out: Path, plan: Plan, description: dict) -> None:
-    from s2cd.training.fitting import fit
-
     class Stopping(LabelledSampler):
         drawn = 0
 
@@ -367,6 +366,28 @@ def _interrupted(catalogue: Path, out: Path, plan: Plan, description: dict) -> N
     if isinstance(net, ChangeNet):
         net.metric.copy_(spectral_metric(cities, HALF_POOL[1]))
     fit(net, Stopping(cities, 64), plan, out, description, save_every=0)
+
+
+def test_an_interrupt_ends_a_training_after_its_step_with_a_checkpoint(catalogue, tmp_path):
+    class Interrupting(LabelledSampler):
+        drawn = 0
+
+        def sample(self, rng):  # type: ignore[no-untyped-def]
+            self.drawn += 1
+            if self.drawn == 2:
+                signal.raise_signal(signal.SIGINT)
+            return super().sample(rng)
+
+    cities, plan = load_cities(catalogue), Plan(steps=2, batch_size=2)
+    nets = [ChangeNet(norm=True) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    whole = fit(nets[0], LabelledSampler(cities, 64), plan, tmp_path / "whole", {}).state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        fit(nets[1], Interrupting(cities, 64), plan, tmp_path / "cut", {})
+    assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] == 1
+    again = fit(ChangeNet(norm=True), LabelledSampler(cities, 64), plan, tmp_path / "cut", {}).state_dict()
+    for name, value in whole.items():
+        np.testing.assert_allclose(again[name], value, atol=1e-6, err_msg=name)
 
 
 def test_the_metric_learns_which_bands_tell_change(catalogue):

@@ -40,7 +40,7 @@ class _Commands(click.Group):
             click.echo(f"error: {error}", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
-            click.echo("interrupted: the same command goes on from its last checkpoint", err=True)
+            click.echo("interrupted: the same command goes on from its last checkpoint, if it wrote one", err=True)
             sys.exit(130)
 
 

@@ -6,6 +6,7 @@ import csv
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from s2cd.errors import ConfigError, ModelError
+from s2cd.interrupts import noted_interrupts
 from s2cd.model.device import choose_device, fast_bfloat16
 from s2cd.training.folders import made, written
 from s2cd.training.sampling import Sampler, batch
@@ -75,7 +77,8 @@ def fit(
     """Train `net` and return it on the CPU with the averaged weights; goes on from `out`/checkpoint.pt if it is there.
 
     `description`, of plain JSON types, tells all that decides the weights: a checkpoint of another is refused.
-    The curve (step, loss, seconds) goes to `out`/curve.csv, and goes on there from the checkpoint.
+    The curve (step, loss, seconds) goes to `out`/curve.csv, and goes on there from the checkpoint. An interrupt ends it
+    after the step, whose checkpoint is written.
 
     Raises ModelError if the device is not there, the checkpoint is damaged or the loss is not finite; ConfigError for a
     checkpoint of another description; OutputError for `out`.
@@ -91,34 +94,38 @@ def fit(
     begin = time.monotonic() - _cut_curve(curve, step)
     fast = fast_bfloat16(place)
     saved, losses = time.monotonic(), []
-    while step < plan.steps:
-        rng = np.random.default_rng((plan.seed, step))  # so that a resumed run draws what it would have drawn
-        before, after, level, truth, weight = (t.to(place) for t in batch(sampler, plan.batch_size, rng))
-        torch.manual_seed(int(rng.integers(2**63)))  # of dropout, for the same reason
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate * _schedule(step, plan.steps)
-        with torch.autocast(place.type, torch.bfloat16, enabled=fast):
-            logits = net(before, after, level)
-        loss = loss_of(logits.float(), truth, weight, plan)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise _diverged(out, step, plan)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
-        optimizer.step()
-        step += 1
-        _update_average(average, net, min(plan.average, step / (step + 10)))
-        if step % 50 == 0 or step == plan.steps:
-            _log_curve(curve, step, float(np.mean(losses)), time.monotonic() - begin)
-            log(f"step {step}/{plan.steps}  loss {np.mean(losses):.4f}  {time.monotonic() - begin:.0f} s")
-            losses = []
-        if time.monotonic() - saved > save_every or step == plan.steps:
-            weights = (value for value in average.values() if value.is_floating_point())
-            if not all((value.abs() < EXPLODED).all() for value in weights):  # so are NaN and infinity
+    interrupted = threading.Event()
+    with noted_interrupts(interrupted):
+        while step < plan.steps:
+            rng = np.random.default_rng((plan.seed, step))  # so that a resumed run draws what it would have drawn
+            before, after, level, truth, weight = (t.to(place) for t in batch(sampler, plan.batch_size, rng))
+            torch.manual_seed(int(rng.integers(2**63)))  # of dropout, for the same reason
+            for group in optimizer.param_groups:
+                group["lr"] = plan.rate * _schedule(step, plan.steps)
+            with torch.autocast(place.type, torch.bfloat16, enabled=fast):
+                logits = net(before, after, level)
+            loss = loss_of(logits.float(), truth, weight, plan)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
                 raise _diverged(out, step, plan)
-            _save(checkpoint, net, optimizer, average, description, step)
-            saved = time.monotonic()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+            optimizer.step()
+            step += 1
+            _update_average(average, net, min(plan.average, step / (step + 10)))
+            if step % 50 == 0 or step == plan.steps:
+                _log_curve(curve, step, float(np.mean(losses)), time.monotonic() - begin)
+                log(f"step {step}/{plan.steps}  loss {np.mean(losses):.4f}  {time.monotonic() - begin:.0f} s")
+                losses = []
+            if time.monotonic() - saved > save_every or step == plan.steps or interrupted.is_set():
+                weights = (value for value in average.values() if value.is_floating_point())
+                if not all((value.abs() < EXPLODED).all() for value in weights):  # so are NaN and infinity
+                    raise _diverged(out, step, plan)
+                _save(checkpoint, net, optimizer, average, description, step)
+                saved = time.monotonic()
+            if interrupted.is_set():
+                raise KeyboardInterrupt
     net.load_state_dict(average)
     return net.cpu().eval()
 
