@@ -59,6 +59,7 @@ SCHEDULING = {
 _LIFETIME, _STAGGER = 0.85, 0.05  # of the walltime: workers hand over before the batch system kills them
 THREADS_A_GPU = 16  # in one process; half of the time they wait for each other already
 _WORKER_SHARE = 0.85  # of the memory; the rest is the client's, the scheduler's and the page cache's
+_SILENT = logging.CRITICAL  # of Dask on this machine: a run's own report tells what failed, in words for its user
 _HERE = "127.0.0.1"  # where dashboards listen: whoever reaches one sees the run, unasked
 _CERTIFICATE, _KEY = "cluster.pem", "cluster.key"
 _ROLES = ("client", "scheduler", "worker")
@@ -183,6 +184,7 @@ def _local(profile: LocalProfile) -> Iterator[SpecCluster]:
             threads_per_worker=threads,
             memory_limit=memory,
             dashboard_address=f"{_HERE}:{profile.dashboard}",
+            silence_logs=_SILENT,
         )
     with started:
         yield started
@@ -236,6 +238,7 @@ def _cuda(profile: CudaProfile) -> Iterator[SpecCluster]:
             threads_per_worker=threads,
             device_memory_limit=profile.device_memory,
             dashboard_address=f"{_HERE}:{profile.dashboard}",
+            silence_logs=_SILENT,
             **options,
         )
     with started:
