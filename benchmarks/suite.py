@@ -193,7 +193,8 @@ def compare(settings: Settings, rounds: int, say: Say) -> dict[str, Any]:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in WORKLOADS}
     for number in range(rounds):
         for name, workload in WORKLOADS.items():
-            result = _measure(workload, settings.series(out=settings.out(name)))
+            with environment(worker_environment(CORES)):  # the allocator's settings, which s2cd's workers have
+                result = _measure(workload, settings.series(out=settings.out(name)))
             result.pop("gantt", None)
             runs[name].append(result)
             say(f"  round {number + 1}, {name}: {result['wall_s']:.1f} s, {result['peak_gb']:.2f} GB")

@@ -165,14 +165,14 @@ def stackstac_script(
 
 
 def rasterio_loop(*, folder: str, out: str, size: int, dates: int, source: str = "auto") -> dict[str, Any]:
-    """The loop of `benchmarks.peers.rasterio_loop`, in this process, torch with a thread for each core."""
+    """The loop of `benchmarks.peers.rasterio_loop`, in this process, a window on each core."""
     from benchmarks.peers.rasterio_loop import change_maps
 
     data = _scenes(folder, size, dates, source)
     _fresh(out)
     s2cd.load_model("generic")
     started = time.perf_counter()
-    maps = change_maps(data.scenes, Path(out))
+    maps = change_maps(data.scenes, Path(out), CORES)
     wall = time.perf_counter() - started
     return {"wall_s": wall, "maps": maps, "seconds_per_map": wall / maps}
 

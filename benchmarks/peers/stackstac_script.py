@@ -23,7 +23,7 @@ from s2cd.model import ModelRef
 from s2cd.survey import scene_input, survey_scene
 
 CHUNK = 2048
-OVERLAP = 128
+OVERLAP = 64
 Date = tuple[np.ndarray, tuple[float, ...], tuple[float, ...]]
 """What one date is normalised with: its statistics, and scale and offset of each band."""
 

@@ -82,9 +82,13 @@ class Model:
         """Where the network runs."""
         return self._engine.device
 
-    def misfit(self, metres: float) -> str | None:
-        """Say why the network cannot work on pixels of so many metres: one with bands of two sizes knows 10 m alone."""
-        return f"has pixels of {metres:g} m, expected 10 m" if self.fine < len(self.bands) and metres != 10 else None
+    def misfit(self, size: float) -> str | None:
+        """Say why the network cannot work on pixels of this size: one with bands of two sizes knows 10 m alone.
+
+        Sizes below 1 are degrees, which tell nothing.
+        """
+        fits = size == 10 or size < 1 or self.fine == len(self.bands)
+        return None if fits else f"has pixels of {size:g} m, expected 10 m"
 
     @cached_property
     def feature_bytes(self) -> float:
