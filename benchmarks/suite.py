@@ -119,14 +119,17 @@ def by_tiles(settings: Settings, say: Say) -> dict[str, Any]:
 
 
 def by_latency(settings: Settings, say: Say) -> dict[str, Any]:
-    """Time a map against the time that an archive takes to answer a request."""
+    """Time a map against the time that an archive takes to answer a request; medians of rounds in turn."""
     size = min(settings.size, settings.small)
-    rows = []
-    for latency in LATENCIES:
-        result = _measure("engine", settings.series(size=size, out=settings.out("archive"), latency=latency))
-        rows.append({"from": _distance(latency), "seconds_per_map": result["seconds_per_map"]})
-        say(f"  {rows[-1]['from']}: {result['seconds_per_map']:.2f} s a map")
-    return {"size": size, "rows": rows}
+    rounds: list[dict[str, float]] = []
+    for _ in range(settings.rounds):
+        rounds.append({})
+        for latency in LATENCIES:
+            series = settings.series(size=size, out=settings.out("archive"), latency=latency, traced=False)
+            rounds[-1][_distance(latency)] = _measure("engine", series)["seconds_per_map"]
+            say(f"  {_distance(latency)}: {rounds[-1][_distance(latency)]:.2f} s a map")
+    medians = _medians(rounds).items()
+    return {"size": size, "rows": [{"from": name, "seconds_per_map": s} for name, s in medians], "rounds": rounds}
 
 
 def on_gpu(settings: Settings, say: Say) -> dict[str, Any]:

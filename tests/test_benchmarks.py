@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,8 @@ from benchmarks import europe, suite
 from benchmarks.__main__ import main
 from benchmarks.data import prepare, repeated
 from benchmarks.device import seen_since, watched
-from benchmarks.report import _memory_block, latest, table, write_report
+from benchmarks.measure import _memory_of
+from benchmarks.report import TARGETS, _memory_block, latest, table, write_report
 from s2cd.errors import ConfigError
 from s2cd.pairs import consecutive_pairs
 
@@ -106,6 +109,9 @@ def test_run_and_compare_record_results_that_the_report_shows(data, folder, monk
     assert "| GPU busy | >= 60 % | not measured | |" in page
     assert "| an archive 10 ms away | " in page
     assert len(run["parts"]["stages"]["rounds"]) == 2
+    for row in run["parts"]["stages"]["rounds"]:
+        alone = (row["decode"] + row["network"] + row["encode"]) / run["settings"]["cores"]
+        assert row["of_limit"] == pytest.approx(alone / row["wall_s"])
     assert f"distance to the limit was {run['parts']['stages']['rounds'][0]['of_limit']:.2f} (" in page
     assert f"chunks of {chosen['chunk']} px, {chosen['dates_a_task']} dates a task" in page
     assert suite._agreement(str(folder / "work" / "s2cd"), str(folder / "work" / "archive")) == 0
@@ -144,6 +150,53 @@ def test_the_table_shows_what_the_parts_can_tell():
     assert len(lines) == 6
     missing = [line for line in table(parts, all_rows=True).splitlines() if "| not measured |" in line]
     assert sum("GPU" in line for line in missing) == 2
+
+
+def parts_with(value: float) -> dict[str, Any]:
+    """Return parts of which each row of the table shows `value`."""
+    rows = [{"peak_gb": 1.0}, {"peak_gb": value}]
+    memory = [{"driver_mb": 1.0, "scheduler_mb": 1.0}], [{"driver_mb": 0.5, "scheduler_mb": value}]
+    return {
+        "engine": dict.fromkeys(("seconds_per_map", "peak_gb", "tasks_per_pair", "decoded_over_needed"), value),
+        "compare": {
+            "ratio": {"stackstac script": value, "rasterio loop": value},
+            "largest_difference": {"stackstac script": 0.0, "rasterio loop": value},
+        },
+        "stages": {"of_limit": value},
+        "scaling": {"rounds": [{"1 thread": value, "2 threads": 1.0, "2 processes": 1.0}]},
+        "dates": {"size": 1, "rows": rows},
+        "tiles": {"size": 1, "rows": rows},
+        "europe": {"runs": [{"motion": 0.1, "tiles": n, "memory": m} for n, m in zip((1, 2), memory, strict=True)]},
+        "gpu": {"runs": [{"what": "a worker", "seconds_per_map": value, "gpu_busy": value}]},
+    }
+
+
+LIMITS = {
+    "end to end on these cores": 25, "peak memory": 6, "stackstac": 4, "rasterio": 2.5, "largest difference": 0.01,
+    "distance": 0.85, "bytes decoded": 1, "tasks": 40, "threads of a worker": 1.8, "worker processes": 1.8,
+    "72 dates": 1.1, "16 tiles": 1.1, "driver and scheduler": 1.1, "H200": 1, "busy": 0.6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", TARGETS, ids=lambda row: row.what)
+def test_each_row_of_the_table_is_met_up_to_its_target(row):
+    (limit,) = (value for name, value in LIMITS.items() if name in row.what)
+    better = limit * (0.99 if row.target.startswith("<=") else 1.01 if row.target.startswith(">=") else 1)
+    for value, met in ((limit, True), (better, True), (2 * limit - better if better != limit else 1.01, False)):
+        assert row.value(parts_with(value)) == pytest.approx(value)
+        assert row.met(row.value(parts_with(value))) is met
+
+
+def test_memory_is_the_sum_over_processes():
+    hold = [sys.executable, "-c", "import sys; x = b'x' * 200_000_000; print('held', flush=True); sys.stdin.read()"]
+    both = [subprocess.Popen(hold, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        assert all(process.stdout.readline() for process in both)
+        assert 400e6 < _memory_of([process.pid for process in both]) < 500e6
+        assert 200e6 < _memory_of([both[0].pid]) < 250e6
+    finally:
+        for process in both:
+            process.communicate()
 
 
 def test_what_was_measured_on_a_gpu_is_told_with_its_machine(tmp_path):

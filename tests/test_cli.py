@@ -143,6 +143,8 @@ def test_run_status_validate_and_plan(catalog, tmp_path):
         dataset.write(np.full(dataset.shape, 7, np.float32), 1)
     broken = invoke("validate", out)
     assert broken.exit_code == 1
+    path.with_suffix(".json").unlink()
+    assert f"1 of 2 maps finished: {out}\n" in invoke("status", out).output
     assert path.stem in broken.output
 
 

@@ -310,7 +310,7 @@ def test_workers_that_share_a_unit_keep_no_block_for_each_other(make_series, mon
 
 
 @given(st.sets(st.tuples(st.integers(0, 6), st.integers(0, 6))))
-def testrectangles_cover_each_block_once(blocks):
+def test_rectangles_cover_each_block_once(blocks):
     covered = [
         (i, j) for (i0, j0), (i1, j1) in rectangles(blocks) for i in range(i0, i1 + 1) for j in range(j0, j1 + 1)
     ]

@@ -85,6 +85,17 @@ def test_flanders_gives_a_map_for_each_consecutive_pair_of_clear_dates(shared_da
     assert "left out: S2_31UDS_" in result.stdout
 
 
+def test_the_default_model_scores_what_its_card_says(shared_data):
+    model = s2cd.load_model("generic", device="cpu")
+    scores = model.card["scores"]["cities"]
+    cities = [city for city in load_cities(shared_data / "oscd") if city.name in {"beirut", "cupertino", "nantes"}]
+    assert len(cities) == 3
+    for city in cities:
+        found, truth = model.predict(city.before.reflectance, city.after.reflectance) > 0.5, city.label
+        f1 = 2 * (found & truth).sum() / (found.sum() + truth.sum())
+        assert f1 == pytest.approx(scores[city.name]["f1"], abs=0.02)
+
+
 @pytest.mark.parametrize("name", ["generic", "urban"])
 def test_bfloat16_changes_maps_by_about_a_hundredth_at_most(shared_data, name):
     """In the cities where they change most. The target is 0.01: a pixel may miss it where sums have another order."""
