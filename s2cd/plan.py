@@ -104,14 +104,14 @@ def make_plan(config: RunConfig, scenes: Iterable[Scene] | None = None) -> Plan:
     model = load_model(config.model, device="cpu")
     fields: list[FieldOfView] = []
     left_out, unusable = Packed[LeftOut](), Packed[LeftOut]()
-    unclassified: list[str] = []
+    unclassified = Packed[str]()
     count = 0
     for _, found in grouped(search_scenes(config) if scenes is None else scenes, lambda scene: scene.tile):
         count += len(found)
         usable, others = usable_scenes(found, model, config)
         unusable.extend(others)
         if config.mask == SCL:
-            unclassified += [scene.id for scene in usable if scene.level == "L2A" and SCL not in scene.assets]
+            unclassified.extend(s.id for s in usable if s.level == "L2A" and SCL not in s.assets)
         kept, unused = select_scenes(usable, max_cloud=config.max_cloud)
         for series in fields_of_view(kept, "any" if config.orbit == "any" else "same"):
             if len(series) == 1:
@@ -121,7 +121,7 @@ def make_plan(config: RunConfig, scenes: Iterable[Scene] | None = None) -> Plan:
         left_out.extend(unused)
     warn_of_unusable(unusable)
     if unclassified:
-        told = f"{len(unclassified)} L2A scenes have no scene classification, the first: {unclassified[0]}"
+        told = f"{len(unclassified)} L2A scenes have no scene classification, the first: {next(iter(unclassified))}"
         warnings.warn(f"{told}: a simple test of their spectra tells clouds, and no shadows", S2cdWarning, stacklevel=2)
     left_out.extend(unusable)
     if len(unusable) == count > 0:

@@ -111,7 +111,7 @@ def as_of_2017(product: Path) -> Path:
         text = text.replace(f"/{path.stem}<", f"/L2A_{path.stem}<")
         path.rename(path.with_name(f"L2A_{path.name}"))
     start, images, end = re.split(r"(<IMAGE_FILE_2A>.*</IMAGE_FILE_2A>)", text)
-    opening = re.search(r"<Granule_List>\s*<Granule .*?>", start, re.DOTALL)[0]  # type: ignore[index]
+    opening = re.findall(r"<Granule_List>\s*<Granule .*?>", start, re.DOTALL)[0]
     lists = []
     for metres in SIZE:
         listed = re.findall(rf"<IMAGE_FILE_2A>[^<]*_{metres}m</IMAGE_FILE_2A>", images)

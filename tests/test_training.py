@@ -50,7 +50,7 @@ from s2cd.training.runs import (
     protocol,
     train,
 )
-from s2cd.training.sampling import LabelledSampler, batch, to_tensor
+from s2cd.training.sampling import LabelledSampler, Sample, batch, to_tensor
 from s2cd.training.scoring import baseline, predictor, score
 from s2cd.training.simulated import Place, SimulatedSampler
 
@@ -372,7 +372,7 @@ def test_an_interrupt_ends_a_training_after_its_step_with_a_checkpoint(catalogue
     class Interrupting(LabelledSampler):
         drawn = 0
 
-        def sample(self, rng):  # type: ignore[no-untyped-def]
+        def sample(self, rng: np.random.Generator) -> Sample:
             self.drawn += 1
             if self.drawn == 2:
                 signal.raise_signal(signal.SIGINT)

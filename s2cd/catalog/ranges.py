@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self, cast
 
 import obstore
 import urllib3
@@ -26,6 +26,9 @@ from s2cd.addresses import login_headers
 from s2cd.buckets import client_options, environment_digest, source_keys
 from s2cd.catalog.http import RETRIED_STATUS, Http, Retry
 from s2cd.errors import ReadError
+
+if TYPE_CHECKING:
+    from obstore.store import S3Config
 
 HEAD_BYTES = 1 << 16
 FRESH = 10.0  # seconds for which a file is taken for the one that it was
@@ -304,7 +307,7 @@ def _s3_store(bucket: str, config: tuple[tuple[str, str], ...], _environment: st
         options["aws_endpoint_url_s3"] = options["endpoint"]  # before which obstore takes the environment's
     return S3Store(
         bucket,
-        config=options,  # type: ignore[arg-type]
+        config=cast("S3Config", options),
         # Not among the options: with them obstore would send the environment's AWS_SESSION_TOKEN.
         credential_provider=None if keys is None else lambda: keys,
         client_options=client_options("s3", timeout=f"{READ_TIMEOUT:g}s", connect_timeout=f"{CONNECT_TIMEOUT:g}s"),

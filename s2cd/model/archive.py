@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import re
 import zipfile
 
@@ -23,8 +24,8 @@ _FOREIGN = re.compile(r"custom_obj|opaque_obj|aotinductor")
 def checked(name: str, data: bytes) -> io.BytesIO:
     """Return the archive `data` written anew from what was looked at: torch and zipfile may read another one apart.
 
-    Raises ModelError, which calls the file `name`, if it holds more than tensors and a graph; what zipfile raises if it
-    is no archive.
+    Raises ModelError, which calls the file `name`, if it holds more than tensors and a graph; what zipfile and
+    torch.load raise if it is damaged or no archive.
     """
     fresh = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as given, zipfile.ZipFile(fresh, "w") as written:
@@ -57,7 +58,7 @@ def _holds_tensors(content: bytes) -> bool:
         return True
     try:
         torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception:  # torch.load raises nearly anything
+    except pickle.UnpicklingError:  # what else it raises is of a damaged file, and told in its own words
         return False
     return True
 

@@ -87,7 +87,7 @@ class Model:
 
         Sizes below 1 are degrees, which tell nothing.
         """
-        fits = size == 10 or size < 1 or self.fine == len(self.bands)
+        fits = abs(size - 10) < 0.01 or size < 1 or self.fine == len(self.bands)
         return None if fits else f"has pixels of {size:g} m, expected 10 m"
 
     @cached_property
