@@ -44,27 +44,34 @@ def make_series(tmp_path: Path) -> Callable[..., list[Scene]]:
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[SimpleNamespace]:
-    """A real S3 server in this process with one bucket; credentials come from the environment only."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+def s3_server() -> Iterator[str]:
+    """Address of a real S3 server in this process, without any bucket."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    requests.post(f"http://{host}:{port}/moto-api/reset", timeout=10)  # servers of one process share their buckets
+    url = f"http://{host}:{port}"
+    requests.post(f"{url}/moto-api/reset", timeout=10)  # servers of one process share their buckets
+    yield url
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server: str) -> Iterator[SimpleNamespace]:
+    """The bucket `maps` of a real S3 server; credentials come from the environment only."""
     settings = {
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ENDPOINT_URL": s3_server,
     }
     with pytest.MonkeyPatch.context() as patch:
         for key, value in settings.items():
             patch.setenv(key, value)
         import boto3
 
-        client = boto3.client("s3", endpoint_url=settings["AWS_ENDPOINT_URL"])
+        client = boto3.client("s3", endpoint_url=s3_server)
         client.create_bucket(Bucket="maps")
-        yield SimpleNamespace(url="s3://maps/europe/2023", client=client, address=settings["AWS_ENDPOINT_URL"])
-    server.stop()
+        yield SimpleNamespace(url="s3://maps/europe/2023", client=client, address=s3_server)
 
 
 def write_series(

@@ -324,15 +324,17 @@ def test_signatures_are_fetched_once_and_again_when_they_expire(
     monkeypatch.setenv("S2CD_SAS_URL", f"{server.url}/token")
     monkeypatch.setattr(access, "SIGNER", access.SasSigner())
     monkeypatch.setattr(access, "SIGNED_DOMAIN", "127.0.0.1")
-    server.lifetime = 1.0
     href = f"{server.url}/signed/container/red.tif"
     rows, cols = slice(100, 300), slice(7, 900)
     for _ in range(3):
         assert np.array_equal(read(href, rows, cols, "planetary-computer"), pixels(9)[rows, cols])
     assert len(server.tokens) == 1
-    time.sleep(1.0)
-    read(href, rows, cols, "planetary-computer")
-    assert len(server.tokens) == 2
+    monkeypatch.setattr(access, "SIGNER", access.SasSigner())
+    server.lifetime = 1.0
+    for _ in range(2):
+        assert np.array_equal(read(href, rows, cols, "planetary-computer"), pixels(9)[rows, cols])
+        time.sleep(server.lifetime)
+    assert len(server.tokens) >= 3  # one more where this machine was away for a second
     assert server.counts["refused"] == 0
 
 
@@ -399,22 +401,16 @@ def test_missing_keys_are_named(provider: str, href: str, why: str, monkeypatch:
 
 
 @pytest.fixture(scope="module")
-def s3(assets: Path) -> Iterator[str]:
+def s3(assets: Path, s3_server: str) -> str:
     """A real S3 server with the assets in the bucket `pixels`."""
     boto3 = pytest.importorskip("boto3")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
     client = boto3.client(
-        "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="key", aws_secret_access_key="secret"
+        "s3", endpoint_url=s3_server, region_name="us-east-1", aws_access_key_id="key", aws_secret_access_key="secret"
     )
     for bucket in ("pixels", "sentinel-s2-l1c"):
         client.create_bucket(Bucket=bucket)
         client.upload_file(str(assets / "1.tif"), bucket, "folder/red.tif", ExtraArgs={"ACL": "public-read"})
-    yield url
-    server.stop()
+    return s3_server
 
 
 @pytest.mark.parametrize("name", ENDPOINTS)

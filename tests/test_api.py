@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 import socket
-import subprocess
 import threading
 import urllib.error
 import urllib.request
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from service_addresses import service
+from services_support import load_items, service
 
 from s2cd.catalog import api, freeze, http, search
 from s2cd.catalog.scene import Scene
@@ -24,25 +23,6 @@ from s2cd.errors import CatalogError, NoScenesError
 
 pytestmark = pytest.mark.services
 MANY = 10_000
-
-
-def load(items: list[dict[str, Any]], folder: Path) -> None:
-    """Load items and their collections into pgstac, replacing what is there."""
-    program, dsn = service("S2CD_TEST_PYPGSTAC"), service("S2CD_TEST_PGSTAC_DSN")
-    collections = [
-        {
-            "type": "Collection", "stac_version": "1.0.0", "id": name, "description": name, "license": "proprietary",
-            "links": [],
-            "extent": {"spatial": {"bbox": [[-180, -90, 180, 90]]}, "temporal": {"interval": [[None, None]]}},
-        }
-        for name in sorted({item["collection"] for item in items})
-    ]  # fmt: skip
-    for kind, rows in (("collections", collections), ("items", items)):
-        path = folder / f"{kind}.ndjson"
-        path.write_text("\n".join(map(json.dumps, rows)))
-        command = [program, "load", kind, str(path), "--dsn", dsn, "--method", "upsert"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +35,7 @@ def recorded(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str
         for item in document.get("features") or [document]:
             if item.get("type") == "Feature" and item.get("collection") and item.get("geometry"):
                 items[item["collection"], item["id"]] = item | {"links": [], "stac_version": "1.0.0"}
-    load(list(items.values()), tmp_path_factory.mktemp("recorded"))
+    load_items(list(items.values()), tmp_path_factory.mktemp("recorded"))
     return url
 
 
@@ -84,7 +64,7 @@ def many_items() -> Iterator[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> str:
     url = service("S2CD_TEST_STAC_API")
-    load(list(many_items()), tmp_path_factory.mktemp("many"))
+    load_items(list(many_items()), tmp_path_factory.mktemp("many"))
     return url
 
 

@@ -15,7 +15,7 @@ import pytest
 import rasterio
 from api_server import ApiServer
 from fault_server import FaultServer
-from service_addresses import service
+from services_support import service
 
 from s2cd.catalog import freeze, http, scene_to_item, search, static
 from s2cd.catalog.api import search_api

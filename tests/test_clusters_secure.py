@@ -55,31 +55,25 @@ def expected(catalog: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.fixture(scope="module")
-def buckets(catalog: str) -> Iterator[str]:
+def buckets(catalog: str, s3_server: str) -> Iterator[str]:
     """A real S3 server with an empty bucket `maps`, and the scenes in `scenes`; its keys are in the environment."""
     boto3 = pytest.importorskip("boto3")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    requests.post(f"{url}/moto-api/reset", timeout=10)  # servers of one process share their buckets
     settings = {
         "AWS_ACCESS_KEY_ID": KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET,
         "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": url,
+        "AWS_ENDPOINT_URL": s3_server,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
-        client = boto3.client("s3", endpoint_url=url)
+        client = boto3.client("s3", endpoint_url=s3_server)
         folder = Path(catalog).parent
         for bucket in ("maps", "scenes"):
             client.create_bucket(Bucket=bucket)
         for path in folder.rglob("*.tif"):
             client.upload_file(str(path), "scenes", str(path.relative_to(folder)))
-        yield url
-    server.stop()
+        yield s3_server
 
 
 def in_bucket(catalog: str, folder: Path) -> str:

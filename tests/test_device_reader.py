@@ -16,7 +16,7 @@ import rasterio
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_inference import run_codes
+from inference_support import run_codes
 
 from s2cd import device_reader, lost, reader
 from s2cd.device_reader import DeviceReader, block_file, read_dates

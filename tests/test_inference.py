@@ -14,43 +14,20 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from inference_support import MASK, MODEL, REF, graph_of, run_codes, surveys_of
 
 import s2cd
 from s2cd import reader
 from s2cd.codes import decode_codes
-from s2cd.cube import common_grid, open_cube
+from s2cd.cube import open_cube
 from s2cd.errors import ConfigError, GridError, ReadError
-from s2cd.inference import Levels, _aligned_chunks, change_blocks, detect_changes
+from s2cd.inference import _aligned_chunks, detect_changes
 from s2cd.masks import Mask
-from s2cd.model import ModelRef, load_model, normalise
+from s2cd.model import normalise
 from s2cd.pairs import consecutive_pairs
 from s2cd.simulate import simulate, truth_between
-from s2cd.survey import scene_input, survey_scene
 
 QUANTUM = 1 / 1024
-MODEL = load_model("generic", device="cpu")
-REF = ModelRef.of("generic", "cpu")
-MASK = Mask()
-
-
-def surveys_of(scenes):
-    inputs = [scene_input(s, MODEL.bands, common_grid([s], MODEL.bands), MASK) for s in scenes]
-    return {i.id: survey_scene(i, MASK, REF) for i in inputs}
-
-
-def as_they_are(codes, origin):
-    return codes
-
-
-def graph_of(scenes, chunk, ref=REF):
-    surveys, pairs = surveys_of(scenes), consecutive_pairs(scenes)
-    levels = [Levels.of(surveys[pair.before.id], surveys[pair.after.id], MODEL) for pair in pairs]
-    return change_blocks(pairs, levels, ref, MASK, chunk, as_they_are)
-
-
-def run_codes(scenes, chunk):
-    blocks = dask.threaded.get(*graph_of(scenes, chunk)[:2])
-    return np.block([[np.stack(block.parts) for block in row] for row in blocks])
 
 
 def test_a_client_needs_no_device_of_its_workers(make_series):

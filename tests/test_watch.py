@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from api_server import ApiServer
 from distributed import Client
-from service_addresses import service
-from test_api import load
+from services_support import load_items, service
 
 import s2cd
 from s2cd.catalog import freeze, scene_to_item
@@ -301,7 +300,7 @@ def test_items_that_appear_in_an_api_become_maps(tmp_path, client):
     config = s2cd.RunConfig(catalog=url, collection=COLLECTION, out=str(tmp_path / "out"), min_valid=0.0)
     written = []
     for item in items:
-        load([item], tmp_path)
+        load_items([item], tmp_path)
         (report,) = watch(config, once=True, client=client)
         written.append(report.count("written"))
         assert report.count("failed") == report.count("kept") == 0
