@@ -194,11 +194,12 @@ def describe_plan(plan: Plan) -> PlanTable:
     """Say what a plan compares, reads and writes, from metadata alone.
 
     Raises ModelError for an unknown model or device, ReadError for scenes that ask for keys, ClusterError for a wrong
-    cluster profile, OutputError if the finished maps were made with other options or lie on other grids.
+    cluster profile, OutputError if the finished maps were made with other options, of another level or on other grids.
     """
     model = load_model(plan.config.model, device="cpu")
     require_same_recipe(plan.config, model, plan.finished)
     require_same_grids(plan, model)
+    require_same_levels(plan)
     require_usable_here(plan)
     mask = mask_of(plan.config)
     workers = Workers.of_profile(load_profile(plan.config.cluster), plan.config.device)
@@ -313,6 +314,18 @@ def require_same_grids(plan: Plan, model: Model) -> None:
         firsts = (next(iter(view.dates)) for view in plan.fields)
         grids = {scene.tile: finest_grid(scene, model.bands) for scene in firsts}
         outputs.require_grids(plan.config.out, plan.finished, grids)
+
+
+def require_same_levels(plan: Plan) -> None:
+    """Raise OutputError if a finished map shows a pair at another processing level than the plan would: L1C, not L2A.
+
+    One map of each field of view stands for all.
+    """
+    for view in plan.fields if plan.finished else ():
+        maps = ((pair, plan.map_of(pair)) for pair in pairs_of(view, plan.config))
+        pair, name = next(((pair, name) for pair, name in maps if name), (None, None))
+        if pair and name:
+            outputs.require_levels(plan.config.out, name, (pair.before.level, pair.after.level))
 
 
 def view_name(series: Sequence[Scene], config: RunConfig) -> str:

@@ -51,6 +51,7 @@ from s2cd.plan import (
     mask_of,
     pairs_of,
     require_same_grids,
+    require_same_levels,
     require_same_recipe,
     require_usable_here,
 )
@@ -137,8 +138,8 @@ def run(
 
     Returns the report, also written to the output folder; a pair that failed is in it and does not stop the
     others. Raises S2cdError for what concerns the whole run: catalogue, model, output folder, cluster; OutputError if
-    the folder holds maps of another model, mask, validity layer, COG profile or grid; ClusterError where the scheduler
-    is gone.
+    the folder holds maps of another model, mask, validity layer, COG profile, level or grid; ClusterError where the
+    scheduler is gone.
     """
     started = time.monotonic()
     config = _located(config)
@@ -149,6 +150,7 @@ def run(
         plan = make_plan(config, scenes)
         require_same_recipe(config, model, plan.finished)
         require_same_grids(plan, model)
+        require_same_levels(plan)
         if client is None:
             require_usable_here(plan)
         ref = ModelRef(config.model, model.hash, config.device)

@@ -339,6 +339,16 @@ def test_a_folder_keeps_maps_of_whole_tiles_and_of_parts_apart(make_series, conf
     assert validate(config.out) == []
 
 
+def test_a_folder_keeps_to_one_processing_level(make_series, config, client):
+    """Maps of L1C have the names of those of L2A."""
+    scenes = make_series(dates=3)
+    run(config, client, scenes=[replace(s, level="L1C") for s in scenes[1:]])
+    for use in (run, lambda config, *_, scenes: describe_plan(make_plan(config, scenes))):
+        with pytest.raises(OutputError, match=r"/out holds S2CD_31UDS_\w+ of L1C, expected L2A: choose another folder"):
+            use(config, client, scenes=scenes)
+    assert run(config, client, scenes=scenes[:2]).ok  # another pair, which has no map yet
+
+
 def test_grids_are_the_same_to_a_hundredth_of_a_pixel(make_series, config):
     scenes = make_series(dates=2)
     change = s2cd.detect_changes(s2cd.open_cube(scenes), s2cd.consecutive_pairs(scenes), device="cpu")

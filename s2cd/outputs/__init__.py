@@ -18,7 +18,7 @@ from s2cd.outputs.item import MapInfo
 from s2cd.outputs.layout import path_of
 from s2cd.outputs.lock import only_one
 from s2cd.outputs.parts import MapPart, map_part
-from s2cd.outputs.recipe import recipe, require_grids, require_recipe
+from s2cd.outputs.recipe import recipe, require_grids, require_levels, require_recipe
 from s2cd.outputs.store import absolute, check_writable, place_of
 from s2cd.outputs.writer import write_map
 
@@ -41,6 +41,7 @@ __all__ = [
     "recipe",
     "remove_map",
     "require_grids",
+    "require_levels",
     "require_recipe",
     "save_report",
     "save_run",

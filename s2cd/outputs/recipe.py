@@ -73,6 +73,16 @@ def require_grids(out: str, names: Iterable[str], expected: Mapping[str, Grid]) 
             )
 
 
+def require_levels(out: str, name: str, expected: tuple[str, str]) -> None:
+    """Raise OutputError if a finished map shows dates of other processing levels than (earlier, later) `expected`."""
+    path = path_of(name, ".json")
+    with understood(out, path, "the item of a map"):
+        found = tuple(json.loads(open_store(out).get(path))["properties"].get("s2cd:levels", expected))
+    if found != expected:
+        told, wanted = (" and ".join(dict.fromkeys(levels)) for levels in (found, expected))
+        raise OutputError(f"{out} holds {name} of {told}, expected {wanted}: choose another folder for these")
+
+
 def _same(found: Grid, expected: Grid) -> bool:
     """Tell whether two grids are one, to a hundredth of a pixel at either corner."""
     alike = found.epsg == expected.epsg and found.shape == tuple(expected.shape)
