@@ -437,10 +437,15 @@ def _positions(cube: xr.DataArray, pair: Pair) -> tuple[int, int]:
 
 
 def _require_even_start(cube: xr.DataArray, scenes: Sequence[Scene], model: Model) -> Grid:
-    """Return the cube's grid after checking that its 20 m pixels are whole."""
+    """Return the cube's grid after checking that it is a part of its tile's, and that its 20 m pixels are whole."""
     grid, whole = cube_grid(cube), common_grid(scenes, model.bands)
     if reason := model.misfit(abs(whole.transform[0])):
         raise GridError(f"{scenes[0].id} {reason} by {model.name}")
+    found, expected = ((g.transform[0], g.transform[4]) for g in (grid, whole))
+    if any(abs(a - b) > 1e-6 * abs(b) for a, b in zip(found, expected, strict=True)):
+        raise GridError(
+            f"the cube has a pixel every {found[0]:g}, {found[1]:g}, expected {expected[0]:g}, {expected[1]:g}"
+        )
     for axis, (origin, step) in {"column": (2, 0), "row": (5, 4)}.items():
         start = (grid.transform[origin] - whole.transform[origin]) / whole.transform[step]
         if abs(start - round(start)) > 0.01 or round(start) % 2:

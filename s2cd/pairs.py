@@ -11,7 +11,7 @@ from itertools import pairwise
 from numbers import Real
 from typing import Literal
 
-from s2cd.catalog.duplicates import reduce_duplicates
+from s2cd.catalog.duplicates import cloud_cover, reduce_duplicates
 from s2cd.catalog.scene import Scene
 from s2cd.errors import BaselineWarning, ConfigError, GridError, LevelWarning, OrbitWarning
 
@@ -122,8 +122,9 @@ def select_scenes(scenes: Iterable[Scene], *, max_cloud: float | None = None) ->
     left_out = [LeftOut(scene.id, reason) for scene, reason in duplicates]
     kept = []
     for scene in unique:
-        if max_cloud is not None and scene.cloud_cover is not None and scene.cloud_cover > max_cloud:
-            left_out.append(LeftOut(scene.id, f"cloud cover {scene.cloud_cover:.1f} % above {max_cloud:g} %"))
+        cover = cloud_cover(scene)
+        if max_cloud is not None and cover is not None and cover > max_cloud:
+            left_out.append(LeftOut(scene.id, f"cloud cover {cover:.1f} % above {max_cloud:g} %"))
         else:
             kept.append(scene)
     return kept, left_out

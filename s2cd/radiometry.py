@@ -45,11 +45,14 @@ def resolve(
         offset_applied: Earth Search's `boa_offset_applied`: True if the provider took the offset out of the
             pixels.
         whole_numbers: whether the document says that pixels are integers. A scale that these cannot have counts as
-            not stated, and so does the offset beside it.
+            not stated, and so does the offset beside it. Where pixels may be reflectance already, as the scale 1
+            says, an offset that is not stated is none.
 
     Returns (scale, offset, reason).
     """
     note = ""
+    if stated_scale and stated_offset is None and not whole_numbers and not is_scale_of_numbers(stated_scale):
+        return float(stated_scale), 0.0, f"reflectance of scale {stated_scale:g}, the document states no offset"
     if whole_numbers and stated_scale and not is_scale_of_numbers(stated_scale):
         note = f"; the stated scale {stated_scale:g} is none of digital numbers"
         stated_scale = stated_offset = None

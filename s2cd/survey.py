@@ -20,6 +20,8 @@ from s2cd.model.normalise import Planes, decimation
 from s2cd.radiometry import SCALE, is_scale_of_numbers
 from s2cd.reader import Source, band_source, read_overviews, require_asset
 
+BRIGHTEST = 20.0  # reflectance that nothing reaches, and that the brightest digital number of any scene exceeds
+
 
 @dataclass(frozen=True, slots=True)
 class SceneInput:
@@ -78,8 +80,8 @@ def scene_input(scene: Scene, bands: Sequence[str], grid: Grid, mask: Mask) -> S
 def survey_scene(scene: SceneInput, mask: Mask, model: ModelRef) -> Survey:
     """Survey one scene from its overviews.
 
-    Raises ReadError and GridError as reading does, and ReadError for a mask band that holds no whole numbers and for
-    another one that does, with a scale that these cannot have.
+    Raises ReadError and GridError as reading does, and ReadError for a mask band that holds no whole numbers, and for
+    another band that holds digital numbers with a scale of reflectance, or reflectance with one of digital numbers.
     """
     factor = decimation(scene.grid.shape)
     mask_band = () if scene.classes is None else (scene.classes,)
@@ -109,11 +111,16 @@ def _require_whole_numbers(classes: np.ndarray, source: Source) -> np.ndarray:
 
 
 def _require_scales(planes: Planes, scene: SceneInput) -> None:
-    """Documents need not say whether a raster holds whole numbers or reflectance: its pixels do."""
+    """Documents need not say whether a raster holds digital numbers or reflectance: its pixels do."""
     for plane, source, scale in zip(planes, scene.sources, scene.scale, strict=True):
-        if plane.dtype.kind in "iu" and not is_scale_of_numbers(scale):
-            why = f"holds {plane.dtype}, but has the scale {scale:g}, expected about {SCALE:g}"
-            raise ReadError(source.hrefs[0], why)
+        if plane.dtype.kind in "iu":
+            fits, what, expected = is_scale_of_numbers(scale), f"{plane.dtype}", SCALE
+        else:
+            largest = float(np.max(plane, initial=0, where=np.isfinite(plane)))
+            fits = not 0 < largest < BRIGHTEST or not is_scale_of_numbers(scale)
+            what, expected = f"{plane.dtype} up to {largest:.3g}", 1
+        if not fits:
+            raise ReadError(source.hrefs[0], f"holds {what}, but has the scale {scale:g}, expected about {expected:g}")
 
 
 def observed(pixels: Planes, classes: np.ndarray | None, scene: SceneInput, mask: Mask, factor: int = 1) -> np.ndarray:

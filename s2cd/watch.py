@@ -43,6 +43,8 @@ LOG = logging.getLogger(__name__)
 
 Seen = dict[str, dict[str, str]]
 """By field of view: ids of the pieces and sensing time (RFC 3339) of every scene that was dealt with."""
+Paired = dict[str, list[str]]
+"""By field of view: sensing times of dates that were compared, and so are valid by the options of these looks."""
 
 
 def watch(
@@ -91,13 +93,15 @@ def _look(config: RunConfig, client: Client | None, progress: Progress | None) -
 
 def _map_what_is_new(config: RunConfig, client: Client | None, progress: Progress | None) -> Report:
     """Search, run what is new, and remember it."""
-    looks = _load(config.out)
-    seen = looks.setdefault(_options(config), {})
+    looks, paired = _load(config.out)
+    options = _options(config)
+    seen, compared = looks.setdefault(options, {}), paired.setdefault(options, {})
     finished = outputs.finished(config.out)
     model = load_model(config.model, device="cpu")
     require_same_recipe(config, model, finished)
     maps = _by_view(finished, config)
     mapped = {name: {t for pair in pairs for t in times_of(pair)} for name, pairs in maps.items()}
+    mapped = {name: times & set(compared.get(name, times)) for name, times in mapped.items()}
     try:
         found = _usable(search_scenes(_since(config, seen, mapped)), model, config)
     except NoScenesError:
@@ -119,8 +123,10 @@ def _map_what_is_new(config: RunConfig, client: Client | None, progress: Progres
     for name, series in views.items():
         done = {_key(s): _stamp(s) for s in series if (s.tile, _stamp(s)) not in failed}
         seen[name] = seen.get(name, {}) | done
+    for name, pairs in _by_view((r.name for r in report.maps if r.status != "failed"), config).items():
+        compared[name] = sorted({*compared.get(name, ()), *(t for pair in pairs for t in times_of(pair))})
     if todo:
-        open_store(config.out).put(STATE, json.dumps({"looks": looks}, indent=1).encode())
+        open_store(config.out).put(STATE, json.dumps({"looks": looks, "paired": paired}, indent=1).encode())
     return report
 
 
@@ -134,8 +140,8 @@ def _usable(found: Iterable[Scene], model: Model, config: RunConfig) -> list[Sce
 def _window(series: list[Scene], seen: dict[str, str], mapped: set[str]) -> list[Scene]:
     """What of a field of view takes part in pairs with its new scenes; nothing if there are none.
 
-    Pairs join consecutive valid dates. A date that has a map is known to be valid, so no pair of a new scene
-    reaches beyond the nearest such dates before and after it.
+    Pairs join consecutive valid dates. A date that has a map, made or kept with these options, is known to be valid, so
+    no pair of a new scene reaches beyond the nearest such dates before and after it.
     """
     new = [scene for scene in series if _key(scene) not in seen]
     if not new:
@@ -182,22 +188,23 @@ def _options(config: RunConfig) -> str:
     return ", ".join(f"{name} {options[name]}" for name in SEARCH)
 
 
-def _load(out: str) -> dict[str, Seen]:
-    """Return what earlier looks have seen, by their options; nothing where a person or a full disk damaged it."""
+def _load(out: str) -> tuple[dict[str, Seen], dict[str, Paired]]:
+    """Return what earlier looks have seen and paired, by options; nothing where a person or a full disk damaged it."""
     store = open_store(out)
     if store.size(STATE) is None:
-        return {}
+        return {}, {}
     text = store.get(STATE)
     try:
         with understood(out, STATE, "what a watch has seen"):
-            looks = json.loads(text).get("looks", {})  # earlier versions did not state their options
-            for scenes in (scenes for seen in looks.values() for scenes in seen.values()):
-                for stamp in scenes.values():
-                    datetime.strptime(stamp, STAMP)
-            return looks
+            state = json.loads(text)
+            looks, paired = state.get("looks", {}), state.get("paired", {})  # which earlier versions did not state
+            stamps = [s for seen in looks.values() for scenes in seen.values() for s in scenes.values()]
+            for stamp in stamps + [s for views in paired.values() for times in views.values() for s in times]:
+                datetime.strptime(stamp, STAMP)
+            return looks, paired
     except OutputError as error:
         LOG.warning("%s; starting from the maps", error)
-        return {}
+        return {}, {}
 
 
 def _key(scene: Scene) -> str:

@@ -15,11 +15,11 @@ import rasterio
 from rasterio.transform import Affine
 
 from s2cd.catalog import freeze, scene_from_item, search
-from s2cd.catalog.duplicates import reduce_duplicates
+from s2cd.catalog.duplicates import cloud_cover, reduce_duplicates
 from s2cd.catalog.scene import Asset, Grid, Scene
 from s2cd.catalog.static import read_document
 from s2cd.errors import BaselineWarning
-from s2cd.pairs import consecutive_pairs
+from s2cd.pairs import consecutive_pairs, select_scenes
 from s2cd.reader import band_source, read_window
 
 
@@ -146,6 +146,16 @@ def test_halves_of_a_split_datatake_become_one_scene(page: list[dict[str, Any]],
         pieces[1]["assets"]["red"]["href"],
         pieces[0]["assets"]["red"]["href"],
     )
+
+
+def test_clouds_of_a_split_datatake_are_those_of_both_halves(page: list[dict[str, Any]]) -> None:
+    pieces = scenes(*halves(page[0], at=0.25, overlap=0.0))
+    covers = {pieces[0].id: 80.0, pieces[1].id: 20.0}
+    kept, _ = reduce_duplicates([replace(piece, cloud_cover=covers[piece.id]) for piece in pieces])
+    assert cloud_cover(kept[0]) == pytest.approx(0.25 * 80 + 0.75 * 20, abs=1)
+    assert cloud_cover(replace(kept[0], parts=(replace(kept[0].parts[0], cloud_cover=None),))) == 20
+    for limit, count in ((34.0, 0), (36.0, 1)):
+        assert len(select_scenes(kept, max_cloud=limit)[0]) == count
 
 
 def test_a_small_half_that_lies_almost_within_the_other(page: list[dict[str, Any]]) -> None:

@@ -286,6 +286,17 @@ def test_parts_of_a_cube_start_at_even_pixels(make_series):
         detect_changes(cube[:, :, :, 41:], pairs, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("part", "spacing"),
+    [({"y": slice(None, None, 5), "x": slice(None, None, 5)}, "50, -50"), ({"y": slice(None, None, -1)}, "10, 10")],
+)
+def test_a_decimated_or_flipped_cube_is_none_of_its_tile(make_series, part, spacing):
+    """Its corner may lie where that of a whole pixel would."""
+    scenes = make_series(shape=(205, 235), dates=2)
+    with pytest.raises(GridError, match=f"the cube has a pixel every {spacing}, expected 10, -10"):
+        detect_changes(open_cube(scenes).isel(part), consecutive_pairs(scenes), device="cpu")
+
+
 def test_cube_that_lacks_a_band_or_a_date_and_no_pairs(make_series):
     scenes = make_series(dates=3)
     pairs = consecutive_pairs(scenes)

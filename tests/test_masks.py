@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from conftest import write_tiff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -24,7 +25,7 @@ from s2cd.masks import GROWN_CLASSES, INVALID_CLASSES, Mask, cloud_test, dilate,
 from s2cd.model import ModelRef
 from s2cd.radiometry import reflectance
 from s2cd.reader import Source
-from s2cd.survey import SceneInput, observed, scene_input, survey_scene
+from s2cd.survey import SceneInput, Survey, observed, scene_input, survey_scene
 
 VISIBLE = ("blue", "green", "red")
 
@@ -274,18 +275,34 @@ def test_clouds_grow_by_metres_whatever_the_size_of_pixels() -> None:
     assert np.flatnonzero(~seen[20]).tolist() == [*range(17, 24)]
 
 
+def surveyed(scene: Scene, band: str, scale: float) -> Survey:
+    """Survey a scene of which one band has another scale."""
+    model, assets = ModelRef.of("generic", "cpu"), {**scene.assets, band: replace(scene.assets[band], scale=scale)}
+    taken = scene_input(replace(scene, assets=assets), model.load().bands, assets["red"].grid, Mask())
+    return survey_scene(taken, Mask(), model)
+
+
 def test_whole_numbers_with_the_scale_of_reflectance_are_refused(make_series: Callable[..., list[Scene]]) -> None:
     """As where an item states a scale of 1, and not what its pixels are."""
     (scene,) = make_series(dates=1)
-    model = ModelRef.of("generic", "cpu")
-    for scale in (1e-4, 1.0):
-        assets = {**scene.assets, "nir": replace(scene.assets["nir"], scale=scale)}
-        taken = scene_input(replace(scene, assets=assets), model.load().bands, assets["red"].grid, Mask())
-        if scale == 1:
-            with pytest.raises(ReadError, match=r"nir\.tif: holds uint16, but has the scale 1, expected about 0\.0001"):
-                survey_scene(taken, Mask(), model)
-        else:
-            assert survey_scene(taken, Mask(), model).valid_fraction == 1
+    assert surveyed(scene, "nir", 1e-4).valid_fraction == 1
+    with pytest.raises(ReadError, match=r"nir\.tif: holds uint16, but has the scale 1, expected about 0\.0001"):
+        surveyed(scene, "nir", 1.0)
+
+
+def test_reflectance_with_the_scale_of_digital_numbers_is_refused(make_series: Callable[..., list[Scene]]) -> None:
+    """As where an item states no scale. Digital numbers may be stored as float32."""
+    (scene,) = make_series(dates=1)
+    numbers = surveyed(scene, "nir", 1e-4)
+    for factor, scale in ((1.0, 1e-4), (1e-4, 1.0)):
+        with rasterio.open(scene.assets["nir"].href) as dataset:
+            pixels, transform = dataset.read(1).astype(np.float32) * np.float32(factor), dataset.transform
+        write_tiff(Path(scene.assets["nir"].href), pixels, transform, 64)
+        np.testing.assert_allclose(surveyed(scene, "nir", scale).statistics, numbers.statistics, rtol=1e-4)
+    with pytest.raises(
+        ReadError, match=r"nir\.tif: holds float32 up to 0\.\d+, but has the scale 0\.0001, expected about 1"
+    ):
+        surveyed(scene, "nir", 1e-4)
 
 
 class _Away(np.ndarray):

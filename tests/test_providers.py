@@ -193,3 +193,13 @@ def test_provider_of_an_address(href: str, key: str) -> None:
     assert provider_of(href) == key
     assert infer_provider({"assets": {"red": {"href": href}}}) == key
     assert key == "static" or PROVIDERS[key].key == key
+
+
+def test_what_is_made_of_a_band_does_not_take_its_place(shared_data: Path) -> None:
+    """Such as its quality, which names the band that it describes, and may come first."""
+    items = (item for item, _ in _items(shared_data / "stac" / "earth-search") if "red" in item.get("assets", {}))
+    item = next(item for item in items if len(item["assets"]["red"].get("eo:bands", ())) == 1)
+    expected = scene_from_item(item).assets["red"]
+    quality = item["assets"]["red"] | {"href": "https://example.com/quality.tif"}
+    item["assets"] = {"red_quality": quality, **item["assets"]}
+    assert scene_from_item(item).assets["red"] == expected

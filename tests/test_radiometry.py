@@ -61,6 +61,11 @@ def test_a_stated_scale_is_taken() -> None:
     assert resolve(level="L2A", baseline="02.14", stated_scale=2e-4)[0] == 2e-4
 
 
+def test_reflectance_has_no_offset_unless_it_is_stated() -> None:
+    assert resolve(level="L2A", baseline="05.09", stated_scale=1.0)[:2] == (1.0, 0.0)
+    assert resolve(level="L2A", baseline="05.09", stated_scale=1.0, stated_offset=-0.1)[:2] == (1.0, -0.1)
+
+
 def item_of(raster: dict[str, object], baseline: str | None = "05.09", **properties: object) -> dict[str, object]:
     """An item of one band that says `raster` of it."""
     return {

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import rasterio
 from api_server import ApiServer
 from distributed import Client
 from services_support import load_items, service
@@ -96,6 +97,23 @@ def test_a_late_acquisition_gets_both_pairs_however_old_the_date_before_it(make_
     assert len(look(config, scenes, client)["written"]) == 2
     run(config, client)
     assert run_status(config.out) == [{"field_of_view": "31UDS R051", "pairs": 2, "finished": 2}]
+
+
+def test_a_date_that_was_mapped_under_a_lower_limit_is_no_end_of_a_pair(make_series, config, client):
+    scenes = make_series(shape=(101, 133), dates=4)
+    hide(scenes[2], 0.7)
+    run(config.model_copy(update={"min_valid": 0.1}), client, scenes=scenes[:3])
+    strict = config.model_copy(update={"min_valid": 0.6})
+    assert look(strict, scenes[:3], client) == {"kept": [pair(0, 1)]}
+    assert look(strict, scenes, client) == {"written": [pair(1, 3)]}
+
+
+def hide(scene, share):
+    """Put a cloud over the upper rows of a scene."""
+    with rasterio.open(scene.assets["scl"].href, "r+") as dataset:
+        classes = dataset.read(1)
+        classes[: int(share * len(classes))] = 9
+        dataset.write(classes, 1)
 
 
 @pytest.fixture(scope="module")

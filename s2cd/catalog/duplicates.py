@@ -208,6 +208,13 @@ def _covered(scene: Scene) -> float:
     return sum(abs(_area(_flat(ring))) for ring in rings(scene.footprint))
 
 
+def cloud_cover(scene: Scene) -> float | None:
+    """Return the cloud cover of all pieces of a scene, in percent of what they show; None where none states it."""
+    stated = [(_covered(s), s.cloud_cover) for s in (scene, *scene.parts) if s.cloud_cover is not None]
+    area = sum(covered for covered, _ in stated)
+    return sum(covered * cover for covered, cover in stated) / area if area else scene.cloud_cover
+
+
 def _why(scene: Scene, best: Scene | None, main: Scene) -> str:
     if best is None:
         return f"half of a split datatake whose radiometry or grid differs from that of {main.id}"

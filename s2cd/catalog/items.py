@@ -267,12 +267,13 @@ class _Reader:
         return footprint
 
     def _assets(self, level: str, baseline: str | None) -> dict[str, Asset]:
-        chosen: dict[str, tuple[tuple[bool, float], str, Item]] = {}
+        chosen: dict[str, tuple[tuple[bool, bool, float], str, Item]] = {}
         for key, asset in self.item["assets"].items():
             band = _asset_band(key, asset)
             if band is None or not asset.get("href"):
                 continue
-            rank = (_is_jp2(asset), abs((_asset_gsd(key, asset) or _GSD[band]) - _GSD[band]))
+            described = _asset_band(key, {}) is None  # as what is made of a band may be, such as its quality
+            rank = (described, _is_jp2(asset), abs((_asset_gsd(key, asset) or _GSD[band]) - _GSD[band]))
             if band not in chosen or rank < chosen[band][0]:
                 chosen[band] = (rank, key, asset)
         if not any(band != SCL for band in chosen):
