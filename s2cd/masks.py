@@ -19,6 +19,7 @@ from s2cd.errors import ConfigError
 # 8 and 9 cloud of medium and high probability, 10 thin cirrus, 11 snow or ice.
 INVALID_CLASSES = (0, 1, 3, 8, 9, 10)
 GROWN_CLASSES = (3, 8, 9, 10)
+NO_DATA, WATER = 0, 6
 DILATION = 6
 SMALL_RADIUS = 8  # up to here shifted copies of a mask are faster than a distance transform
 
@@ -86,6 +87,19 @@ class Mask:
         """Return bool (y, x), True where the mask band (y, x), decimated by `factor` against 10 m, is valid."""
         grow = GROWN_CLASSES if self.band == SCL else self.invalid
         return valid_mask(classes, invalid=self.invalid, grow=grow, dilation=self.dilation / factor)
+
+    @property
+    def tells_water(self) -> bool:
+        """Whether the mask band says what is water."""
+        return self.function is None and self.band == SCL
+
+    def black(self, classes: np.ndarray, factor: int = 1) -> np.ndarray:
+        """Return bool (y, x), True where a band without any light is an observation all the same: on water.
+
+        Atmospheric correction leaves water less than nothing in the infrared, which archives that took the offset out
+        store as 0, their nodata. Beside pixels that were not observed a 0 is one of these: bands end at different ones.
+        """
+        return (classes == WATER) & ~dilate(classes == NO_DATA, self.dilation / factor)
 
     def from_reflectance(self, reflectance: np.ndarray, bands: Sequence[str], factor: int = 1) -> np.ndarray:
         """Return bool (y, x), True where `function`, or else `cloud_test`, finds no cloud within `dilation`.

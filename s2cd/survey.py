@@ -137,20 +137,46 @@ def observed(pixels: Planes, classes: np.ndarray | None, scene: SceneInput, mask
         np.logical_and(level, plane != source.nodata, out=level)
         if plane.dtype.kind == "f":
             np.logical_and(level, np.isfinite(plane), out=level)
-    small = classes is not None and classes.shape != seen.shape  # at 20 m, whatever the scene says
-    if classes is not None and factor == 1 and (small or scene.classes_factor == 2):  # a quarter of the work
-        half &= mask.from_classes(classes if small else classes[::2, ::2], 2 * coarse)
-    elif classes is not None:
-        seen &= mask.from_classes(classes, factor * coarse)
+    if classes is not None:
+        small = classes.shape != seen.shape  # at 20 m, whatever the scene says
+        level, size = seen, factor * coarse
+        if factor == 1 and (small or scene.classes_factor == 2):  # a quarter of the work
+            level, size, classes = half, 2 * coarse, classes if small else classes[::2, ::2]
+        if mask.tells_water and _has_black(pixels, scene) and not (seen.all() and half.all()):
+            _add_black(seen, half, mask.black(classes, size), pixels, scene)
+        level &= mask.from_classes(classes, size)
     if not half.all():
-        wide = (half.astype(np.uint16) * np.uint16(0x0101)).view(bool)[:, : seen.shape[1]]  # each pixel twice
-        seen[::2] &= wide
-        seen[1::2] &= wide[: len(seen) // 2]
+        seen &= _doubled(half, seen.shape)
     if classes is not None:
         return seen
     seen = to_host(seen)  # what looks at the spectrum is NumPy's and SciPy's, or a function of the user's
     reflectance = to_reflectance(to_host(pixels), scene, seen)
     return seen & mask.from_reflectance(reflectance, [s.band for s in scene.sources], factor * coarse)
+
+
+def _has_black(pixels: Planes, scene: SceneInput) -> bool:
+    """Tell whether a digital number of 0 can be the reflectance 0, too: where there is no offset."""
+    return not any(scene.offset) and all(plane.dtype.kind in "iu" for plane in pixels)
+
+
+def _add_black(seen: np.ndarray, half: np.ndarray, black: np.ndarray, pixels: Planes, scene: SceneInput) -> None:
+    """Mark as seen what may be black, bool at 10 or 20 m, and is not black in every band."""
+    small = black.shape != seen.shape
+    lit, half_lit = np.zeros_like(seen), np.zeros_like(half)
+    for plane, source in zip(pixels, scene.sources, strict=True):
+        np.logical_or(level := lit if plane.shape == lit.shape else half_lit, plane != source.nodata, out=level)
+    if half_lit.any():
+        lit |= _doubled(half_lit, lit.shape)
+    seen |= lit & (_doubled(black, seen.shape) if small else black)
+    half |= black if small else black[::2, ::2]
+
+
+def _doubled(half: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return bool of `shape` with each pixel of `half` twice along both axes."""
+    wide = (half.astype(np.uint16) * np.uint16(0x0101)).view(bool)[:, : shape[1]]
+    result = np.empty_like(wide, shape=shape)
+    result[::2], result[1::2] = wide, wide[: shape[0] // 2]
+    return result
 
 
 def to_reflectance(pixels: np.ndarray, scene: SceneInput, valid: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+import s2cd
 from s2cd.catalog import search
 from s2cd.catalog.scene import Grid, Scene
 from s2cd.errors import ConfigError, ReadError
@@ -245,24 +246,52 @@ def test_a_function_that_cannot_be_had_is_named(
 
 
 @settings(max_examples=30)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([(17, 19), (64, 66), (1, 5)]))
-def test_bands_and_classes_at_20_m_hide_the_same_pixels_as_replicated_ones(seed: int, shape: tuple[int, int]) -> None:
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(17, 19), (64, 66), (1, 5)]), st.sampled_from([0.0, -0.1]))
+def test_bands_and_classes_at_20_m_hide_the_same_pixels_as_replicated_ones(
+    seed: int, shape: tuple[int, int], offset: float
+) -> None:
     rng = np.random.default_rng(seed)
     half = tuple(-(-n // 2) for n in shape)
-    fine = (rng.random((2, *shape)) < 0.95).astype(np.uint16)
-    coarse = (rng.random(half) < 0.95).astype(np.uint16)
-    classes = np.where(rng.random(half) < 0.05, 9, 4).astype(np.uint8)
+    fine = (rng.random((2, *shape)) < 0.9).astype(np.uint16)
+    coarse = (rng.random(half) < 0.9).astype(np.uint16)
+    classes = rng.choice(np.array([4, 6, 9, 0], np.uint8), half, p=[0.5, 0.4, 0.05, 0.05])
     full, full_classes = (a.repeat(2, 0).repeat(2, 1)[: shape[0], : shape[1]] for a in (coarse, classes))
     sources = tuple(Source(band, (), "static") for band in ("red", "nir", "swir16"))
-    scene = SceneInput("a", Grid(32631, (10.0, 0, 0, 0, -10.0, 0), shape), sources, (1,) * 3, (0,) * 3, sources[0], 2)
-    expected = (
-        np.logical_and.reduce([*fine, full])
-        & Mask().from_classes(full_classes[::2, ::2], 2).repeat(2, 0).repeat(2, 1)[: shape[0], : shape[1]]
-    )
+    grid = Grid(32631, (10.0, 0, 0, 0, -10.0, 0), shape)
+    scene = SceneInput("a", grid, sources, (1,) * 3, (offset,) * 3, sources[0], 2)
+
+    def wide(small: np.ndarray) -> np.ndarray:
+        return small.repeat(2, 0).repeat(2, 1)[: shape[0], : shape[1]]
+
+    water = wide((classes == 6) & ~dilate(classes == 0, 3)) & np.logical_or.reduce([*fine, full])
+    lit = np.logical_and.reduce([*fine, full]) | (water & (offset == 0))
+    expected = lit & wide(Mask().from_classes(classes, 2))
     for planes, given_classes in (([*fine, coarse], classes), ([*fine, full], full_classes)):
         assert np.array_equal(observed(planes, given_classes, scene, Mask()), expected)
     # An SCL whose item has one grid for all assets: the file is as it is.
     assert np.array_equal(observed([*fine, coarse], classes, replace(scene, classes_factor=1), Mask()), expected)
+
+
+def test_black_water_is_observed_and_what_bands_do_not_show_is_not(make_series: Callable[..., list[Scene]]) -> None:
+    """A flood without any light in the infrared; and a swath at whose edge the infrared bands end first."""
+    scenes = make_series(dates=2, change=False)
+    for band in ("green", "nir", "nir08", "swir16", "swir22", "scl"):
+        with rasterio.open(scenes[1].assets[band].href, "r+") as dataset:
+            pixels, k = dataset.read(1), round(10 / dataset.res[0] * 2)  # 2 at 10 m, 1 at 20 m
+            flood, edge = (slice(20 * k, 40 * k), slice(20 * k, 50 * k)), (slice(None), slice(100 * k, None))
+            if band == "scl":
+                pixels[flood], pixels[edge] = 6, 6
+                pixels[:, 110:] = 0
+            elif band != "green":
+                pixels[flood], pixels[edge] = 0, 0
+            else:
+                pixels[:, 110 * k :] = 0
+            dataset.write(pixels, 1)
+    pairs = s2cd.consecutive_pairs(scenes)
+    (change,) = s2cd.detect_changes(s2cd.open_cube(scenes), pairs, device="cpu").values
+    assert (change[40:80, 40:100] > 0.5).mean() > 0.9
+    assert np.isnan(change[:, 214:]).all()  # as far from what is not observed as clouds grow
+    assert np.isfinite(change[:, :198]).all()
 
 
 def test_clouds_grow_by_metres_whatever_the_size_of_pixels() -> None:
