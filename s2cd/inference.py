@@ -81,17 +81,17 @@ def detect_changes(
 ) -> xr.DataArray:
     """Probability of change for each pair, lazily.
 
-    cube    as `s2cd.open_cube` returns it, or any part of it that starts at an even row and column; its chunks may be
-            arrays of CuPy
+    cube    as `s2cd.open_cube` returns it, or a part of it; its chunks may be arrays of CuPy
     pairs   pairs of scenes that the cube holds
     model   name of a shipped model, or path of an exported or trained one
     mask    which observations count; by default clouds, shadows and their rims do not
 
     Returns a DataArray (pair, y, x) float32 in [0, 1], NaN where either date has no valid observation, on the
-    cube's grid. Statistics for the normalisation come from the overviews of the scenes' files.
+    cube's grid. Statistics for the normalisation come from the overviews of the scenes' files. A part gives what its
+    tile does, but for some 640 m along its edge: there the network does not see all that it would.
 
     Raises ConfigError for no pairs, and for a pair, a band of the model, the mask band or the other half of a split
-    datatake that the cube lacks; GridError for an odd start.
+    datatake that the cube lacks; GridError for a cube whose pixels are not those of its tile.
     """
     if not pairs:
         raise ConfigError("pairs: found none, expected at least one of what consecutive_pairs returns")
@@ -105,12 +105,12 @@ def detect_changes(
     _require_bands(cube, (*network.bands, *mask.extra_assets, *told))
     positions = [_positions(cube, pair) for pair in pairs]
     _require_whole_dates(cube, scenes.values())
-    grid = _require_even_start(cube, list(scenes.values()), network)
+    grid, lead = _part_of_tile(cube, list(scenes.values()), network)
     inputs = {i: scene_input(s, network.bands, common_grid([s], network.bands), mask) for i, s in scenes.items()}
     surveys = {i: dask.delayed(survey_scene)(entry, mask, ref) for i, entry in inputs.items()}
     levels = [dask.delayed(_levels)(surveys[p.before.id], surveys[p.after.id], ref) for p in pairs]
     halo = _halo(network, mask, inputs.values())
-    haloed, base = _with_halo(cube, network, halo)
+    haloed, base = _with_halo(cube, lead, network, halo)
     probability = da.map_blocks(
         _infer_pair,
         haloed[[before for before, _ in positions]],
@@ -127,7 +127,7 @@ def detect_changes(
         chunks=((1,) * len(pairs), *base),
         meta=np.empty((0, 0, 0), np.float32),
     )
-    return _labelled(probability, pairs, grid, cube, ref, mask)
+    return _labelled(probability[:, lead[0] :, lead[1] :], pairs, grid, cube, ref, mask)
 
 
 def _levels(before: Survey, after: Survey, ref: ModelRef) -> Levels:
@@ -368,9 +368,13 @@ def _halo(model: Model, mask: Mask, dates: Iterable[SceneInput]) -> int:
     return -(-reach // model.stride) * model.stride
 
 
-def _with_halo(cube: xr.DataArray, model: Model, halo: int) -> tuple[da.Array, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return the cube's array with overlapping chunks, and the chunks without overlap."""
+def _with_halo(
+    cube: xr.DataArray, lead: tuple[int, int], model: Model, halo: int
+) -> tuple[da.Array, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the cube's array after `lead` rows and columns without observation, with overlapping chunks, and these."""
     array = cube.data if isinstance(cube.data, da.Array) else da.from_array(cube.data, chunks=-1)
+    if any(lead):
+        array = da.pad(array, ((0, 0), (0, 0), *((n, 0) for n in lead)), constant_values=cube.attrs.get("nodata", 0))
     spatial = [
         _aligned_chunks(size, max(chunks), model.stride, halo)
         for size, chunks in zip(array.shape[2:], array.chunks[2:], strict=True)
@@ -436,8 +440,12 @@ def _positions(cube: xr.DataArray, pair: Pair) -> tuple[int, int]:
         ) from None
 
 
-def _require_even_start(cube: xr.DataArray, scenes: Sequence[Scene], model: Model) -> Grid:
-    """Return the cube's grid after checking that it is a part of its tile's, and that its 20 m pixels are whole."""
+def _part_of_tile(cube: xr.DataArray, scenes: Sequence[Scene], model: Model) -> tuple[Grid, tuple[int, int]]:
+    """Return the cube's grid, a part of its tile's, and how far before it pixels of the coarsest scale begin.
+
+    The network puts 16 x 16 pixels of a tile together at that scale: in a part that begins between them it would put
+    others together, and give something else.
+    """
     grid, whole = cube_grid(cube), common_grid(scenes, model.bands)
     if reason := model.misfit(abs(whole.transform[0])):
         raise GridError(f"{scenes[0].id} {reason} by {model.name}")
@@ -446,11 +454,15 @@ def _require_even_start(cube: xr.DataArray, scenes: Sequence[Scene], model: Mode
         raise GridError(
             f"the cube has a pixel every {found[0]:g}, {found[1]:g}, expected {expected[0]:g}, {expected[1]:g}"
         )
-    for axis, (origin, step) in {"column": (2, 0), "row": (5, 4)}.items():
-        start = (grid.transform[origin] - whole.transform[origin]) / whole.transform[step]
-        if abs(start - round(start)) > 0.01 or round(start) % 2:
-            raise GridError(f"the cube starts at {axis} {start:g} of its tile, expected an even number")
-    return grid
+    starts = {
+        axis: (grid.transform[origin] - whole.transform[origin]) / whole.transform[step]
+        for axis, (origin, step) in {"row": (5, 4), "column": (2, 0)}.items()
+    }
+    for axis, start in starts.items():
+        if abs(start - round(start)) > 0.01:
+            raise GridError(f"the cube starts at {axis} {start:g} of its tile, expected a whole number")
+    top, left = (round(start) % model.stride for start in starts.values())
+    return grid, (top, left)
 
 
 def _labelled(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from affine import Affine
 from inference_support import MASK, MODEL, REF, graph_of, run_codes, surveys_of
 
 import s2cd
@@ -276,14 +277,27 @@ def test_a_cube_without_the_mask_band_is_refused(make_series):
     assert change.shape == (1, 200, 232)
 
 
-def test_parts_of_a_cube_start_at_even_pixels(make_series):
-    scenes = make_series(shape=(200, 232), dates=2)
+@pytest.mark.parametrize(("top", "left"), [(0, 0), (16, 32), (1, 7), (22, 31), (8, 2)])
+@pytest.mark.parametrize("scl", [True, False])
+def test_a_part_of_a_cube_gives_what_its_tile_does(make_series, top, left, scl):
+    """Wherever it begins; along its edge less is seen than in the tile."""
+    scenes = make_series(shape=(300, 316), dates=2, scl=scl)
     cube, pairs = open_cube(scenes), consecutive_pairs(scenes)
-    part = detect_changes(cube[:, :, 20:120, 40:], pairs, device="cpu")
-    assert part.shape == (1, 100, 192)
-    assert part.values.max() <= 1
-    with pytest.raises(GridError, match="starts at column 41 of its tile, expected an even number"):
-        detect_changes(cube[:, :, :, 41:], pairs, device="cpu")
+    whole = detect_changes(cube, pairs, device="cpu")
+    part = detect_changes(cube[:, :, top : top + 260, left : left + 272], pairs, device="cpu")
+    assert part.shape == (1, 260, 272)
+    inner = {"y": slice(80, 180), "x": slice(80, 192)}
+    expected = whole.isel(y=slice(top, top + 260), x=slice(left, left + 272)).isel(inner)
+    assert expected.y.equals(part.isel(inner).y)
+    np.testing.assert_allclose(part.isel(inner), expected, atol=QUANTUM)
+
+
+def test_a_cube_between_the_pixels_of_its_tile_is_refused(make_series):
+    scenes = make_series(shape=(200, 232), dates=2)
+    cube = open_cube(scenes)
+    moved = cube.assign_coords(x=cube.x + 5).rio.write_transform(Affine(10, 0, 499985, 0, -10, 5700000))
+    with pytest.raises(GridError, match=r"starts at column 0\.5 of its tile, expected a whole number"):
+        detect_changes(moved, consecutive_pairs(scenes), device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from s2cd.model import BANDS, ModelRef, appearance, compiled, device, list_model
 from s2cd.model.appearance import BAND_COUNT, INPUTS, RED, along_edges, box, edges
 from s2cd.model.device import Engine, fast_bfloat16, out_of_memory, with_memory
 from s2cd.model.network import HALO, REACH, STRIDE, STRIP, ChangeNet, Committee, cost, network_of
-from s2cd.model.tensors import to_input
+from s2cd.model.tensors import codes_by_torch, to_codes, to_input
 
 
 def ground(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
@@ -230,6 +230,17 @@ def test_codes_tell_what_decode_does(model, reasons):
     np.testing.assert_array_equal(plain, encode_codes(probability))
     if reasons:
         np.testing.assert_array_equal(validity, (~seen[0] + 2 * ~seen[1])[inner])
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 70), st.integers(1, 70), st.booleans())
+def test_codes_are_the_same_as_on_a_gpu(seed, height, width, reasons):
+    rng = np.random.default_rng(seed)
+    probability = torch.from_numpy(rng.choice([0, 0.5 / 1024, 1.5 / 1024, 0.3, 1, np.nan], (80, 80)).astype(np.float32))
+    before, after = (torch.from_numpy(rng.random((height, width)) < 0.8) for _ in range(2))
+    part = slice(height // 3, None), slice(0, width - width // 3)
+    whole = codes_by_torch(probability[:height, :width], before, after, reasons=reasons)
+    assert torch.equal(to_codes(probability, before, after, part, reasons=reasons), whole[part])
 
 
 def test_background_is_the_usual_difference_of_two_dates():

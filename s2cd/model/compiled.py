@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from s2cd.codes import CODE_NODATA, CODE_SCALE, UNSEEN_AFTER, UNSEEN_BEFORE
 from s2cd.jit import compiled
 from s2cd.model.appearance import AROUND, CELL, FLAT, HAZY, LEAST_SEEN, LEAST_SQUARE, OWN, RED, Appearance
+from s2cd.model.tensors import Part
 
 ROWS = 16  # of an input, widened to float32 at a time: they stay in the cache
 FINE = 4  # bands of an input that have four pixels of 10 m in one of 20 m
@@ -69,6 +71,17 @@ def finished(logits: Tensor, a: Tensor, b: Tensor) -> Tensor:
         _fit(vote, second[4], F(FLAT), F(1 - OWN), *fits[2:])
         _apply(vote, first, second, fits[0], fits[2], fits[1] + fits[3], F(OWN), out)
     return result
+
+
+def codes(probability: Tensor, before: Tensor, after: Tensor, part: Part, *, reasons: bool) -> Tensor:
+    """Return what `s2cd.model.tensors.to_codes` does."""
+    (top, bottom, _), (left, right, _) = (s.indices(n) for s, n in zip(part, before.shape, strict=True))
+    out = torch.empty((bottom - top, right - left), dtype=torch.uint16, device="cpu")
+    seen = (x.contiguous().numpy() for x in (before, after))
+    unseen = (UNSEEN_BEFORE, UNSEEN_AFTER, CODE_NODATA) if reasons else (CODE_NODATA,) * 3
+    lost = (np.uint16(code) for code in (CODE_NODATA, *unseen))
+    _encode(probability.numpy(), *seen, top, left, F(CODE_SCALE), *lost, out.numpy())
+    return out.view(torch.int16)
 
 
 def _bands_last(x: Tensor) -> np.ndarray:
@@ -329,3 +342,21 @@ def _between(field: Any, i: int, out: Any) -> None:
     for j in range(width):
         out[2 * j] = F(0.75) * line[j + 1] + F(0.25) * line[j]
         out[2 * j + 1] = F(0.75) * line[j + 1] + F(0.25) * line[j + 2]
+
+
+@compiled()
+def _encode(
+    probability: Any, before: Any, after: Any, top: int, left: int, scale: Any, nan: Any, earlier: Any, later: Any,
+    both: Any, out: Any,
+) -> None:  # fmt: skip
+    """Write codes of what lies at (top, left); `earlier`, `later` and `both` of what these dates do not show."""
+    height, width = out.shape
+    for i in range(height):
+        here = slice(left, left + width)
+        levels, first, second, row = probability[top + i][here], before[top + i][here], after[top + i][here], out[i]
+        for j in range(width):
+            level = levels[j]
+            code = np.uint16(np.int32(np.rint(level * scale)))
+            code = code if level == level else nan  # noqa: PLR0124
+            unseen = both if not second[j] else earlier
+            row[j] = (code if second[j] else later) if first[j] else unseen

@@ -21,7 +21,7 @@ from torch import Tensor
 from s2cd.errors import ModelError
 from s2cd.model.network import Features
 from s2cd.model.normalise import network_input
-from s2cd.model.tensors import FINISHES, to_input
+from s2cd.model.tensors import FINISHES, Part, to_input
 
 if TYPE_CHECKING:
     from s2cd.model.registry import Network
@@ -89,7 +89,6 @@ class EncodedDate:
 
 
 Result = TypeVar("Result")
-Part = tuple[slice, slice]
 WHOLE: Part = (slice(None), slice(None))
 
 
@@ -161,7 +160,7 @@ class Engine:
                 return (torch.sigmoid_(self._network.decode(t[:count], t[count:], usual).float()),)
 
             result = self._split((*a.features, *b.features), probability)[0][0, 0]
-            return FINISHES[finish](*(x[part] for x in (result[: a.shape[0], : a.shape[1]], a.valid, b.valid)))
+            return FINISHES[finish](result, a.valid, b.valid, part)
 
     def fetch(self, result: Tensor) -> npt.NDArray[Any]:
         """Return a result in host memory, once it is there."""

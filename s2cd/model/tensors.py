@@ -12,6 +12,8 @@ from torch.nn import functional
 from s2cd.codes import CODE_NODATA, CODE_SCALE, UNSEEN_BEFORE
 from s2cd.model.normalise import LIMIT
 
+Part = tuple[slice, slice]
+
 
 def to_input(planes: Sequence[Tensor], gains: Tensor, valid: Tensor, fine: int, stride: int) -> Tensor:
     """Return what `s2cd.model.normalise.network_input` does, to the bit, as (1, channels, h, w), channels last."""
@@ -46,18 +48,33 @@ def _even(planes: Tensor) -> Tensor:
     return functional.pad(planes, (0, cols % 2, 0, rows % 2), mode="replicate") if rows % 2 or cols % 2 else planes
 
 
-def masked(probability: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Return the probability (y, x), NaN where either date is not valid."""
+def masked(probability: Tensor, before: Tensor, after: Tensor, part: Part) -> Tensor:
+    """Return a part of the probability (y, x), NaN where either date is not valid."""
+    probability, before, after = _cut(probability, before, after, part)
     return probability.masked_fill_(~(before & after), torch.nan)
 
 
-def to_codes(probability: Tensor, before: Tensor, after: Tensor, *, reasons: bool) -> Tensor:
-    """Return codes as `s2cd.codes` defines them, the bits of a uint16 in an int16.
+def _cut(probability: Tensor, before: Tensor, after: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols = before.shape
+    return probability[:rows, :cols][part], before[part], after[part]
 
-    probability    float32 (y, x) in [0, 1]; NaN counts as no observation
+
+def to_codes(probability: Tensor, before: Tensor, after: Tensor, part: Part, *, reasons: bool) -> Tensor:
+    """Return codes of a part as `s2cd.codes` defines them, the bits of a uint16 in an int16.
+
+    probability    float32 (y, x) in [0, 1], or larger at the right and the bottom; NaN counts as no observation
     before, after  bool (y, x), False where that date has no observation
     reasons        whether codes tell which of them it is
     """
+    if probability.device.type == "cpu":
+        from s2cd.model.compiled import codes  # Numba: not for what only plans
+
+        return codes(probability, before, after, part, reasons=reasons)
+    return codes_by_torch(*_cut(probability, before, after, part), reasons=reasons)
+
+
+def codes_by_torch(probability: Tensor, before: Tensor, after: Tensor, *, reasons: bool) -> Tensor:
+    """Return what `to_codes` does of a whole."""
     codes = (probability * CODE_SCALE).round_()
     if reasons:
         missing = (~before).float() + 2 * (~after).float()
@@ -67,9 +84,12 @@ def to_codes(probability: Tensor, before: Tensor, after: Tensor, *, reasons: boo
     return codes.nan_to_num_(nan=-1).to(torch.int16)
 
 
-FINISHES: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+FINISHES: Mapping[str, Callable[[Tensor, Tensor, Tensor, Part], Tensor]] = {
     "probability": masked,
     "codes": partial(to_codes, reasons=False),
     "codes with reasons": partial(to_codes, reasons=True),
 }
-"""What can be made of a probability and of where its two dates are valid."""
+"""What can be made of a part of a probability and of where its two dates are valid.
+
+The probability may be larger than these at the right and the bottom.
+"""
