@@ -12,6 +12,8 @@ or all of it, over many tiles and resumable: `s2cd.run(s2cd.RunConfig(catalog=..
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from s2cd import errors
+
 if TYPE_CHECKING:
     from s2cd.catalog.scene import Scene
     from s2cd.catalog.search import search
@@ -58,6 +60,7 @@ __all__ = [
     "cluster",
     "consecutive_pairs",
     "detect_changes",
+    "errors",
     "list_models",
     "load_model",
     "make_plan",
@@ -68,11 +71,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 's2cd' has no attribute {name!r}")
-    return getattr(import_module(f"s2cd.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # which would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name on first use."""
+        if name not in _HOMES:
+            raise AttributeError(f"module 's2cd' has no attribute {name!r}")
+        return getattr(import_module(f"s2cd.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*__all__, "__version__"]

@@ -313,7 +313,7 @@ def validate(out: str) -> None:
         OUT.print(problem, highlight=False)
     OUT.print(f"{len(outputs.finished(out))} maps, {len(problems)} problems: {public_href(out)}")
     if problems:
-        OUT.print("to make a map anew, delete its .json and give the command of its run again")
+        OUT.print("a run that was interrupted goes on with its command; to make a map anew, delete its .json before")
     sys.exit(1 if problems else 0)
 
 

@@ -55,7 +55,7 @@ def write_change_maps(
         raise ConfigError(
             f"array {change.name!r} holds {change.dtype}, expected probabilities as floating point numbers"
         )
-    change = change.transpose("pair", "y", "x")
+    change = _north_up(change.transpose("pair", "y", "x"))
     out = outputs.absolute(str(out))
     outputs.check_writable(out)
     grid, ref = cube_grid(change), change.attrs["model"]
@@ -79,6 +79,16 @@ def write_change_maps(
     return [item for item, _ in written]
 
 
+def _north_up(change: xr.DataArray) -> xr.DataArray:
+    """Return an array whose rows run from north to south and columns from west to east, as those of its scenes do."""
+    down, right = (change[axis].values for axis in ("y", "x"))
+    rows, cols = (slice(None, None, -1 if backwards else 1) for backwards in (down[0] < down[-1], right[0] > right[-1]))
+    turned = change[:, rows, cols]
+    if rows.step < 0 or cols.step < 0:
+        turned = turned.rio.write_transform(turned.rio.transform(recalc=True))
+    return turned
+
+
 def write_pair(
     blocks: list[list[Block]],
     *,
@@ -90,14 +100,23 @@ def write_pair(
 ) -> dict[str, Any]:
     """Put the chunks of one pair together and write its map; return the figures for the report, and the `place`.
 
-    A map that was finished meanwhile, by another run or by a worker that was lost right after it, stays as it is. In
-    strict mode raises ShiftError, before anything is written, if the images are displaced.
+    A map that was finished meanwhile, by another run or by a worker that was lost right after it, stays as it is; one
+    that was made with other options raises OutputError. In strict mode raises ShiftError, before anything is written,
+    if the images are displaced.
     """
     parts = [block.parts[position] for row in blocks for block in row]
     shift = next(block.shifts[position] for row in blocks for block in row if block.shifts)
     if config.strict and shifted(shift):
         raise ShiftError(f"strict: {pair.name}: {_displaced(shift)}, expected at most {LARGEST_SHIFT:g}")
-    item = _finished_item(config.out, pair) or _write_map(parts, shift, pair, grid, ref, config, mask_of(config))
+    mask = mask_of(config)
+    item = _finished_item(config.out, pair)
+    if item is None:
+        item = _write_map(parts, shift, pair, grid, ref, config, mask)
+    else:
+        recipe = outputs.recipe(
+            ref.name, ref.hash, mask.description, validity=config.validity, cog_profile=config.cog_profile
+        )
+        outputs.require_recipe(config.out, [pair.name], recipe)
     properties = item["properties"]
     return {
         "valid_fraction": properties["s2cd:valid_fraction"],

@@ -20,7 +20,8 @@ from s2cd.errors import ConfigError
 INVALID_CLASSES = (0, 1, 3, 8, 9, 10)
 GROWN_CLASSES = (3, 8, 9, 10)
 NO_DATA, WATER = 0, 6
-DILATION = 6
+DILATION, MOST_DILATION = 6, 60
+MOST_CLASS = 255
 SMALL_RADIUS = 8  # up to here shifted copies of a mask are faster than a distance transform
 
 
@@ -30,7 +31,7 @@ class Mask:
 
     invalid    values of the mask band that are no observation of the ground: classes, or percentages of a cloud
                probability
-    dilation   pixels of 10 m by which clouds and shadows are widened, since their thin edges are missed
+    dilation   pixels of 10 m by which clouds and shadows are widened, since their thin edges are missed: 6 are 60 m
     function   "package.module:name" of a function that takes the place of the mask band, and of the spectral test of
                scenes without one: called with float32 reflectance (band, y, x) and the names of its bands, it returns
                bool (y, x), True where there is cloud; it must look at each pixel by itself, and be importable on the
@@ -43,6 +44,13 @@ class Mask:
     dilation: int = DILATION
     function: str | None = None
     band: str = SCL
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values that no mask band holds, and for a dilation of no whole pixels up to 600 m."""
+        if not all(isinstance(value, int) and 0 <= value <= MOST_CLASS for value in self.invalid):
+            raise ConfigError(f"invalid: found {self.invalid!r}, expected whole numbers from 0 to {MOST_CLASS}")
+        if not isinstance(self.dilation, int) or not 0 <= self.dilation <= MOST_DILATION:
+            raise ConfigError(f"dilation: found {self.dilation!r}, expected 0 to {MOST_DILATION} pixels of 10 m")
 
     @classmethod
     def parse(cls, text: str, invalid: Sequence[int] | str | None = None, dilation: int = DILATION) -> Mask:

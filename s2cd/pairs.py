@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from numbers import Real
-from typing import Literal
+from typing import Literal, SupportsIndex, overload
 
 from s2cd.catalog.duplicates import cloud_cover, reduce_duplicates
 from s2cd.catalog.scene import Scene
@@ -63,6 +63,18 @@ class PairList(list[Pair]):
     def __init__(self, pairs: Iterable[Pair] = (), left_out: Iterable[LeftOut] = ()):
         super().__init__(pairs)
         self.left_out = list(left_out)
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Pair: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> PairList: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Pair | PairList:
+        """Return one pair, or some in a list of the same kind."""
+        if isinstance(index, slice):
+            return PairList(super().__getitem__(index), self.left_out)
+        return super().__getitem__(index)
 
     @property
     def scenes(self) -> list[Scene]:

@@ -203,23 +203,26 @@ def describe_plan(plan: Plan) -> PlanTable:
     require_usable_here(plan)
     mask = mask_of(plan.config)
     workers = Workers.of_profile(load_profile(plan.config.cluster), plan.config.device)
-    rows, tasks, total, decoded = [], 0, 0, 0
+    rows, tasks, total, missing, decoded = [], 0, 0, 0, 0
     chunks: dict[str, None] = {}  # in order, each once
     left_out, left = list(plan.left_out), plan.steps
     for view in plan.fields:
         scenes, pairs = view.scenes, pairs_of(view, plan.config)
         left_out += pairs.left_out
-        finished = sum(plan.map_of(pair) is not None for pair in pairs)
+        todo = [pair for pair in pairs if plan.map_of(pair) is None]
+        finished = len(pairs) - len(todo)
         left -= len(scenes) - 1 - (len(pairs) - finished)  # as a run counts: what is finished needs no unit
         grid = common_grid(scenes[:1], model.bands)
         sizes = task_sizes(plan.config, grid.shape, left, model, workers)
         tiling = Tiling(grid.shape, sizes.chunk, model.halo, model.stride)
-        if finished < len(pairs):
-            chunks[_explain(plan.config, tiling, sizes, workers)] = None
-        units = -(-len(pairs) // (sizes.dates - 1))
-        tasks += units * tiling.blocks[0] * tiling.blocks[1] + len(pairs) + len(scenes)
         total += len(pairs)
-        decoded += sum(_decoded_bytes(scene, model.bands, mask.band) for scene in scenes)
+        if todo:
+            chunks[_explain(plan.config, tiling, sizes, workers)] = None
+            units = -(-len(todo) // (sizes.dates - 1))
+            tasks += units * tiling.blocks[0] * tiling.blocks[1] + len(todo) + len(scenes)
+            shown = {s.id: s for pair in todo for s in (pair.before, pair.after)}
+            decoded += sum(_decoded_bytes(scene, model.bands, mask.band) for scene in shown.values())
+            missing += len(todo)
         rows.append(
             {
                 "field of view": view.name,
@@ -235,7 +238,9 @@ def describe_plan(plan: Plan) -> PlanTable:
     notes = [
         f"model {model.name} ({model.hash[:12]}): bands {', '.join(model.bands)}, halo {model.halo} px",
         *chunks,
-        f"{tasks / max(total, 1):.1f} tasks a pair, {decoded / 1e9:.2f} GB to decode, each block once a unit",
+        f"{tasks / missing:.1f} tasks a pair, {decoded / 1e9:.2f} GB to decode, each block once a unit"
+        if missing
+        else f"nothing is left to do: {total} maps are finished",
         "pixels may still rule out dates with less than "
         f"{plan.config.min_valid:.0%} valid: their neighbours are then paired",
     ]

@@ -245,6 +245,20 @@ def test_a_function_that_cannot_be_had_is_named(
         Mask.parse(f"{name}:cloud")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"invalid": (3, 300)}, r"invalid: found \(3, 300\), expected whole numbers from 0 to 255"),
+        ({"invalid": "3,8"}, "invalid: found '3,8', expected whole numbers"),
+        ({"dilation": -2}, "dilation: found -2, expected 0 to 60 pixels of 10 m"),
+        ({"dilation": 2.5}, "dilation: found 2.5"),
+    ],
+)
+def test_a_mask_that_can_be_none_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Mask(**options)  # type: ignore[arg-type]
+
+
 @settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(17, 19), (64, 66), (1, 5)]), st.sampled_from([0.0, -0.1]))
 def test_bands_and_classes_at_20_m_hide_the_same_pixels_as_replicated_ones(

@@ -78,6 +78,14 @@ def test_a_file_in_the_way_is_named(tmp_path, below, why):
         check_writable(f"{file}{below}")
 
 
+def test_a_folder_that_cannot_be_looked_at_is_named(tmp_path):
+    """As one that a name of 300 letters stands for, or one in a folder that may not be entered."""
+    out = str(tmp_path / ("x" * 300))
+    for look in (check_writable, finished, validate):
+        with pytest.raises(OutputError, match="x cannot be used: .*File name too long"):
+            look(out)
+
+
 class Proxy(BaseHTTPRequestHandler):
     """Answers for any server, and keeps what it was asked for."""
 

@@ -199,6 +199,15 @@ def test_a_damaged_catalogue_is_named(out, item, path, links):
     assert problems[1:] == [f"31UDS/{item.name}: not listed in the catalogue"]
 
 
+def test_maps_that_were_made_with_other_options_are_found(out):
+    """As those of two runs that began at the same time."""
+    later = make_pair(GRID, after=AFTER + timedelta(days=5))
+    write_map(random_codes(GRID.shape), later, GRID, INFO, str(out), quicklook_rgb=(None, None), profile="uint8")
+    write_catalog(str(out))
+    path = f"31UDS/{later.name}.json"
+    assert validate(str(out)) == [f"{path}: cog_profile uint8, expected default as of the first map"]
+
+
 def test_a_folder_of_other_maps_below_is_not_its_own(bucket):
     for place in ("s3://maps/all", "s3://maps/all/other"):
         write_map(random_codes(GRID.shape), PAIR, GRID, INFO, place)

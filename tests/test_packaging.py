@@ -44,6 +44,13 @@ def test_constraints_pin_every_requirement_within_its_range():
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
 
 
+def test_type_checkers_find_the_package_and_errors_need_no_import_of_their_own(tmp_path):
+    """They look along sys.path, not for what an import hook finds."""
+    code = "import pathlib, sys, s2cd; s2cd.errors.GridError; print(*sys.path, sep='\\n')"
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert any(Path(folder, "s2cd", "py.typed").is_file() for folder in found.stdout.splitlines())
+
+
 def test_dask_range_admits_what_dask_cuda_pins():
     (dask,) = (r for r in requirements() if r.name == "dask")
     assert dask.specifier.contains("2026.7.1")

@@ -138,3 +138,9 @@ def test_name_and_gap():
 def test_options_that_would_do_nothing_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         consecutive_pairs([scene(0), scene(5)], **options)
+
+
+def test_some_of_the_pairs_are_a_list_of_pairs():
+    pairs = consecutive_pairs([scene(day) for day in (0, 5, 10, 15)])
+    assert pairs[1:].scenes == pairs.scenes[1:]
+    assert pairs[-1] == list(pairs)[-1]

@@ -309,6 +309,31 @@ def test_the_public_steps_write_the_same_values_as_a_run(make_series, config, cl
         np.testing.assert_allclose(read(a), read(b), atol=1.5 / 1024)
 
 
+@pytest.mark.parametrize(("rows", "cols"), [(-1, 1), (1, -1), (-1, -1)])
+def test_maps_are_north_up_whatever_the_order_of_an_array(make_series, tmp_path, rows, cols):
+    scenes = make_series(dates=2)
+    change = s2cd.detect_changes(s2cd.open_cube(scenes), s2cd.consecutive_pairs(scenes), device="cpu").compute()
+    for name, array in (("as_it_is", change), ("turned", change[:, ::rows, ::cols])):
+        s2cd.write_change_maps(array, tmp_path / name)
+    for kind in ("tif", "png"):
+        (a,), (b,) = ((tmp_path / d).rglob(f"S2CD_*.{kind}") for d in ("as_it_is", "turned"))
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_map_that_another_run_made_with_other_options_fails_its_pair(make_series, config, client, tmp_path):
+    """Two runs that begin at the same time both find an empty folder."""
+    scenes = make_series(dates=2)
+    other = config.model_copy(update={"cog_profile": "uint8"})
+
+    def meanwhile(phase, _done, _total):
+        if phase == "survey" and not list((tmp_path / "out").rglob("S2CD_*.json")):
+            assert run(other, scenes=scenes).ok
+
+    report = run(config, client, scenes=scenes, progress=meanwhile)
+    assert [r.status for r in report.maps] == ["failed"]
+    assert "holds maps of cog_profile uint8, expected default" in report.maps[0].error
+
+
 def test_public_steps_keep_to_the_options_of_a_folder(make_series, config, client, tmp_path):
     scenes = make_series(dates=3)
     run(config, client, scenes=scenes[:2])

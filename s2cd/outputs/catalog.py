@@ -26,7 +26,7 @@ from s2cd.outputs.layout import (
     tile_of,
     times_of,
 )
-from s2cd.outputs.store import DAMAGED, Store, local_folder, open_store, place_of, understood
+from s2cd.outputs.store import DAMAGED, Store, is_there, open_store, place_of, understood
 
 CONFIG_FILE = "run.yaml"
 SCENES_FILE = "scenes.parquet"
@@ -44,10 +44,7 @@ def is_done(out: str, name: str) -> bool:
 
 def finished(out: str) -> set[str]:
     """Return the names of all finished maps, from one listing. Raises OutputError if the folder cannot be used."""
-    folder = local_folder(out)
-    if folder is not None and not folder.exists():
-        return set()  # asking must not make the folder
-    return _finished(open_store(out))
+    return _finished(open_store(out)) if is_there(out) else set()  # asking must not make the folder
 
 
 def count_inputs(out: str, name: str) -> int:

@@ -20,6 +20,7 @@ from s2cd.errors import OutputError
 from s2cd.outputs.layout import ROOT, is_map_name, is_ours
 from s2cd.outputs.overviews import code_pyramid
 from s2cd.outputs.profiles import BLOCK
+from s2cd.outputs.recipe import Recipe, difference, recipe_of
 from s2cd.outputs.store import DAMAGED, Store, open_store, require_there
 
 Document = dict[str, Any]
@@ -31,9 +32,9 @@ def validate(out: str, threads: int = 2) -> list[str]:
     """Return what is wrong with an output folder, one line a problem; an empty list means that all is well.
 
     Every map is read whole: it must be a COG with full overviews on the grid of its item, with values in [0, 1] or
-    no observation. The links and assets of every item must resolve, its box, times and fractions must be some, and the
-    catalogue must list every finished map and no other. A damaged document is a problem of its own. Raises OutputError
-    if the folder itself cannot be read.
+    no observation. The links and assets of every item must resolve, its box, times and fractions must be some, all maps
+    must be of one model, mask and profile, and the catalogue must list every finished map and no other. A damaged
+    document is a problem of its own. Raises OutputError if the folder itself cannot be read.
     """
     require_there(out)
     store = open_store(out)
@@ -44,13 +45,22 @@ def validate(out: str, threads: int = 2) -> list[str]:
     maps = {p for p, (stem, _, kind) in names.items() if kind == "tif" and is_map_name(stem)}
     problems = [] if items else [f"{public_href(out)}: no maps"]
     problems += [f"{p}: no item, the map is not finished" for p in sorted(maps) if p[:-4] + ".json" not in files]
+    usual = _recipe(store, items[0]) if items else None
     with ThreadPoolExecutor(threads) as pool:
-        for found in pool.map(lambda path: list(_item_problems(store, path, files)), items):
+        for found in pool.map(lambda path: list(_item_problems(store, path, files, usual)), items):
             problems += found
     return problems + list(_catalog_problems(store, items, files))
 
 
-def _item_problems(store: Store, path: str, files: Files) -> Iterator[str]:
+def _recipe(store: Store, path: str) -> Recipe | None:
+    """Return how a map was made, None where its item does not tell: a problem of its own."""
+    try:
+        return recipe_of(json.loads(store.get(path)))
+    except (OutputError, *DAMAGED):
+        return None
+
+
+def _item_problems(store: Store, path: str, files: Files, usual: Recipe | None) -> Iterator[str]:
     item, problem = _document(store, path)
     if not problem and not isinstance(item.get("properties"), dict):
         problem = f"{path}: properties {item.get('properties')!r}, expected an object"
@@ -61,6 +71,7 @@ def _item_problems(store: Store, path: str, files: Files) -> Iterator[str]:
         _statement_problems(path, item),
         _link_problems(path, item, files),
         _asset_problems(store, path, item, files),
+        _recipe_problems(path, item, usual),
     )
     for found in checks:
         try:
@@ -84,6 +95,12 @@ def _statement_problems(path: str, item: Document) -> Iterator[str]:
         yield f"{path}: s2cd:valid_fraction {valid!r}, expected 0 to 1"
     if not _is_within(changed, 0, 1) and not (changed is None and valid == 0):
         yield f"{path}: s2cd:changed_fraction {changed!r}, expected 0 to 1, or null where nothing is valid"
+
+
+def _recipe_problems(path: str, item: Document, usual: Recipe | None) -> Iterator[str]:
+    """What is wrong where a map was made in another way than the first of its folder."""
+    if usual and (differ := difference(recipe_of(item), usual)):
+        yield f"{path}: {differ} as of the first map"
 
 
 def _is_box(value: Any) -> bool:

@@ -81,6 +81,8 @@ def build_item(
             "type": COG_TYPE,
             "title": "Why a pixel has no value",
             "roles": ["metadata"],
+            "data_type": "uint8",
+            "raster:bands": [{"data_type": "uint8"}],
             "classification:classes": [
                 {"value": value, "name": name, "description": text} for value, name, text in VALIDITY_CLASSES
             ],

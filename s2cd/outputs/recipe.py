@@ -32,6 +32,27 @@ def recipe(model: str, model_hash: str, mask: Mapping[str, Any], *, validity: bo
     }
 
 
+def recipe_of(item: Mapping[str, Any]) -> Recipe:
+    """Return what the item of a map says of how it was made; None where it says nothing."""
+    properties, assets = item["properties"], item["assets"]
+    profile = properties.get("s2cd:cog_profile")
+    return {
+        **_by_option(properties.get("s2cd:model"), properties.get("s2cd:model_hash"), properties.get("s2cd:mask", {})),
+        "validity": "validity" in assets,
+        "cog_profile": profile,
+        "data_type": None if profile else assets["change"]["raster:bands"][0]["data_type"],
+    }
+
+
+def difference(found: Recipe, expected: Recipe) -> str:
+    """Say in what two recipes differ, "" if in nothing: what one of them does not state contradicts nothing."""
+    return "; ".join(
+        f"{option} {value}, expected {expected[option]}"
+        for option, value in found.items()
+        if value is not None and expected[option] is not None and value != expected[option]
+    )
+
+
 def require_recipe(out: str, names: Collection[str], expected: Recipe) -> None:
     """Raise OutputError if these finished maps of a folder were made in another way than `expected`.
 
@@ -40,16 +61,11 @@ def require_recipe(out: str, names: Collection[str], expected: Recipe) -> None:
     """
     if not names:
         return
-    found = _stated(out, path_of(min(names), ".json"))
-    differ = [
-        f"{option} {value}, expected {expected[option]}"
-        for option, value in found.items()
-        if value is not None and expected[option] is not None and value != expected[option]
-    ]
-    if differ:
-        raise OutputError(
-            f"{out} holds maps of {'; '.join(differ)}: choose another folder for these options, or ask for the same"
-        )
+    path = path_of(min(names), ".json")
+    with understood(out, path, "the item of a map"):
+        found = recipe_of(json.loads(open_store(out).get(path)))
+    if differ := difference(found, expected):
+        raise OutputError(f"{out} holds maps of {differ}: choose another folder for these options, or ask for the same")
 
 
 def require_grids(out: str, names: Iterable[str], expected: Mapping[str, Grid]) -> None:
@@ -98,21 +114,6 @@ def _corners(grid: Grid) -> tuple[float, float, float, float]:
 def _place(grid: Grid) -> str:
     left, top = grid.transform[2], grid.transform[5]
     return f"{grid.shape[0]} x {grid.shape[1]} pixels from ({left:.10g}, {top:.10g}) in EPSG:{grid.epsg}"
-
-
-def _stated(out: str, path: str) -> Recipe:
-    """Return what the item of a map says of how it was made; None where it says nothing."""
-    with understood(out, path, "the item of a map"):
-        item = json.loads(open_store(out).get(path))
-        properties, assets = item["properties"], item["assets"]
-        stored = assets["change"]["raster:bands"][0]["data_type"]
-    profile = properties.get("s2cd:cog_profile")
-    return {
-        **_by_option(properties.get("s2cd:model"), properties.get("s2cd:model_hash"), properties.get("s2cd:mask", {})),
-        "validity": "validity" in assets,
-        "cog_profile": profile,
-        "data_type": None if profile else stored,
-    }
 
 
 def _by_option(model: str | None, model_hash: str | None, mask: Mapping[str, Any]) -> Recipe:

@@ -46,8 +46,7 @@ class Store:
     def __init__(self, out: str):
         self.out = str(out)
         self.folder = local_folder(self.out)
-        if self.folder is not None and self.folder.is_file():
-            raise OutputError(f"{self.out}: is a file, expected a folder or a URL")
+        is_there(self.out)
         with _output_errors(self.out, "cannot be used"):
             self._store: Any = LocalStore(self.folder, mkdir=True) if self.folder else open_bucket(self.out)
 
@@ -178,9 +177,22 @@ def _open_store(out: str, _environment: str) -> Store:
 
 def require_there(out: str) -> None:
     """Raise OutputError for a folder that is not there: to look at results must not make one."""
-    folder = local_folder(out)
-    if folder is not None and not folder.is_dir():
+    if not is_there(out):
         raise OutputError(f"{out}: is no folder, expected one that a run has written to")
+
+
+def is_there(out: str) -> bool:
+    """Whether `out` is a folder or names a bucket. Raises OutputError for a file, and for what may not be looked at."""
+    folder = local_folder(out)
+    try:
+        mode = folder.stat().st_mode if folder else stat.S_IFDIR
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{out} cannot be used: {reason_of(error)}") from None
+    if not stat.S_ISDIR(mode):
+        raise OutputError(f"{out}: is a file, expected a folder or a URL")
+    return True
 
 
 def check_writable(out: str) -> None:
