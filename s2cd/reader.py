@@ -332,6 +332,7 @@ def coarsening(dataset: rasterio.DatasetReader, grid: Grid, href: str) -> int:
     excess = [n * factor - fine for n, fine in zip(dataset.shape, grid.shape, strict=True)]
     fits = (
         max(abs(n) for n in excess) < factor
+        and found.b == found.d == expected[1] == expected[3] == 0
         and abs(found.c - expected[2]) < 0.01 * abs(expected[0])
         and abs(found.f - expected[5]) < 0.01 * abs(expected[4])
         and abs(found.a / expected[0] - factor) * dataset.width < 0.01 + abs(excess[1])

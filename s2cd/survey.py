@@ -155,8 +155,9 @@ def observed(pixels: Planes, classes: np.ndarray | None, scene: SceneInput, mask
 
 
 def _has_black(pixels: Planes, scene: SceneInput) -> bool:
-    """Tell whether a digital number of 0 can be the reflectance 0, too: where there is no offset."""
-    return not any(scene.offset) and all(plane.dtype.kind in "iu" for plane in pixels)
+    """Tell whether the digital number of no observation can be the reflectance 0, too: where there is no offset."""
+    whole = all(plane.dtype.kind in "iu" for plane in pixels)
+    return whole and not any(scene.offset) and not any(source.nodata for source in scene.sources)
 
 
 def _add_black(seen: np.ndarray, half: np.ndarray, black: np.ndarray, pixels: Planes, scene: SceneInput) -> None:

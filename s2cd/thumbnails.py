@@ -34,5 +34,5 @@ def thumbnail(scene: Scene, part: Grid | None = None, max_pixels: int = 512) -> 
     for band, pixels in zip(RGB, planes, strict=True):
         asset = scene.assets[band]
         shown = np.clip((pixels * asset.scale + asset.offset) / BRIGHTEST, 0, 1) ** (1 / GAMMA) * 255
-        channels.append(np.where(pixels == asset.nodata, 0, np.maximum(shown, 1)))
+        channels.append(np.where((pixels == asset.nodata) | np.isnan(shown), 0, np.maximum(shown, 1)))
     return np.stack(channels, axis=-1).astype(np.uint8)

@@ -93,6 +93,13 @@ def test_other_files_are_left_to_gdal(tmp_path, options):
     np.testing.assert_array_equal(read(path), pixels)
 
 
+@pytest.mark.parametrize("interleave", ["pixel", "band"])
+def test_of_a_file_of_several_bands_gdal_reads_the_first(tmp_path, interleave):
+    pixels, path = noise((70, 90)), tmp_path / "a.tif"
+    write(path, pixels, **tiles(32), predictor=2, count=3, interleave=interleave)
+    np.testing.assert_array_equal(read(path), pixels)
+
+
 def test_all_blocks_but_those_left_out_are_ours(tmp_path):
     path = write(tmp_path / "a.tif", noise((70, 90)), **tiles(32), predictor=2)
     with access.open_dataset("static", str(path)) as dataset:

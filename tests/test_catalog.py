@@ -194,7 +194,16 @@ def test_catalogue_that_is_none(tmp_path: Path) -> None:
         {"links": ["a"]},
         {"properties": {"datetime": "9999-12-31T23:59:59-05:00", "platform": "sentinel-2a", "grid:code": "MGRS-31UDS"}},
         {"assets": {"red": {"href": 5}}},
-        {"assets": {"red": {"href": "r.tif", "proj:epsg": 1, "proj:transform": [1] * 6, "proj:shape": [1, math.inf]}}},
+        {
+            "assets": {
+                "red": {
+                    "href": "r.tif",
+                    "proj:epsg": 1,
+                    "proj:transform": [1, 0, 1, 0, 1, 1],
+                    "proj:shape": [1, math.inf],
+                }
+            }
+        },
     ],
 )
 def test_an_item_that_makes_no_sense_is_left_out(shared_data: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
@@ -202,6 +211,16 @@ def test_an_item_that_makes_no_sense_is_left_out(shared_data: Path, tmp_path: Pa
     collection = {"type": "FeatureCollection", "features": [items[0] | fields, items[1]]}
     (tmp_path / "items.json").write_text(json.dumps(collection))
     with pytest.warns(S2cdWarning, match=f"1 items left out, the first: item {items[0]['id']}: cannot be understood"):
+        assert [s.id for s in search(tmp_path / "items.json")] == [items[1]["id"]]
+
+
+def test_a_rotated_item_is_left_out(shared_data: Path, tmp_path: Path) -> None:
+    items = [scene_to_item(s) for s in search(shared_data / "oscd")[:2]]
+    items[0]["assets"]["red"]["proj:transform"] = [10, 3, 0, -3, -10, 0]
+    (tmp_path / "items.json").write_text(json.dumps({"type": "FeatureCollection", "features": items}))
+    with pytest.warns(
+        S2cdWarning, match=r"band red: found proj:transform \[10, 3, 0, -3, -10, 0\], expected no rotation"
+    ):
         assert [s.id for s in search(tmp_path / "items.json")] == [items[1]["id"]]
 
 
@@ -337,7 +356,9 @@ def test_frozen_batches_keep_what_only_one_scene_has(shared_data: Path, tmp_path
 
 def test_item_round_trip(shared_data: Path) -> None:
     for scene in search(shared_data / "flanders"):
-        assert scene_from_item(scene_to_item(scene)) == scene
+        assets = {band: replace(asset, nodata=65535) for band, asset in scene.assets.items()}
+        for told in (scene, replace(scene, assets=assets)):
+            assert scene_from_item(scene_to_item(told)) == told
 
 
 def test_rows_have_one_form(shared_data: Path) -> None:

@@ -91,6 +91,17 @@ def test_invariant_1_chunked_equals_whole(make_series, shape, chunk):
     np.testing.assert_allclose(codes, expected, atol=QUANTUM / 2 + 1e-5)
 
 
+def test_clouds_that_grow_beyond_the_halo_of_the_network_hide_the_same_in_chunks(make_series):
+    scenes = make_series(shape=(261, 333), dates=2)
+    paint_clouds(scenes[1], (261, 333))
+    pairs, mask = consecutive_pairs(scenes), Mask(dilation=60)
+    whole, chunked = (
+        detect_changes(open_cube(scenes, chunk=chunk), pairs, mask=mask, device="cpu").values for chunk in (2048, 96)
+    )
+    assert 0.1 < np.isnan(whole).mean() < 0.8
+    np.testing.assert_allclose(chunked, whole, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("scl", [True, False])
 def test_chunks_that_lie_on_a_gpu_give_the_same(make_series, scl):
@@ -204,6 +215,21 @@ def test_displacement_is_measured_on_pixels_that_are_read_anyway(make_series, mo
     assert sum(block.shifts is not None for row in rows for block in row) == 1
 
 
+def test_displacement_is_that_of_pixels_that_both_dates_show(make_series):
+    scenes = make_series(shape=(400, 460), dates=2, change=False)
+    with rasterio.open(scenes[1].assets["red"].href, "r+") as file:
+        red = file.read(1)
+        red[:, :300] = np.roll(red, (3, 5), axis=(0, 1))[:, :300]  # clouds, of their own shape and place
+        file.write(red, 1)
+    with rasterio.open(scenes[1].assets["scl"].href, "r+") as file:
+        scl = file.read(1)
+        scl[:, :150] = 9
+        file.write(scl, 1)
+    ((block,),) = dask.threaded.get(*graph_of(scenes, 512)[:2])
+    (shift,) = block.shifts
+    assert (shift.dy, shift.dx) == pytest.approx((0, 0), abs=0.1)
+
+
 def test_invariant_7_the_graph_carries_urls_and_a_hash_only(make_series):
     scenes = make_series(shape=(261, 333), dates=3)
     change = detect_changes(open_cube(scenes), consecutive_pairs(scenes), device="cpu")
@@ -275,6 +301,14 @@ def test_a_cube_without_the_mask_band_is_refused(make_series):
         detect_changes(cube, pairs, device="cpu")
     change = detect_changes(cube, pairs, mask=Mask(function=f"{__name__}:no_cloud"), device="cpu")
     assert change.shape == (1, 200, 232)
+
+
+def test_a_function_takes_the_place_of_a_mask_band_that_the_cube_holds(make_series):
+    scenes = make_series(shape=(200, 232), dates=2)
+    with rasterio.open(scenes[0].assets["scl"].href, "r+") as file:
+        file.write(np.full(file.shape, 9, np.uint8), 1)
+    pairs, mask = consecutive_pairs(scenes), Mask(function=f"{__name__}:no_cloud")
+    assert np.isfinite(detect_changes(open_cube(scenes), pairs, mask=mask, device="cpu")).all()
 
 
 @pytest.mark.parametrize(("top", "left"), [(0, 0), (16, 32), (1, 7), (22, 31), (8, 2)])

@@ -325,6 +325,32 @@ def surveyed(scene: Scene, band: str, scale: float) -> Survey:
     return survey_scene(taken, Mask(), model)
 
 
+def test_what_means_no_observation_is_what_the_scene_says() -> None:
+    sources = tuple(Source(band, (), "static", nodata=65535) for band in ("red", "swir16"))
+    scene = SceneInput("a", Grid(32631, (10.0, 0, 0, 0, -10.0, 0), (4, 6)), sources, (1,) * 2, (0,) * 2, sources[0], 2)
+    fine, coarse, classes = np.full((4, 6), 7, np.uint16), np.full((2, 3), 7, np.uint16), np.full((2, 3), 4, np.uint8)
+    fine[0, :2] = 65535, 0
+    coarse[1, 1:] = 65535, 0
+    expected = np.ones((4, 6), bool)
+    expected[0, 0] = expected[2:, 2:4] = False
+    for kind in (4, 6):  # water, too: 65535 is no reflectance
+        assert np.array_equal(observed([fine, coarse], np.full_like(classes, kind), scene, Mask()), expected)
+
+
+def test_a_survey_tells_the_darkest_of_what_is_seen(make_series: Callable[..., list[Scene]]) -> None:
+    (scene,) = make_series(dates=1)
+    with rasterio.open(scene.assets["red"].href, "r+") as dataset:
+        red = dataset.read(1)
+        red[:50] = 0
+        dataset.write(red, 1)
+    model = ModelRef.of("generic", "cpu")
+    found = survey_scene(scene_input(scene, ("red", "nir"), scene.assets["red"].grid, Mask()), Mask(), model)
+    with rasterio.open(scene.assets["nir"].href) as dataset:
+        seen = np.stack([red, dataset.read(1)])[:, 50:]
+    assert found.valid_fraction == 0.75
+    np.testing.assert_allclose(found.dark, np.percentile(seen, 0.5, axis=(1, 2)) * 1e-4, rtol=1e-5)
+
+
 def test_whole_numbers_with_the_scale_of_reflectance_are_refused(make_series: Callable[..., list[Scene]]) -> None:
     """As where an item states a scale of 1, and not what its pixels are."""
     (scene,) = make_series(dates=1)

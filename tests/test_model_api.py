@@ -266,6 +266,32 @@ def test_background_is_the_usual_difference_of_two_dates():
     assert normalise.background(first, np.full_like(first, np.nan)) == 1.0
 
 
+@pytest.mark.parametrize("experts", [{"discount": 0.5, "evidence": 0.0}, {"discount": 0.0, "evidence": 0.5}], ids=str)
+def test_what_two_dates_differ_by_everywhere_counts_against_change(experts):
+    """To train or to score with the wrong sign would go unnoticed: chunks and devices would still agree."""
+    torch.manual_seed(0)
+    net, dates = ChangeNet().pool(**experts).eval(), torch.randn(2, 1, INPUTS, 16, 24)
+    dates[:, :, -1] = 1
+    with torch.inference_mode():
+        features = [net.encode(date) for date in dates]
+        usual, much = (net.decode(*features, background) for background in (1.0, np.e))
+    torch.testing.assert_close(much, usual - 0.5)
+
+
+def test_few_pixels_tell_no_background():
+    first = np.full((7, 128, 128), np.nan, np.float16)
+    first[:, 0, : normalise.FEWEST] = 0
+    assert normalise.background(first, first + np.float16(0.5)) == pytest.approx(0.5 / normalise.TYPICAL, rel=0.01)
+    first[:, 0, 0] = np.nan
+    assert normalise.background(first, first + np.float16(0.5)) == 1.0
+
+
+@pytest.mark.parametrize(("shape", "factor"), [((100, 100), 1), ((511, 900), 1), ((900, 512), 2), ((10980, 10980), 32)])
+def test_scenes_are_looked_at_by_256_pixels_along_a_side_or_more(shape, factor):
+    """The README tells of the 320 m that this makes of a tile."""
+    assert normalise.decimation(shape) == factor
+
+
 def test_a_distant_pixel_has_no_influence(model):
     before, after = ground((64, 320)), ground((64, 320), 1)
     stats = (model.statistics(before), model.statistics(after))

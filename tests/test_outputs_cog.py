@@ -20,12 +20,12 @@ from rasterio.io import MemoryFile
 from rasterio.transform import Affine
 from rio_cogeo import cog_validate
 
-from s2cd.codes import CODE_NODATA, QUANTUM, decode_codes, encode_codes
+from s2cd.codes import CODE_NODATA, QUANTUM, UNSEEN_AFTER, UNSEEN_BEFORE, decode_codes, encode_codes
 from s2cd.errors import GridError
-from s2cd.outputs.cog import map_cog
+from s2cd.outputs.cog import map_cog, validity_cog
 from s2cd.outputs.deflated import filled
 from s2cd.outputs.overviews import code_pyramid
-from s2cd.outputs.parts import joined, map_part
+from s2cd.outputs.parts import joined, joined_validity, map_part
 from s2cd.outputs.profiles import PROFILES
 
 SHAPES = [(1, 1), (17, 19), (1, 1025), (512, 512), (513, 513), (1023, 1025)]
@@ -172,6 +172,35 @@ def test_chunks_do_not_change_the_map(tmp_path, shape, profile):
     whole = [map_part(codes, (0, 0), shape=shape, profile=profile)]
     with map_cog(*joined(whole, shape, profile), make_grid(shape), profile=profile) as pieces:
         assert write(tmp_path / "map.tif", codes, profile=profile).read_bytes() == b"".join(pieces)
+
+
+@pytest.mark.parametrize("profile", ["default", "zstd"])
+@pytest.mark.parametrize("shape", [(17, 19), (1100, 1600), (1100, 2060)], ids=str)
+def test_validity_lies_where_its_pixels_do_however_many_levels_are_cut(shape, profile):
+    why = np.random.default_rng(0).integers(0, 4, shape).astype(np.uint8)
+    codes = np.array([7, UNSEEN_BEFORE, UNSEEN_AFTER, CODE_NODATA], np.uint16)[why]
+    parts = [
+        map_part(codes[rows, cols], (rows.start, cols.start), shape=shape, profile=profile, reasons=True)
+        for rows, cols in itertools.product(*(cut(n) for n in shape))
+    ]
+    np.testing.assert_array_equal(joined_validity(parts, shape), why)
+    assert sum(part.observed for part in parts) == (why == 0).sum()
+
+
+def test_the_overviews_of_a_validity_layer_hold_its_classes_and_no_means(tmp_path):
+    why = np.where(np.random.default_rng(0).random((1100, 900)) < 0.5, 3, 0).astype(np.uint8)
+    path = tmp_path / "validity.tif"
+    path.write_bytes(validity_cog(why, make_grid(why.shape)))
+    with rasterio.open(path) as dataset, rasterio.open(path, overview_level=0) as overview:
+        np.testing.assert_array_equal(dataset.read(1), why)
+        assert (dataset.crs.to_epsg(), tuple(dataset.transform)[:6], dataset.nodata) == (*UTM, None)
+        assert np.unique(overview.read(1)).tolist() == [0, 3]
+
+
+def test_what_is_more_likely_than_not_is_changed():
+    codes = np.array([[0, 512, 513, 1024, CODE_NODATA]], np.uint16)
+    part = map_part(codes, (0, 0), shape=codes.shape)
+    assert (part.pixels, part.observed, part.changed) == (5, 4, 2)
 
 
 def test_most_of_a_large_map_waits_compressed():

@@ -64,6 +64,19 @@ def test_left_out_scenes_and_pairs_have_reasons():
     }
 
 
+def test_limits_are_the_last_that_pass():
+    scenes = [scene(0, cloud=60.0), scene(30)]
+    fractions = dict.fromkeys((s.id for s in scenes), 0.5)
+    limits = {"max_cloud": 60, "max_gap_days": 30, "min_valid": 0.5, "valid_fractions": fractions}
+    assert len(consecutive_pairs(scenes, **limits)) == 1
+
+
+def test_time_orders_dates_and_not_their_ids():
+    """Those of two satellites: S2B may come before S2A, and names of other catalogues tell no time at all."""
+    scenes = [replace(scene(day), id=name) for day, name in ((0, "c"), (5, "a"), (10, "b"))]
+    assert [(p.before.id, p.after.id) for p in consecutive_pairs(scenes[::-1])] == [("c", "a"), ("a", "b")]
+
+
 def test_unknown_orbit_is_its_own_field_of_view():
     with pytest.warns(OrbitWarning, match="_000 and .*_005: relative orbits unknown: where viewing angles differ"):
         (pair,) = consecutive_pairs([scene(0, orbit=None), scene(5, orbit=None), scene(7)])

@@ -92,6 +92,7 @@ def item_of(raster: dict[str, object], baseline: str | None = "05.09", **propert
         ({"raster:bands": [{"data_type": "int16", "scale": 1, "offset": -1000}]}, "05.09", 1e-4, -0.1),
         ({"data_type": "uint16", "raster:scale": 1, "raster:offset": 0}, "05.09", 1e-4, -0.1),
         ({"bands": [{"data_type": "uint16", "raster:scale": 1, "raster:offset": 0}]}, None, 1e-4, 0.0),
+        ({"bands": [{"data_type": "uint16", "raster:scale": 2e-4, "raster:offset": -0.1}]}, None, 2e-4, -0.1),
         ({"raster:bands": [{"data_type": "uint16", "scale": 1e-4, "offset": 0.0}]}, "05.09", 1e-4, 0.0),
         ({"raster:bands": [{"data_type": "uint16", "scale": 1e-3, "offset": -0.2}]}, "05.09", 1e-3, -0.2),
         # Reflectance itself, or a document that does not tell: training takes these.
@@ -195,6 +196,8 @@ def test_check_warns_and_is_strict_on_request() -> None:
     [
         (np.full(7, np.nan), np.full(7, 0.1)),
         (np.array([]), np.array([])),
+        # Both too dark, by as much.
+        (np.full(7, -0.08), np.full(7, -0.06)),
         # Haze: much in blue, nothing in short-wave infrared.
         (np.full(7, 0.02), np.array([0.16, 0.14, 0.12, 0.09, 0.08, 0.03, 0.02])),
     ],

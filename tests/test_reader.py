@@ -93,6 +93,25 @@ def test_a_full_cache_reads_again_and_never_wrong(make_series, monkeypatch):
     assert reader.BLOCKS._bytes <= 10_000
 
 
+def test_a_block_that_was_forgotten_while_others_had_it_is_given_back_without_harm():
+    """The cache was full, or the block lay idle: who has it still gives it back, or fails, and meets no other's."""
+    cache, file, block = BlockCache(), ("work", "red.tif"), (0, 0)
+    mine, _ = cache.claim(file, [block], {block: 2})
+    cache.publish(mine[block], np.zeros((4, 4), np.uint16))
+    _, held = cache.claim(file, [block], {block: 2})
+    cache.drop(idle=0)
+    again, _ = cache.claim(file, [block], {block: 2})
+    cache.publish(again[block], np.ones((4, 4), np.uint16))
+    for had in (mine, held):
+        cache.release(file, had)
+    cache.abandon(file, mine, OSError("another block of this chunk is damaged"))
+    assert cache._entries == {(file, *block): again[block]}
+    cache.drop(idle=0)
+    cache.release(file, again)
+    cache.abandon(file, again, OSError("another block of this chunk is damaged"))
+    assert cache._bytes == 0
+
+
 def test_blocks_left_behind_serve_no_later_unit_of_work(monkeypatch, tmp_path):
     monkeypatch.setattr(reader, "BLOCKS", BlockCache())
     scene, written_anew = (write_series(tmp_path / f"{n}", shape=(300, 333), dates=1, seed=n)[0] for n in (0, 1))
@@ -181,6 +200,9 @@ def test_missing_asset_is_a_read_error_naming_it(make_series):
         {"transform": (10.0, 0, 499990.0, 0, -10.0, 5700000.0)},
         {"transform": (10.0, 0, 499980.0, 0, -10.0, 5700005.0)},
         {"transform": (15.0, 0, 499980.0, 0, -15.0, 5700000.0)},
+        {"transform": (10.0, 0, 499980.0, 0, -20.0, 5700000.0)},
+        {"transform": (10.0, 0, 499980.0, 0, 10.0, 5700000.0)},
+        {"transform": (10.0, 3.0, 499980.0, -3.0, -10.0, 5700000.0)},
         {"epsg": 32632},
         {"shape": (200, 233)},
     ],
@@ -233,6 +255,20 @@ def test_later_parts_fill_what_earlier_ones_do_not_cover(make_series, monkeypatc
         window = tiling.read(*index)
         np.testing.assert_array_equal(read_window(band_source(scene, "red"), grid, window, tiling), read[window])
     assert not reader.BLOCKS._entries  # though some chunks need nothing of the second part
+
+
+def test_every_part_fills_an_overview_where_those_before_have_no_observation(make_series):
+    """Of a datatake in three pieces, and of pixels that are none by another number than 0."""
+    scenes = make_series(shape=(64, 96), dates=3, change=False)
+    expected = whole(scenes[0], "red")
+    for index, scene in enumerate(scenes):
+        with rasterio.open(scene.assets["red"].href, "r+") as dataset:
+            dataset.nodata = 65535
+            dataset.write(np.where(np.arange(96) // 32 == index, expected, 65535).astype(np.uint16), 1)
+    source = replace(band_source(scenes[0], "red"), hrefs=tuple(s.assets["red"].href for s in scenes), nodata=65535)
+    grid = scenes[0].assets["red"].grid
+    np.testing.assert_array_equal(read_overview(source, grid, 1), expected)
+    np.testing.assert_array_equal(read_window(source, grid, (slice(0, 64), slice(0, 96))), expected)
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])

@@ -255,6 +255,22 @@ def test_a_date_that_cannot_be_read_takes_only_its_pairs(make_series, config, cl
     assert (repaired.count("written"), repaired.count("kept")) == (2, 3)
 
 
+def test_a_date_that_only_its_overviews_show_takes_only_its_pairs(make_series, config, client):
+    """Nothing is wrong with it when it is surveyed: all pairs of its task fail, and the others are made then."""
+    scenes = make_series(dates=5, shape=(520, 530))
+    href = scenes[2].assets["nir"].href
+    with rasterio.open(href, "r+") as dataset:
+        dataset.build_overviews([2], rasterio.enums.Resampling.average)
+    with rasterio.open(href) as dataset:
+        start, stop = access.block_range(dataset, (4, 4))
+    with open(href, "r+b") as file:
+        file.seek(start)
+        file.write(bytes(stop - start))
+    report = run(config, client, scenes=scenes)
+    assert (report.count("written"), report.count("failed")) == (2, 2)
+    assert all("002/nir.tif" in record.error for record in report.maps if record.status == "failed")
+
+
 def test_dates_with_too_little_to_see_are_left_out_by_pixels(make_series, config, client):
     scenes = make_series(dates=4)
     with rasterio.open(scenes[1].assets["scl"].href, "r+") as dataset:

@@ -978,6 +978,9 @@ def test_scores_of_a_known_map():
     assert scores.best_f1 == pytest.approx(6 / 7)
     assert scores.ap == pytest.approx((1 + 1 + 3 / 4) / 3)
     assert scores.changed == pytest.approx(3 / 5)
+    assert scores.ece == pytest.approx((0.1 + 0.2 + 0.8 + 0.6 + 0.1) / 5, abs=0.005)
+    two = Histogram.of(np.array([0.61, 0.68], np.float32), np.array([True, False]))  # in two of fifteen bins
+    assert two.scores().ece == pytest.approx((0.39 + 0.68) / 2, abs=0.005)
 
 
 def separable() -> Histogram:

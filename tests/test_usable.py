@@ -13,7 +13,8 @@ from distributed import Client
 
 import s2cd
 from s2cd.catalog.scene import Grid, Scene
-from s2cd.errors import S2cdError, S2cdWarning
+from s2cd.errors import GridError, S2cdError, S2cdWarning
+from s2cd.plan import make_plan
 from s2cd.runner import run
 
 MakeSeries = Callable[..., list[Scene]]
@@ -71,6 +72,14 @@ def test_a_scene_that_cannot_be_read_is_left_out_and_its_neighbours_are_paired(
     assert re.fullmatch(reason, told.reason)
     with pytest.raises(S2cdError, match="strict: 1 scenes left out"):
         run(config.model_copy(update={"strict": True}), client, scenes=scenes)
+
+
+def test_neither_half_of_the_scenes_is_left_out_for_the_grid_of_the_other(
+    make_series: MakeSeries, config: s2cd.RunConfig
+) -> None:
+    scenes = make_series(dates=4)
+    with pytest.raises(GridError, match="scene-001 lies on .*, but scene-002 on"):
+        make_plan(config, [*scenes[:2], *map(on_a_shifted_grid, scenes[2:])])
 
 
 def test_the_older_edition_of_a_date_stands_for_a_newer_one_that_lacks_a_band(

@@ -334,6 +334,10 @@ class _Reader:
                 f"found {found or 'none of them'}"
             )
         a, b, c, d, e, f = (float(v) for v in transform[:6])
+        if b or d:
+            raise CatalogError(
+                f"item {self.id}, band {band}: found proj:transform {transform[:6]}, expected no rotation"
+            )
         return _shared_grid(int(epsg), (a, b, c, d, e, f), (int(shape[0]), int(shape[1])))
 
     def _either(self, asset: Item, name: str) -> Any:
