@@ -352,6 +352,19 @@ def test_code_is_compiled_where_nothing_can_be_kept_on_disk():
     assert jit.compiled()(space["twice"])(21) == 42
 
 
+def test_no_process_gets_the_code_that_another_compiled_for_other_types(tmp_path, monkeypatch):
+    """Both find nothing on disk; the first one's file is written when the second is done."""
+    first, second = (jit.CacheFiles(str(tmp_path), "f", source_stamp=1) for _ in range(2))
+    monkeypatch.setattr(second, "_load_index", lambda: {})
+    write = first._save_data
+    monkeypatch.setattr(first, "_save_data", lambda *args: (second.save("float32", "for float32"), write(*args)))
+    first.save("uint16", "for uint16")
+    later = jit.CacheFiles(str(tmp_path), "f", source_stamp=1)
+    assert [later.load(key) for key in ("uint16", "float32")] == ["for uint16", "for float32"]
+    second.save("float32", "once more")  # and forgets the first: it is compiled again
+    assert [later.load(key) for key in ("uint16", "float32")] == [None, "once more"]
+
+
 def test_code_is_compiled_where_the_disk_is_full(tmp_path):
     """No file of this process may have a byte, as where a quota is used up."""
     program = (
