@@ -88,7 +88,8 @@ def detect_changes(
 
     Returns a DataArray (pair, y, x) float32 in [0, 1], NaN where either date has no valid observation, on the
     cube's grid. Statistics for the normalisation come from the overviews of the scenes' files. A part gives what its
-    tile does, but for some 640 m along its edge: there the network does not see all that it would.
+    tile does, but for some 640 m along its edge: there the network does not see all that it would. Its attributes hold
+    pairs, model and mask, for `s2cd.write_change_maps`; NetCDF takes it without: `change.drop_attrs().to_netcdf(...)`.
 
     Raises ConfigError for no pairs, and for a pair, a band of the model, the mask band or the other half of a split
     datatake that the cube lacks; GridError for a cube whose pixels are not those of its tile.
