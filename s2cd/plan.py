@@ -210,8 +210,7 @@ def describe_plan(plan: Plan) -> PlanTable:
         scenes, pairs = view.scenes, pairs_of(view, plan.config)
         left_out += pairs.left_out
         todo = [pair for pair in pairs if plan.map_of(pair) is None]
-        finished = len(pairs) - len(todo)
-        left -= len(scenes) - 1 - (len(pairs) - finished)  # as a run counts: what is finished needs no unit
+        left -= len(scenes) - 1 - len(todo)  # as a run counts: what is finished needs no unit
         grid = common_grid(scenes[:1], model.bands)
         sizes = task_sizes(plan.config, grid.shape, left, model, workers)
         tiling = Tiling(grid.shape, sizes.chunk, model.halo, model.stride)
@@ -230,7 +229,7 @@ def describe_plan(plan: Plan) -> PlanTable:
                 "first": f"{scenes[0].time:%Y-%m-%d}",
                 "last": f"{scenes[-1].time:%Y-%m-%d}",
                 "pairs": len(pairs),
-                "finished": finished,
+                "finished": len(pairs) - len(todo),
                 "pixels": f"{grid.shape[0]} x {grid.shape[1]}",
                 "chunks": f"{tiling.blocks[0]} x {tiling.blocks[1]} of {sizes.chunk}",
             }
