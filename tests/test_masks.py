@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -254,9 +254,9 @@ def test_a_function_that_cannot_be_had_is_named(
         ({"dilation": 2.5}, "dilation: found 2.5"),
     ],
 )
-def test_a_mask_that_can_be_none_is_refused(options: dict[str, object], message: str) -> None:
+def test_a_mask_that_can_be_none_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Mask(**options)  # type: ignore[arg-type]
+        Mask(**options)
 
 
 @settings(max_examples=30)

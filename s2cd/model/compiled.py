@@ -357,6 +357,6 @@ def _encode(
         for j in range(width):
             level = levels[j]
             code = np.uint16(np.int32(np.rint(level * scale)))
-            code = code if level == level else nan  # noqa: PLR0124
+            code = nan if np.isnan(level) else code
             unseen = both if not second[j] else earlier
             row[j] = (code if second[j] else later) if first[j] else unseen
